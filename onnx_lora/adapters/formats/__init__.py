@@ -1,0 +1,1 @@
+"""One file a foreign format: nothing outside this folder knows foreign names."""

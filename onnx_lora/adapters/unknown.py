@@ -1,0 +1,88 @@
+"""Why names of an adapter are none of a package, and what to do about each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from onnx_lora.package import Package
+
+__all__ = ["explain_modules", "explain_parameters"]
+
+# Comparing names is slow, and after a few the reader knows.
+_SUGGESTED = 3
+
+
+def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
+    """What to say of modules with a delta and no injection point."""
+    graphs = package.manifest.graphs
+    untargeted = {module for graph in graphs for module in graph.untargeted}
+    unplaced = sum(len(graph.unplaced) for graph in graphs)
+    problems = [
+        f"{module}: the graph has this module, and the package was made without a point there; "
+        f"export again with --targets including {module.rpartition('.')[2]}"
+        for module in modules
+        if module in untargeted
+    ]
+    missing = [module for module in modules if module not in untargeted]
+    known = sorted(untargeted | set(package.points))
+    if message := _one_prefix(missing, known):
+        return [*problems, message]
+    for index, module in enumerate(missing):
+        text = f"{module}: the package has no such module"
+        if index < _SUGGESTED:
+            close = get_close_matches(module, known, n=3, cutoff=0.5)
+            text += f"; the closest are {', '.join(close)}" if close else ""
+        if unplaced:
+            text += f"; {unplaced} weighted nodes of its graphs could not be placed, see `unplaced` in onnx_lora.json"
+        problems.append(text)
+    return problems
+
+
+def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]:
+    """What to say of whole weights that the package cannot replace."""
+    graphs = package.manifest.graphs
+    known = {weight.module for weight in package.replaceable.values()} | set(package.points)
+    known |= {module for graph in graphs for module in graph.untargeted}
+    missing = [name for name in parameters if _module(name) not in known]
+    problems = [
+        f"{name}: the package cannot replace it; export again with --replaceable {_module(name)}"
+        for name in parameters
+        if _module(name) in known
+    ]
+    if message := _one_prefix(sorted({_module(name) for name in missing}), sorted(known)):
+        return [*problems, message]
+    problems.extend(
+        f"{name}: the package cannot replace it, and knows no module of that name; if the graph has it, "
+        f"export again with --replaceable {_module(name) or name}"
+        for name in missing
+    )
+    return problems
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _one_prefix(missing: Sequence[str], known: Sequence[str]) -> str | None:
+    """What to say if one leading prefix, more or less, makes every missing name a known one."""
+    if not missing:
+        return None
+    first, names = missing[0], set(known)
+    for name in known:
+        if name.endswith(f".{first}"):
+            prefix = name.removesuffix(first)
+            if all(prefix + module in names for module in missing):
+                return _prefix_message(missing, f"lacks the prefix {prefix!r} that it has in this package")
+        if first.endswith(f".{name}"):
+            prefix = first.removesuffix(name)
+            if all(module.startswith(prefix) and module.removeprefix(prefix) in names for module in missing):
+                return _prefix_message(missing, f"has a prefix {prefix!r} that it does not have in this package")
+    return None
+
+
+def _prefix_message(missing: Sequence[str], difference: str) -> str:
+    return (
+        f"{missing[0]} (and {len(missing) - 1} more): the name of every missing module {difference}; the adapter was "
+        "trained on the model inside another class: export the class it was trained on, or rename its tensors"
+    )

@@ -1,0 +1,159 @@
+"""Where the batch axis of a value lies: shapes with symbols, for every value of a graph.
+
+The shape arithmetic is ONNX Runtime's own tool; this file asks it, and interprets its answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import onnx
+import onnx_ir as ir
+
+from onnx_lora.errors import MissingDependencyError
+
+__all__ = ["Form", "Shapes", "infer_shapes", "outputs_are_free"]
+
+logger = logging.getLogger(__name__)
+
+# Stands for "any number of outputs" while a head is tried.
+_FREE = "onnx_lora_free_outputs"
+
+Shape = tuple[int | str | None, ...]
+
+# Operators that compute each row of a 2-D value from the same row of their first input alone.
+_ROW_BY_ROW = frozenset(
+    [
+        *("Abs", "Add", "BiasGelu", "Cast", "Clip", "Div", "Dropout", "Elu", "Erf", "FastGelu", "Gelu", "Gemm"),
+        *("HardSigmoid", "HardSwish", "Identity", "LayerNormalization", "LeakyRelu", "MatMul", "Mish", "Mul", "Neg"),
+        *("Pow", "QuickGelu", "Relu", "RMSNormalization", "Selu", "Sigmoid", "SimplifiedLayerNormalization"),
+        *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Softmax", "Softplus", "Sqrt", "Sub", "Tanh"),
+    ]
+)
+
+
+class Form(Enum):
+    """How the rows of a batch lie in a value that a weight multiplies."""
+
+    BATCHED = "axis 0 is the batch, and there are axes between it and the last"
+    POOLED = "[batch, features]"
+    FLATTENED = "[batch · positions, features], made by a Reshape"
+    OTHER = "axis 0 is not known to be the batch"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Inferred shapes by value name, and the symbols that mean the batch size.
+
+    `batch` is empty where they are not certain: then every value is `OTHER`.
+    """
+
+    by_name: Mapping[str, Shape]
+    batch: frozenset[str]
+
+    def rank(self, value: ir.Value) -> int | None:
+        """The number of axes of `value`, or None where it cannot be told."""
+        shape = self._shape(value)
+        return None if shape is None else len(shape)
+
+    def form(self, value: ir.Value) -> Form:
+        """How the batch lies in `value`. `OTHER` unless another form is certain."""
+        shape = self._shape(value)
+        if shape is None or len(shape) < 2:
+            return Form.OTHER
+        if shape[0] in self.batch:
+            return Form.POOLED if len(shape) == 2 else Form.BATCHED
+        return Form.FLATTENED if len(shape) == 2 and self.flattened_by(value) is not None else Form.OTHER
+
+    def flattened_by(self, value: ir.Value) -> ir.Node | None:
+        """The Reshape that merged batch and positions to make the rows of `value` `[batch · n, features]`."""
+        rows = self._shape(value)
+        while rows is not None and (node := value.producer()) is not None and node.inputs[0] is not None:
+            source = node.inputs[0]
+            shape = self._shape(source)
+            if shape is None or not shape:
+                return None
+            if node.op_type == "Reshape":
+                flat = self._shape(value)
+                batched = len(shape) > 2 and shape[0] in self.batch and flat is not None and shape[-1] == flat[-1]
+                return node if batched else None
+            if node.op_type not in _ROW_BY_ROW or len(shape) != 2 or shape[0] != rows[0]:
+                return None
+            value = source
+        return None
+
+    def _shape(self, value: ir.Value) -> Shape | None:
+        return self.by_name.get(value.name or "")
+
+
+def infer_shapes(model: ir.Model) -> Shapes:
+    """Infer every value's shape. Weights need not be in memory.
+
+    Raises MissingDependencyError: onnxruntime or sympy is not installed.
+    """
+    inferred, certain = _infer(_without_weights(ir.to_proto(model)))
+    by_name = {value.name: _read(value) for value in [*inferred.value_info, *inferred.input, *inferred.output]}
+    leading = {
+        by_name[value.name or ""][0] for value in model.graph.inputs if len(by_name.get(value.name or "", ())) > 1
+    }
+    symbols = frozenset(symbol for symbol in leading if isinstance(symbol, str))
+    # Two symbols are two batches (texts and images): their rows need not belong to each other.
+    return Shapes(by_name, symbols if certain and len(symbols) == 1 else frozenset())
+
+
+def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Sequence[str]) -> bool:
+    """Whether the given weights may grow along the given axis, by what their sizes do to graph `outputs`.
+
+    weights: axis by initializer name. True if the last axis of every output takes on the new size, and
+    nothing between counts on the old one.
+    """
+    proto = _without_weights(ir.to_proto(model))
+    for value in proto.graph.input:
+        if value.name in weights:
+            value.type.tensor_type.shape.dim[weights[value.name]].dim_param = _FREE
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred, certain = _infer(proto)
+    last = {value.name: _read(value)[-1:] for value in inferred.output}
+    return certain and all(last.get(name) == (_FREE,) for name in outputs)
+
+
+def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
+    """The graph with shapes, and whether they are all there."""
+    try:
+        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"giving a graph its points needs {error.name}: pip install 'onnx-lora[attach,cpu]' (or [attach,gpu])"
+        ) from error
+    # auto_merge: two symbols that meet in an elementwise operator are one size. The tool's public entry
+    # point leaves a file in the working folder when it gives up, hence its inner steps.
+    inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+    logging.getLogger("onnxruntime.tools.symbolic_shape_infer").setLevel(logging.ERROR)
+    try:
+        inference._preprocess(proto)
+        while inference.run_:
+            inference._infer_impl()
+        inference._update_output_from_vi()
+        return inference.out_mp_.graph, True
+    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign graphs; only rows are lost without it
+        logger.warning("symbolic shape inference gave up (%s): no adapter per row in this graph", error)
+        return onnx.shape_inference.infer_shapes(proto).graph, False
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its external weights as inputs: shapes depend on their shapes, never on their values."""
+    external = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    for tensor in external:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        proto.graph.initializer.remove(tensor)
+    return proto
+
+
+def _read(value: onnx.ValueInfoProto) -> Shape:
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+        for dim in value.type.tensor_type.shape.dim
+    )

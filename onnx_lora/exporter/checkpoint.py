@@ -1,0 +1,181 @@
+"""The weights of a checkpoint by their torch names, and finding a graph's weight among them by
+its values. It reads a torch model or a folder of safetensors; it knows no graph."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from onnx_lora.errors import ModelError
+from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Checkpoint", "Match"]
+
+_ALL = (slice(None), slice(None))
+_FIRST_ROW = (slice(0, 1), slice(None))
+_FIRST_COLUMN = (slice(None), slice(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A checkpoint's module whose weight a graph holds: outputs `start` to `start + outputs`.
+
+    `in_out`: torch keeps this weight `[in, out]` (transformers' Conv1D), not `[out, in]`.
+    """
+
+    module: str
+    start: int
+    outputs: int
+    in_out: bool
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One 2-D parameter, read only when asked for."""
+
+    module: str
+    shape: tuple[int, int]
+    read: Callable[[tuple[slice, slice]], Array]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Every 2-D `.weight` of a model, by its module's torch name, read only when asked for.
+
+    `heads` are the output layers that "all-linear" leaves out. None: the checkpoint is only a file,
+    which says neither what is an output layer nor what is linear and what an embedding.
+    """
+
+    weights: tuple[_Weight, ...]
+    modules: frozenset[str]
+    heads: frozenset[str] | None = None
+
+    @staticmethod
+    def of_module(model: nn.Module, *, heads: frozenset[str]) -> Checkpoint:
+        """The linear modules of a torch model: `nn.Linear` and transformers' `Conv1D`."""
+        weights = []
+        for name, module in model.named_modules():
+            if _is_linear(module):
+                weight = module.weight
+                rows, columns = (int(size) for size in weight.shape)
+
+                weights.append(_Weight(name, (rows, columns), partial(_read_tensor, weight)))
+        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads)
+
+    @staticmethod
+    def of_folder(folder: Path) -> Checkpoint:
+        """The 2-D weights of a folder with `model.safetensors`, or its shards and their index.
+
+        Raises ModelError: there are none, or they are damaged.
+        """
+        files = _safetensors_files(folder)
+        weights: list[_Weight] = []
+        for file in files:
+            try:
+                with safe_open(str(file), framework="numpy") as opened:
+                    for key in opened.keys():  # noqa: SIM118 - not a mapping
+                        shape = opened.get_slice(key).get_shape()
+                        if key.endswith(".weight") and len(shape) == 2:
+                            weights.append(
+                                _Weight(key.removesuffix(".weight"), tuple(shape), partial(_read_file, file, key))
+                            )
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"must be a safetensors file: {error}", path=file) from error
+        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights))
+
+    def find(self, weight: Array) -> list[list[Match]]:
+        """Every way to read `weight` `[in, out]` as one module's, or several packed side by side.
+
+        Compared in the graph's type, bit for bit. Usually one way; none where the graph's weight is
+        not the checkpoint's; several where modules hold equal values.
+        """
+        whole = [[match] for match in self._at(weight, 0) if match.outputs == weight.shape[1]]
+        return whole or [packed for packed in [self._packed(weight)] if packed]
+
+    def _packed(self, weight: Array) -> list[Match]:
+        pieces: list[Match] = []
+        start = 0
+        while start < weight.shape[1]:
+            piece = next(iter(self._at(weight, start)), None)
+            if piece is None:
+                return []
+            pieces.append(piece)
+            start += piece.outputs
+        return pieces
+
+    def _at(self, weight: Array, start: int) -> Iterator[Match]:
+        """Modules whose weight is `weight[:, start : start + their outputs]`."""
+        first = np.ascontiguousarray(weight[:, start])
+        for candidate, in_out in self._index(first.dtype).get((first.size, first.tobytes()), ()):
+            outputs = candidate.shape[1 if in_out else 0]
+            if start + outputs > weight.shape[1]:
+                continue
+            values = candidate.read(_ALL).astype(weight.dtype, copy=False)
+            if np.array_equal(values if in_out else values.T, weight[:, start : start + outputs]):
+                yield Match(candidate.module, start, outputs, in_out)
+
+    def _index(self, dtype: np.dtype[np.generic]) -> Mapping[tuple[int, bytes], list[tuple[_Weight, bool]]]:
+        """Weights by the weights of their first output, for both of torch's layouts."""
+        if dtype.name not in self._indices:
+            index: dict[tuple[int, bytes], list[tuple[_Weight, bool]]] = defaultdict(list)
+            for weight in self.weights:
+                if 0 in weight.shape:
+                    continue
+                for in_out, first in ((False, _FIRST_ROW), (True, _FIRST_COLUMN)):
+                    key = weight.read(first).astype(dtype).ravel()
+                    index[key.size, key.tobytes()].append((weight, in_out))
+            self._indices[dtype.name] = index
+        return self._indices[dtype.name]
+
+    @cached_property
+    def _indices(self) -> dict[str, dict[tuple[int, bytes], list[tuple[_Weight, bool]]]]:
+        return {}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """By name, along the classes it inherits from: torch is not needed to attach points to a file."""
+    return any(kind.__name__ in ("Linear", "Conv1D") and hasattr(module, "weight") for kind in type(module).__mro__)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelError(f"must be an index of safetensors shards: {error!r}", path=index) from error
+        files = [folder / Path(name).name for name in names]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelError(f"the checkpoint lacks {', '.join(missing)}", path=folder)
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError("a checkpoint must be a folder with .safetensors weights", path=folder)
+    return files
+
+
+def _read_tensor(tensor: torch.Tensor, part: tuple[slice, slice]) -> Array:
+    values = tensor.detach()[part]
+    # numpy has no bfloat16; float32 holds each of its values exactly.
+    array: Array = (values.float() if str(values.dtype) == "torch.bfloat16" else values).cpu().numpy()
+    return array
+
+
+def _read_file(file: Path, key: str, part: tuple[slice, slice]) -> Array:
+    with safe_open(str(file), framework="numpy") as opened:
+        values: Array = opened.get_slice(key)[part]
+    return values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values

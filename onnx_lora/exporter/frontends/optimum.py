@@ -1,0 +1,196 @@
+"""A Hugging Face checkpoint, exported by Optimum (TorchScript) for any task that it knows."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.build import Source
+from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.source import Loaded, Reference, companions_of
+from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["export_checkpoint", "load_model", "references"]
+
+_DTYPES = ("fp32", "fp16")
+
+
+def export_checkpoint(
+    model: str | os.PathLike[str], folder: Path, *, task: str | None, dtype: str
+) -> tuple[Loaded, nn.Module]:
+    """Write Optimum's ONNX files of a local folder or a hub id into `folder`.
+
+    Raises ModelError: no such checkpoint, or Optimum does not export it for this task. ExportError:
+    the exporter failed. MissingDependencyError: torch or optimum-onnx is not installed.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, and is {dtype!r}")
+    torch_model, task = load_model(model, task=task, dtype=dtype)
+    with _quiet(), _translated(model, task):
+        from optimum.exporters.onnx import onnx_export_from_model
+
+        onnx_export_from_model(torch_model, folder, task=task, no_post_process=True, do_validation=False)
+    files = sorted(folder.glob("*.onnx"))
+    sources = tuple(Source(file.stem, file) for file in files)
+    checkpoint = Checkpoint.of_module(torch_model, heads=_heads(torch_model))
+    local = Path(model)
+    companions = {file.name: file for file in companions_of(folder)}
+    if local.is_dir():
+        companions |= {file.name: file for file in companions_of(local) if file.name not in companions}
+    origin = {"made_by": "optimum", "from": local.name if local.is_dir() else str(model), "task": task, "dtype": dtype}
+    return Loaded(sources, origin, checkpoint, tuple(companions.values())), torch_model
+
+
+def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = "fp32") -> tuple[nn.Module, str]:
+    """The torch model that Optimum would export, and the task it would export it for.
+
+    Decoders get their cache ("-with-past") unless `task` says otherwise.
+    """
+    with _quiet(), _translated(model, task):
+        import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
+        import torch
+        from optimum.exporters.tasks import TasksManager
+        from optimum.utils import logging as optimum_logging
+
+        optimum_logging.set_verbosity_error()
+        library = TasksManager.infer_library_from_model(str(model))
+        chosen = task or _task_of(model, library)
+        chosen = TasksManager.map_from_synonym(chosen)
+        loaded = TasksManager.get_model_from_task(
+            chosen,
+            str(model),
+            framework="pt",
+            library_name=library,
+            torch_dtype=torch.float16 if dtype == "fp16" else torch.float32,
+            local_files_only=Path(model).is_dir(),
+        )
+        known = TasksManager.get_supported_tasks_for_model_type(loaded.config.model_type, "onnx", library_name=library)
+        if task is None and f"{chosen}-with-past" in known:
+            chosen = f"{chosen}-with-past"
+        if chosen not in known:
+            raise ModelError(
+                f"Optimum exports {loaded.config.model_type} for {', '.join(sorted(known))}, and not for {chosen!r}",
+                path=Path(model),
+            )
+        loaded.config.use_cache = chosen.endswith("-with-past")
+        if chosen == "text-classification" and loaded.config.pad_token_id is None:
+            raise ModelError(
+                "a classifier must know its padding: set pad_token_id in config.json (0 where inputs are never padded)",
+                path=Path(model),
+            )
+    return loaded.eval(), chosen
+
+
+def _task_of(model: str | os.PathLike[str], library: str) -> str:
+    """What a checkpoint is for: by the class its config names, else by what the hub says of it."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    if library == "transformers":
+        config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=Path(model).is_dir())
+        for name in config.architectures or ():
+            if hasattr(transformers, name):
+                return str(TasksManager.infer_task_from_model(getattr(transformers, name)))
+    if Path(model).is_dir():
+        raise ModelError("its config.json names no class of transformers, so the task must be given", path=model)
+    return str(TasksManager.infer_task_from_model(str(model), library_name=library))
+
+
+def _heads(model: Any) -> frozenset[str]:
+    """The output layers that PEFT leaves out of "all-linear"."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        return frozenset(name for name, module in model.named_modules() if module is output)
+    return frozenset(name for name in ("score", "classifier") if hasattr(model, name))
+
+
+def references(model: Any, task: str) -> list[Reference]:
+    """For every graph that Optimum makes of `model`: inputs, and what the model answers to them."""
+    with _quiet(), _translated(type(model).__name__, task):
+        from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
+
+        dtype = "fp16" if "float16" in str(model.dtype) else "fp32"
+        _, parts = _get_submodels_and_onnx_configs(
+            model, task, False, {}, False, "default", "transformers", float_dtype=dtype
+        )
+        return [_reference(name, part, config) for name, (part, config) in parts.items()]
+
+
+def _reference(name: str, part: Any, config: Any) -> Reference:
+    inputs = config.generate_dummy_inputs(framework="pt")
+
+    def answer() -> dict[str, Array]:
+        import torch
+
+        # Models write into their cache: every run gets a fresh copy.
+        arguments = config.rename_ambiguous_inputs(copy.deepcopy(inputs))
+        with _quiet(), config.patch_model_for_export(part), torch.inference_mode():
+            outputs = part(**arguments)
+        flat: dict[str, Array] = {}
+        for key, value in outputs.items():
+            onnx_name = config.torch_to_onnx_output_map.get(key, "present" if key == "past_key_values" else key)
+            flat.update(_flatten(config, onnx_name, value))
+        return flat
+
+    def feeds(names: Sequence[str]) -> dict[str, Array]:
+        flat: dict[str, Array] = {}
+        for key, value in config.generate_dummy_inputs_for_validation(copy.deepcopy(inputs), list(names)).items():
+            flat.update(_flatten(config, key, value))
+        return flat
+
+    return Reference(name, feeds, answer)
+
+
+def _flatten(config: Any, name: str, value: Any) -> dict[str, Array]:
+    if isinstance(value, list | tuple):
+        value = config.flatten_output_collection_property(name, value)
+    if isinstance(value, dict):
+        return {key: item.numpy() for key, item in value.items()}
+    return {name: value.numpy()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' warnings and printed notes out of the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[None]:
+    """Foreign exceptions as ours, at the one place where Optimum and transformers are called."""
+    try:
+        yield
+    except OnnxLoraError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[export,cpu]'"
+        ) from error
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # the disk, not the model
+        wanted = f" for task {task!r}" if task else ""
+        raise ModelError(f"cannot be exported by Optimum{wanted}: {error}", path=model) from error
+    except RuntimeError as error:
+        raise ExportError(f"torch.onnx failed: {error}", path=model) from error

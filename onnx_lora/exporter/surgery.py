@@ -1,0 +1,139 @@
+"""Small edits of a graph that keep it valid: adding nodes, constants and optional inputs, and putting
+one value in another's place. It knows ONNX, not LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_lora.errors import ModelError
+from onnx_lora.points import Array
+
+__all__ = ["Surgeon"]
+
+
+class Surgeon:
+    """Edits one graph. New nodes go behind `after`, in the order they are made."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self._opset = model.opset_imports.get("", 1)
+        self._names = {value.name for value in _values(model.graph)} | {node.name for node in model.graph}
+        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._after: ir.Node | None = None
+
+    def insert_after(self, node: ir.Node) -> None:
+        """Where the next nodes go."""
+        self._after = node
+
+    def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: int | Sequence[int]) -> ir.Value:
+        """Add a node with one output, and return it."""
+        name = self._free(name)
+        output = ir.Value(name=self._free(f"{name}.out"))
+        node = ir.node(kind, list(inputs), attributes, outputs=[output], name=name)
+        assert self._after is not None
+        self.graph.insert_after(self._after, node)
+        self._after = node
+        return output
+
+    def unsqueeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
+        """Since opset 13 the axes are an input."""
+        return self._with_axes("Unsqueeze", value, axes, name)
+
+    def squeeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
+        return self._with_axes("Squeeze", value, axes, name)
+
+    def _with_axes(self, kind: str, value: ir.Value, axes: Sequence[int], name: str) -> ir.Value:
+        if self._opset < 13:
+            return self.op(kind, value, name=name, axes=axes)
+        return self.op(kind, value, self.integers(axes), name=name)
+
+    def integers(self, values: Sequence[int]) -> ir.Value:
+        """A constant int64 vector; equal ones are shared."""
+        key = tuple(values)
+        if key not in self._constants:
+            name = self._free("onnx_lora." + "_".join(str(value) for value in key))
+            self._constants[key] = self._initializer(name, np.array(key, dtype=np.int64))
+        return self._constants[key]
+
+    def optional_input(self, name: str, shape: Sequence[int | str], default: Array | ir.TensorProtocol) -> ir.Value:
+        """A graph input with a default: an initializer of the same name.
+
+        Raises ModelError: the name is taken.
+        """
+        if name in self._names:
+            raise ModelError(
+                f"the graph has a value called {name!r} already: it has LoRA weights or points of its own; "
+                "start from a graph of the plain base model"
+            )
+        self._names.add(name)
+        value = self._initializer(name, default)
+        value.shape = ir.Shape(shape)
+        self.graph.inputs.append(value)
+        return value
+
+    def replace(self, old: ir.Value, new: ir.Value, *, but: ir.Node | None = None) -> None:
+        """Let everything that uses `old` use `new` (not `but`); a graph output keeps its name."""
+        for use in list(old.uses()):
+            if use.node is not but:
+                use.node.replace_input_with(use.idx, new)
+        new.type, new.shape = old.type, old.shape
+        for index, output in enumerate(self.graph.outputs):
+            if output is old:
+                self.graph.outputs[index] = new
+                name = old.name
+                assert name is not None
+                old.name = self._free(f"{name}.base")
+                new.name = name
+
+    def drop_dead(self, node: ir.Node) -> None:
+        """Remove `node` if nothing uses it, and what only it used: nodes and initializers."""
+        if any(output.uses() or output.is_graph_output() for output in node.outputs):
+            return
+        inputs = [value for value in node.inputs if value is not None]
+        self.graph.remove(node, safe=True)
+        self._names.difference_update(output.name for output in node.outputs)
+        for value in inputs:
+            producer = value.producer()
+            if producer is not None:
+                self.drop_dead(producer)
+            elif value.is_initializer() and not value.uses() and not value.is_graph_input():
+                self.free_name(value)
+
+    def free_name(self, initializer: ir.Value) -> None:
+        """Make an initializer's name free: remove it if it is unused, else rename it."""
+        name = initializer.name
+        assert name is not None
+        if not initializer.uses():
+            del self.graph.initializers[name]
+        else:
+            initializer.name = self._free(f"{name}.base")
+        self._names.discard(name)
+
+    def own_copy(self, initializer: ir.Value, name: str) -> ir.Value:
+        """Another initializer over the same tensor."""
+        assert initializer.const_value is not None
+        return self._initializer(self._free(name), initializer.const_value)
+
+    def _initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
+        tensor = ir.tensor(content, name=name) if isinstance(content, np.ndarray) else content
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _free(self, name: str) -> str:
+        free, count = name, 0
+        while free in self._names:
+            count += 1
+            free = f"{name}_{count}"
+        self._names.add(free)
+        return free
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    outputs = [output for node in ir.traversal.RecursiveGraphIterator(graph) for output in node.outputs]
+    return [*graph.inputs, *graph.initializers.values(), *outputs]

@@ -1,0 +1,62 @@
+"""Which modules get a point: PEFT's rules for `target_modules`, over names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from onnx_lora.errors import ModelError
+
+__all__ = ["ALL_LINEAR", "HEADS", "select"]
+
+ALL_LINEAR = "all-linear"
+
+# Where no torch model says which module is the output layer: the names transformers gives it.
+# "all-linear" leaves it out, as PEFT does.
+HEADS = ("classifier", "embed_out", "lm_head", "proj_out", "qa_outputs", "score")
+
+
+def select(modules: Sequence[str], targets: str | Iterable[str], *, heads: Iterable[str] = HEADS) -> frozenset[str]:
+    """The modules that `targets` names, as PEFT's `check_target_module_exists` does.
+
+    `targets`: "all-linear" (every module but the `heads`), a regular expression that must match a
+    whole name, or names and suffixes (`q_proj`, `attn.c_attn`).
+
+    Raises ModelError: `targets` is no valid expression, or one of it names nothing.
+    """
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            excluded = set(heads)
+            return frozenset(name for name in modules if name not in excluded and name.split(".")[0] not in excluded)
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ModelError(
+                f"targets {targets!r} must be a regular expression, a list of names, or {ALL_LINEAR!r}: {error}"
+            ) from error
+        found = frozenset(name for name in modules if pattern.fullmatch(name))
+        if not found:
+            raise ModelError(
+                f"targets {targets!r} must match whole module names and matches none; there are {_sample(modules)}"
+            )
+        return found
+    wanted = list(targets)
+    by_name = {target: [name for name in modules if name == target or name.endswith(f".{target}")] for target in wanted}
+    missing = [target for target, names in by_name.items() if not names]
+    if missing or not wanted:
+        problems = [f"{target!r} names no linear module{_closest(target, modules)}" for target in missing]
+        raise ModelError(
+            f"targets must name linear modules of the graph; there are {_sample(modules)}", problems=problems
+        )
+    return frozenset(name for names in by_name.values() for name in names)
+
+
+def _closest(target: str, modules: Sequence[str]) -> str:
+    close = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
+    return f"; close: {', '.join(close)}" if close else ""
+
+
+def _sample(modules: Sequence[str]) -> str:
+    suffixes = sorted({name.rpartition(".")[2] for name in modules})
+    return ", ".join(suffixes[:12]) + (f" and {len(suffixes) - 12} more" if len(suffixes) > 12 else "")

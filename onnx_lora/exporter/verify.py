@@ -1,0 +1,256 @@
+"""A package against the PyTorch model it was made from: the base, and PEFT adapters.
+
+It runs the package in ONNX Runtime as anybody would, with the adapter's tensors as inputs, and reads
+nothing but the package and the model: no part of our own runtime can hide a mistake."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
+from onnx_lora.exporter.frontends.optimum import load_model, references
+from onnx_lora.exporter.frontends.source import Reference
+from onnx_lora.exporter.frontends.torch_module import reference
+from onnx_lora.package import GraphInfo, Package
+from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Comparison", "verify", "verify_module"]
+
+# Largest difference allowed, relative to the largest value of the output: float32 sums in another order,
+# through some dozens of layers; float16 keeps three digits.
+_ALLOWED = {"float32": 1e-4, "float16": 3e-2, "float64": 1e-9}
+
+# Outputs smaller than this are compared as if they were this large.
+_SMALL = 1e-2
+
+# An adapter was seen to work when it moves some output this many times further than rounding does.
+_SEEN = 100
+
+# The random adapters of a check: ranks that differ by module, a scale that is not 1, and a delta
+# large enough to be seen and small enough to leave the numbers finite in float16.
+_RANKS = (2, 3, 5)
+_SCALE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One output of one graph against PyTorch's.
+
+    `case` is "base", "adapter" or "rows"; `difference` is the largest absolute one, `allowed` how large
+    it may be, and `effect` how far the adapter moved this output from the base's.
+    """
+
+    graph: str
+    case: str
+    output: str
+    difference: float
+    allowed: float
+    effect: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed
+
+
+def verify(
+    package: Package,
+    checkpoint: str | os.PathLike[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    tensors: Mapping[str, Array] | None = None,
+) -> list[Comparison]:
+    """Compare a package with the checkpoint it was made from, in PyTorch.
+
+    adapter: a PEFT folder that PEFT loads into the model; `tensors` is the same adapter, bound to the
+        package. Without them random adapters are tried.
+
+    Raises VerificationError: the outputs differ by more than rounding. ModelError: no such checkpoint.
+    """
+    source = package.manifest.source
+    model, task = load_model(checkpoint, task=source.get("task"), dtype=source.get("dtype", "fp32"))
+    if adapter is None:
+        return verify_module(package, model, task, None)
+    with _peft_errors():
+        import peft
+
+        cases = references(model, task)
+        bases = [_run(package, case, {}) for case in cases]
+        comparisons = [
+            entry for case, base in zip(cases, bases, strict=True) for entry in _compare(package, case, "base", base)
+        ]
+        peft.PeftModel.from_pretrained(model, os.fspath(adapter)).eval()
+    for case, base in zip(cases, bases, strict=True):
+        outputs = _run(package, case, tensors or {})
+        comparisons += _compare(package, case, "adapter", outputs, base)
+    return _judged(package, comparisons)
+
+
+def verify_module(package: Package, model: nn.Module, task: str | None, example_inputs: Any) -> list[Comparison]:
+    """Compare a package with the live torch model: base, random adapter, and a different adapter per row.
+
+    Raises VerificationError: they differ by more than rounding.
+    """
+    if task is not None:
+        cases = references(model, task)
+    else:
+        session = _session(package, package.graph())
+        cases = [reference(model.eval(), [value.name for value in session.get_outputs()], example_inputs)]
+    comparisons: list[Comparison] = []
+    bases: list[dict[str, Array]] = []
+    for case in cases:
+        bases.append(_run(package, case, {}))
+        comparisons += _compare(package, case, "base", bases[-1])
+    with _random_adapter(package, model) as tensors:
+        for case, base in zip(cases, bases, strict=True):
+            outputs = _run(package, case, tensors)
+            comparisons += _compare(package, case, "adapter", outputs, base)
+            comparisons += _compare_rows(package, case, tensors, base)
+    return _judged(package, comparisons)
+
+
+def _judged(package: Package, comparisons: list[Comparison]) -> list[Comparison]:
+    wrong = [entry for entry in comparisons if not entry.agrees]
+    if wrong:
+        raise VerificationError(
+            "must reproduce the model in PyTorch, and does not",
+            path=package.path,
+            problems=[
+                f"graph {entry.graph}, {entry.case}, output {entry.output}: differs by {entry.difference:.3g}, "
+                f"and {entry.allowed:.3g} is allowed"
+                for entry in wrong
+            ],
+        )
+    adapted = [entry for entry in comparisons if entry.case == "adapter"]
+    if adapted and not any(entry.effect > _SEEN * entry.difference for entry in adapted):
+        raise VerificationError(
+            "the adapter tried has no effect on any output, so nothing was verified", path=package.path
+        )
+    return comparisons
+
+
+def _session(package: Package, graph: GraphInfo) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("verifying needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(package.path / graph.file), options, providers=["CPUExecutionProvider"])
+
+
+def _run(package: Package, case: Reference, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    session = _session(package, package.graph(case.graph))
+    inputs = [value.name for value in session.get_inputs()]
+    optional = {value.name for value in session.get_overridable_initializers()}
+    feeds = {name: value for name, value in case.feeds(inputs).items() if name in inputs}
+    feeds |= {name: value for name, value in tensors.items() if name in optional}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def _compare(
+    package: Package, case: Reference, label: str, outputs: Mapping[str, Array], base: Mapping[str, Array] | None = None
+) -> Iterator[Comparison]:
+    expected = case.answer()
+    missing = sorted(set(outputs) - set(expected))
+    if missing:
+        raise VerificationError(
+            f"graph {case.graph} has outputs that the model does not give: {', '.join(missing)}", path=package.path
+        )
+    for name, value in outputs.items():
+        if value.shape != expected[name].shape:
+            yield Comparison(case.graph, label, name, float("inf"), 0.0)
+            continue
+        if not value.size:
+            continue
+        effect = 0.0 if base is None or base[name].shape != value.shape else _largest(value, base[name])
+        allowed = _allowed(expected[name])
+        yield Comparison(case.graph, label, name, _largest(value, expected[name]), allowed, effect)
+
+
+def _compare_rows(
+    package: Package, case: Reference, tensors: Mapping[str, Array], base: Mapping[str, Array]
+) -> Iterator[Comparison]:
+    """Row 0 under no adapter, row 1 under one: each must be what it is alone."""
+    graph = package.graph(case.graph)
+    points = [point for point in graph.points if point.per_row and point.lora_a in tensors]
+    own = {name: tensors[name] for point in points for name in (point.lora_a, point.lora_b)}
+    if not points:
+        return
+    alone = _run(package, case, own)
+    mixed = _run(package, case, {name: np.concatenate([np.zeros_like(value), value]) for name, value in own.items()})
+    for name, value in mixed.items():
+        if value.ndim and value.shape[0] == 2 and value.shape == base[name].shape and value.size:
+            expected = np.stack([base[name][0], alone[name][1]])
+            yield Comparison(case.graph, "rows", name, _largest(value, expected), _allowed(expected))
+
+
+def _allowed(expected: Array) -> float:
+    return _ALLOWED.get(expected.dtype.name, 0.0) * max(_SMALL, float(np.abs(expected).max()))
+
+
+def _largest(actual: Array, expected: Array) -> float:
+    difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+@contextmanager
+def _random_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
+    """Let PEFT put a random adapter on every point's module; gives its tensors as graph inputs."""
+    with _peft_errors():
+        import peft
+        import torch
+
+    modules = list(package.points)
+    ranks = {name: _RANKS[index % len(_RANKS)] for index, name in enumerate(modules)}
+    config = peft.LoraConfig(
+        r=_RANKS[0],
+        lora_alpha=_SCALE,
+        target_modules=modules,
+        rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
+        alpha_pattern={f"^{name}": rank * _SCALE for name, rank in ranks.items()},
+        init_lora_weights=False,
+    )
+    with torch.random.fork_rng(devices=[]), _peft_errors():
+        torch.manual_seed(0)
+        tuned = peft.tuners.lora.LoraModel(model, config, "default")
+    model.eval()
+    tensors: dict[str, Array] = {}
+    try:
+        for name, module in model.named_modules():
+            if name in package.points:
+                point = package.points[name]
+                a = module.lora_A["default"].weight.detach().float().numpy()
+                b = module.lora_B["default"].weight.detach().float().numpy() * module.scaling["default"]
+                tensors[point.lora_a] = np.ascontiguousarray(a.T[None]).astype(point.dtype)
+                tensors[point.lora_b] = np.ascontiguousarray(b.T[None]).astype(point.dtype)
+        yield tensors
+    finally:
+        tuned.unload()
+
+
+@contextmanager
+def _peft_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"verifying needs {error.name}: pip install 'onnx-lora[export,cpu]'") from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ModelError(f"PEFT cannot load the adapter into the model: {error}") from error
+
+
+def summary(comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """The largest difference by case."""
+    return {
+        case: max(entry.difference for entry in comparisons if entry.case == case)
+        for case in dict.fromkeys(entry.case for entry in comparisons)
+    }

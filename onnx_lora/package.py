@@ -1,0 +1,288 @@
+"""The package: a folder with graphs, weights and a manifest. It reads, checks and writes the
+folder; it knows neither ONNX nor adapters."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from onnx_lora.errors import InputError, OutputExistsError, PackageError, StorageError
+from onnx_lora.points import FLOAT_TYPES, Array, InjectionPoint, Replaceable, StoredTensor
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "GraphInfo",
+    "Manifest",
+    "Package",
+    "Unplaced",
+    "staged",
+    "storage_errors",
+]
+
+MANIFEST = "onnx_lora.json"
+
+# Raised when a reader of the old version would misread the new one.
+FORMAT_VERSION = 1
+
+# A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
+_MANIFEST_LIMIT = 64 * 2**20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A weighted node that got no point, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInfo:
+    """One graph of a package: `file` has the injection points, `base_file` has none.
+
+    `untargeted` are modules that were found, but not asked for when the points were made.
+    """
+
+    name: str
+    file: str
+    base_file: str
+    points: tuple[InjectionPoint, ...]
+    replaceable: tuple[Replaceable, ...] = ()
+    untargeted: tuple[str, ...] = ()
+    unplaced: tuple[Unplaced, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What `onnx_lora.json` holds. `source` says what made the package, from what."""
+
+    format_version: int
+    producer: str
+    source: dict[str, str]
+    graphs: tuple[GraphInfo, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package folder: its manifest, checked against the files beside it."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Package:
+        """Open a package folder.
+
+        Raises PackageError: no such folder, no manifest, a manifest that is damaged or of a newer
+        version, or a file that is missing or too short.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        package = Package(folder, manifest)
+        _check_files(package)
+        return package
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def graph(self, name: str | None = None) -> GraphInfo:
+        """The graph called `name`, or the only one.
+
+        Raises PackageError: no graph of that name, or no name and several graphs.
+        """
+        graphs = {graph.name: graph for graph in self.manifest.graphs}
+        if name is None and len(graphs) == 1:
+            return self.manifest.graphs[0]
+        if name not in graphs:
+            asked = "a graph must be named" if name is None else f"there is no graph {name!r}"
+            raise PackageError(f"{asked}; this package has {', '.join(sorted(graphs))}", path=self.path)
+        return graphs[name]
+
+    @cached_property
+    def points(self) -> Mapping[str, InjectionPoint]:
+        """Every injection point by module, over all graphs."""
+        return {point.module: point for graph in self.manifest.graphs for point in graph.points}
+
+    @cached_property
+    def replaceable(self) -> Mapping[str, Replaceable]:
+        """Every replaceable weight by torch parameter name, over all graphs."""
+        return {weight.name: weight for graph in self.manifest.graphs for weight in graph.replaceable}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the base weights of all points: equal for equal bases with equal points."""
+        lines = sorted(f"{point.module} {point.sha256}\n" for point in self.points.values())
+        return sha256("".join(lines).encode()).hexdigest()
+
+    def read(self, stored: StoredTensor) -> Array:
+        """A stored weight, mapped from disk, read-only."""
+        return np.memmap(
+            self.path / stored.file,
+            dtype=np.dtype(stored.dtype).newbyteorder("<"),
+            mode="r",
+            offset=stored.offset,
+            shape=stored.shape,
+        )
+
+    def default(self, weight: Replaceable) -> Array:
+        """The base's own value of a replaceable weight, as its graph input takes it."""
+        part = weight.parts[0]
+        return weight.from_initializer(self.read(part.stored), part)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
+    try:
+        if file.stat().st_size > _MANIFEST_LIMIT:
+            raise PackageError(f"too large for a manifest (limit {_MANIFEST_LIMIT} bytes)", path=file)
+        data = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise PackageError(
+            f"no {MANIFEST} in it, so it is not a package, or only half of one; "
+            "make one with `onnx-lora export` or `attach`",
+            path=folder,
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError(f"cannot be read: {error}", path=file) from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if type(version) is not int or version < 1:
+        raise PackageError("must hold a format_version; this is not a manifest of onnx-lora", path=file)
+    if version > FORMAT_VERSION:
+        raise PackageError(
+            f"format version {version}, and this onnx-lora reads up to {FORMAT_VERSION}; upgrade onnx-lora",
+            path=file,
+        )
+    try:
+        manifest: Manifest = _decode(Manifest, data, "manifest")
+    except ValueError as error:
+        raise PackageError(f"damaged: {error}; make the package again", path=file) from error
+    if not manifest.graphs:
+        raise PackageError("damaged: it names no graph; make the package again", path=file)
+    return manifest
+
+
+def _decode(kind: Any, data: object, where: str) -> Any:
+    """JSON data as the dataclass, tuple, literal or plain type `kind`; ValueError says where not."""
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be an object")
+        hints = get_type_hints(kind)
+        known = {field.name for field in fields(kind)}
+        if set(data) != known:
+            raise ValueError(f"{where} must have exactly {sorted(known)}, not {sorted(data)}")
+        return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in known})  # type: ignore[operator]
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise ValueError(f"{where} must be a list")
+        item = get_args(kind)[0]
+        return tuple(_decode(item, entry, f"{where}[{index}]") for index, entry in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be an object")
+        return {str(key): _decode(get_args(kind)[1], entry, f"{where}.{key}") for key, entry in data.items()}
+    if origin is Literal:
+        if data not in get_args(kind):
+            raise ValueError(f"{where} must be one of {get_args(kind)}, not {data!r}")
+        return data
+    if origin in (Union, types.UnionType):
+        raise TypeError(f"no unions in the manifest: {where}")
+    if type(data) is not kind:
+        raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
+    return data
+
+
+def _check_files(package: Package) -> None:
+    problems: list[str] = []
+    lengths: dict[str, int] = {}
+    needed: dict[str, int] = {}
+    for graph in package.manifest.graphs:
+        for file in (graph.file, graph.base_file):
+            needed[file] = max(needed.get(file, 0), 1)
+        owners: tuple[InjectionPoint | Replaceable, ...] = (*graph.points, *graph.replaceable)
+        for owner in owners:
+            if owner.dtype not in FLOAT_TYPES:
+                problems.append(f"{owner.dtype} is no type of weights known here; known are {FLOAT_TYPES}")
+                continue
+            for part in owner.parts:
+                stored = part.stored
+                if stored.dtype not in FLOAT_TYPES or stored.offset < 0 or min(stored.shape, default=1) < 0:
+                    problems.append(f"{part.initializer}: impossible offset, shape or type")
+                    continue
+                end = stored.offset + stored.size
+                needed[stored.file] = max(needed.get(stored.file, 0), end)
+    for file, length in sorted(needed.items()):
+        if Path(file).name != file:
+            problems.append(f"{file!r}: files must lie in the package folder itself")
+            continue
+        try:
+            lengths[file] = (package.path / file).stat().st_size
+        except OSError:
+            problems.append(f"{file} is missing")
+            continue
+        if lengths[file] < length:
+            problems.append(f"{file} has {lengths[file]} bytes and must have at least {length}: it was cut off")
+    if problems:
+        raise PackageError(
+            "the package is not whole; make it again, or copy it again",
+            path=package.path,
+            problems=sorted(set(problems)),
+        )
+
+
+@contextmanager
+def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and vanishes when not.
+
+    Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
+    """
+    target = Path(out)
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError("exists already; remove it or choose another name", path=target)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            # mkdtemp makes it private; a finished folder gets the usual permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            folder.chmod(0o777 & ~umask)
+            yield folder
+            folder.rename(target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """Say what the disk refused. An `OSError` about anything but writing passes through."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError("the disk is full; nothing was written", path=target) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise StorageError(f"cannot be written ({error.strerror}); nothing was written", path=target) from error
+        raise

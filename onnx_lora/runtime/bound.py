@@ -1,0 +1,106 @@
+"""Whatever a caller gives as an adapter, bound to a package. It knows no session and no graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, Union
+
+import numpy as np
+
+from onnx_lora.adapters import Adapter, BoundAdapter, bind, blend, read_adapter
+from onnx_lora.errors import BindError, SelectionError
+from onnx_lora.package import Package
+from onnx_lora.points import Array
+
+__all__ = ["AnyAdapter", "AnyPackage", "Mixture", "as_bound", "mixed", "opened"]
+
+AnyAdapter: TypeAlias = Union[str, "os.PathLike[str]", Adapter, BoundAdapter]
+AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
+
+# Several adapters and their weights. Adapters already read cannot be keys: they go in pairs.
+Mixture: TypeAlias = Union[Mapping[AnyAdapter, float], Sequence[tuple[AnyAdapter, float]]]
+
+
+def opened(package: AnyPackage) -> Package:
+    return package if isinstance(package, Package) else Package.open(package)
+
+
+def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None) -> BoundAdapter:
+    """Read and bind what is not yet; what is, is checked to be bound to an equal package.
+
+    Raises AdapterError: it cannot be read, or does not fit.
+    """
+    if isinstance(adapter, BoundAdapter):
+        _check(adapter, package)
+        return adapter
+    if isinstance(adapter, Adapter):
+        return bind(adapter, package)
+    if isinstance(adapter, (str, os.PathLike)):
+        return bind(read_adapter(adapter, name=name), package)
+    raise SelectionError(f"an adapter must be a path, an Adapter or a BoundAdapter, and is a {type(adapter).__name__}")
+
+
+def mixed(adapter: AnyAdapter | Mixture, package: Package) -> Mapping[str, Array]:
+    """The tensors of one adapter, or of a blend of several.
+
+    Raises AdapterError: one cannot be read, or does not fit. SelectionError: they cannot be blended.
+    """
+    if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
+        return as_bound(adapter, package).tensors
+    pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise SelectionError(
+            "a blend must be a mapping from adapters to weights, or a list of (adapter, weight) pairs, "
+            f"and is a {type(adapter).__name__}"
+        )
+    if not pairs:
+        raise SelectionError("a blend must name an adapter, and is empty")
+    problems = [
+        f"the weight of {part!s:.80} must be a finite number, and is {weight!r}"
+        for part, weight in pairs
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not np.isfinite(weight)
+    ]
+    if problems:
+        raise SelectionError("the blend cannot be made", problems=problems)
+    return blend([(as_bound(part, package), float(weight)) for part, weight in pairs])
+
+
+def _check(bound: BoundAdapter, package: Package) -> None:
+    """That an adapter bound elsewhere was bound to the same points over the same base."""
+    shapes: dict[str, tuple[str, tuple[int | None, ...]]] = {}
+    digests: dict[str, str] = {}
+    for point in package.points.values():
+        shapes[point.lora_a] = point.dtype, (1, point.in_features, None)
+        shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
+        digests[point.module] = point.sha256
+    for weight in package.replaceable.values():
+        dims = package.input_shape(weight)
+        shapes[weight.name] = weight.dtype, (*dims[:-1], None) if weight.free_outputs else dims
+        digests[weight.name] = weight.sha256
+    problems = [
+        f"{name} is no input of this package"
+        if name not in shapes
+        else f"{name} must be {shapes[name][0]} {list(shapes[name][1])}, and is {tensor.dtype} {list(tensor.shape)}"
+        for name, tensor in bound.tensors.items()
+        if name not in shapes or not _is(tensor, *shapes[name])
+    ]
+    problems += [
+        f"{name} was bound to another base: its digest is {digest[:12]}, the package's is {digests[name][:12]}"
+        for name, digest in bound.base_digests.items()
+        if name in digests and digests[name] != digest
+    ]
+    if problems:
+        raise BindError(
+            f"the adapter {bound.name!r} was bound to another package than {package.name}; bind it to this one",
+            path=bound.origin.path or None,
+            problems=problems,
+        )
+
+
+def _is(tensor: Array, dtype: str, shape: Sequence[int | None]) -> bool:
+    return (
+        tensor.dtype == np.dtype(dtype)
+        and tensor.ndim == len(shape)
+        and all(dim is None or dim == length for dim, length in zip(shape, tensor.shape, strict=True))
+    )

@@ -1,0 +1,86 @@
+"""What a call asks for: the base, an adapter, a blend, or one of these per row. It turns the `adapter`
+argument into names and weights; it knows no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Real
+from typing import TypeAlias, Union
+
+from onnx_lora.errors import SelectionError
+
+__all__ = ["AdapterChoice", "Choice", "Selection", "parse", "unknown"]
+
+# What a caller may write: a name, a blend, or None for the base; or a list of these, one per row.
+OneChoice: TypeAlias = Union[str, Mapping[str, float], None]
+AdapterChoice: TypeAlias = Union[OneChoice, list[OneChoice], tuple[OneChoice, ...]]
+
+# Adapters and their weights, by name, sorted: no adapter is the base.
+Choice: TypeAlias = tuple[tuple[str, float], ...]
+
+_KINDS = "an adapter's name, a mapping from names to weights, or None for the base"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """One choice for the whole batch, or one for each of its rows.
+
+    `batch`: the number of rows a list was given for; None when it holds for any batch.
+    """
+
+    choices: tuple[Choice, ...]
+    batch: int | None = None
+
+
+def parse(adapter: AdapterChoice, loaded: Collection[str]) -> Selection:
+    """The selection that `adapter` means. Equal rows are one choice for the whole batch.
+
+    Raises SelectionError: it is no choice, or names an adapter that is not loaded.
+    """
+    problems: list[str] = []
+    if not isinstance(adapter, (list, tuple)):
+        selection = Selection((_choice(adapter, loaded, "adapter", problems),))
+    else:
+        rows = tuple(_choice(row, loaded, f"row {index}", problems) for index, row in enumerate(adapter))
+        if not rows:
+            problems.append("a list must have one choice for every row of the batch, and is empty")
+        selection = Selection(rows[:1] if len(set(rows)) == 1 else rows, len(rows))
+    if problems:
+        raise SelectionError("the call's adapter cannot be had", problems=problems)
+    return selection
+
+
+def unknown(name: str, loaded: Collection[str]) -> str:
+    """That there is no such adapter, and what there is."""
+    close = get_close_matches(name, loaded, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+    there = ", ".join(map(repr, sorted(loaded))) or "none"
+    return f"no adapter {name!r} is loaded{hint} Loaded: {there}" if close else f"no adapter {name!r} is loaded; loaded: {there}"
+
+
+def _choice(asked: object, loaded: Collection[str], where: str, problems: list[str]) -> Choice:
+    if asked is None:
+        return ()
+    if isinstance(asked, str):
+        parts: Mapping[object, object] = {asked: 1.0}
+    elif isinstance(asked, Mapping):
+        parts = asked
+        if not parts:
+            problems.append(f"{where}: a blend must name an adapter, and is empty; None asks for the base")
+    else:
+        problems.append(f"{where}: must be {_KINDS}, and is a {type(asked).__name__}")
+        return ()
+    choice = []
+    for name, weight in parts.items():
+        if not isinstance(name, str):
+            problems.append(f"{where}: adapters are chosen by name, not by a {type(name).__name__}")
+        elif name not in loaded:
+            problems.append(f"{where}: {unknown(name, loaded)}")
+        elif isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            problems.append(f"{where}: the weight of {name!r} must be a finite number, and is {weight!r}")
+        else:
+            choice.append((name, float(weight)))
+    return tuple(sorted(choice))

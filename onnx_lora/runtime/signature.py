@@ -1,0 +1,143 @@
+"""What a call must feed, and may ask for: the model's own inputs and outputs. It knows shapes and types,
+no adapter's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnx_lora.errors import FeedError, SelectionError
+
+__all__ = ["Signature"]
+
+# ONNX Runtime's names of the types that numpy has too.
+_NUMPY = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(bool)": "bool",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One input or output. `dtype` is empty where numpy has no such type; `shape` where any rank goes."""
+
+    name: str
+    type: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+    required: bool = True
+
+    @staticmethod
+    def of(arg: Any, *, required: bool = True) -> _Slot:
+        optional = arg.type.startswith("optional")
+        return _Slot(arg.name, arg.type, _NUMPY.get(arg.type, ""), tuple(arg.shape or ()), required and not optional)
+
+    def __str__(self) -> str:
+        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name}: {self.dtype or self.type} [{dims}]"
+
+    @property
+    def batched(self) -> bool:
+        """Whether its first axis may be the batch: it has others, and a free length."""
+        return len(self.shape) > 1 and not isinstance(self.shape[0], int)
+
+    def problem(self, value: Any) -> str | None:
+        """Why `value` cannot be fed here, or None. Arrays and OrtValues can."""
+        if not (isinstance(value, np.ndarray) or hasattr(value, "data_type")):
+            return f"{self.name} must be a numpy array, and is a {type(value).__name__}; expected {self}"
+        if not self.dtype:
+            return None
+        found = value.dtype.str if isinstance(value, np.ndarray) else value.data_type()
+        if found not in (np.dtype(self.dtype).str, self.type):
+            shown = str(value.dtype) if isinstance(value, np.ndarray) else found
+            return f"{self.name} must be {self.dtype}, and is {shown}; convert it with .astype({self.dtype!r})"
+        shape = shape_of(value)
+        if not self.shape:
+            return None
+        if len(shape) != len(self.shape):
+            return f"{self.name} must have {len(self.shape)} axes, and has {len(shape)}: {list(shape)}; expected {self}"
+        if any(isinstance(dim, int) and dim != length for dim, length in zip(self.shape, shape, strict=True)):
+            return f"{self.name} must have the shape {self}, and has {list(shape)}"
+        return None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A graph's own inputs and outputs. `reserved` are the inputs that adapters fill."""
+
+    inputs: Mapping[str, _Slot]
+    outputs: Mapping[str, _Slot]
+    reserved: frozenset[str]
+
+    @staticmethod
+    def of(session: Any, reserved: frozenset[str]) -> Signature:
+        inputs = [_Slot.of(arg) for arg in session.get_inputs()]
+        others = [arg for arg in session.get_overridable_initializers() if arg.name not in reserved]
+        inputs += [_Slot.of(arg, required=False) for arg in others]
+        outputs = [_Slot.of(arg) for arg in session.get_outputs()]
+        return Signature({slot.name: slot for slot in inputs}, {slot.name: slot for slot in outputs}, reserved)
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is a tensor that numpy and OrtValue both hold (no strings, no sequences)."""
+        return all(slot.dtype for slot in (*self.inputs.values(), *self.outputs.values()))
+
+    def check_feeds(self, feeds: Mapping[str, Any]) -> None:
+        """Raises FeedError: an input is missing, unknown, reserved, or of the wrong kind."""
+        if not isinstance(feeds, Mapping):
+            raise FeedError(f"input_feed must map input names to arrays, and is a {type(feeds).__name__}")
+        problems = [
+            f"{name} is filled by the adapter chosen; load one and name it: run(..., adapter=...)"
+            if name in self.reserved
+            else f"{name!r} is no input of this graph"
+            for name in feeds
+            if name not in self.inputs
+        ]
+        problems += [
+            f"{name} is missing; expected {slot}"
+            for name, slot in self.inputs.items()
+            if slot.required and name not in feeds
+        ]
+        found = (self.inputs[name].problem(value) for name, value in feeds.items() if name in self.inputs)
+        problems += [problem for problem in found if problem is not None]
+        if problems:
+            expected = ", ".join(self.inputs)
+            raise FeedError(f"the feeds do not fit; this graph's inputs are {expected}", problems=problems)
+
+    def output_names(self, asked: Sequence[str] | None) -> list[str]:
+        """The outputs to compute: those asked for, or all. Raises FeedError: there is no such output."""
+        if asked is None:
+            return list(self.outputs)
+        if isinstance(asked, str) or not isinstance(asked, Sequence):
+            raise FeedError(f"output_names must be a list of names or None for all, and is {asked!r}")
+        if unknown := [name for name in asked if name not in self.outputs]:
+            raise FeedError(
+                f"this graph's outputs are {', '.join(self.outputs)}",
+                problems=[f"{name!r} is no output of this graph" for name in unknown],
+            )
+        return list(asked) or list(self.outputs)
+
+    def check_rows(self, rows: int, feeds: Mapping[str, Any]) -> None:
+        """Raises SelectionError: the batch fed does not have `rows` rows."""
+        lengths = {name: shape_of(value)[0] for name, value in feeds.items() if len(shape_of(value)) > 1}
+        free = {name: length for name, length in lengths.items() if self.inputs[name].batched}
+        wrong = {name: length for name, length in free.items() if length != rows}
+        if not free and rows not in lengths.values():
+            wrong = lengths
+        if wrong or not lengths:
+            raise SelectionError(
+                f"one choice per row means as many as the batch has rows; {rows} were given",
+                problems=[f"{name} has {length} rows" for name, length in wrong.items()]
+                or ["no input has a batch axis"],
+            )
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of an array or an OrtValue."""
+    return tuple(value.shape) if isinstance(value, np.ndarray) else tuple(value.shape())

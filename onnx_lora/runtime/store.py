@@ -1,0 +1,153 @@
+"""The adapters of one session on its device: each made once, mixtures of them kept within a limit. It
+knows OrtValues by name, not how they are run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from onnx_lora.adapters import BoundAdapter, blend, stack_rows
+from onnx_lora.errors import SelectionError
+from onnx_lora.package import Package
+from onnx_lora.points import Array
+from onnx_lora.runtime._ort import Device
+from onnx_lora.runtime.selection import Choice, Selection, unknown
+
+__all__ = ["Loaded", "Store", "Values"]
+
+# OrtValues by graph input name.
+Values: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """An adapter on the device. Equal to itself alone: one loaded again under its name is another."""
+
+    bound: BoundAdapter
+    tensors: Mapping[str, Array]  # those this session's graph takes
+    values: Values
+
+
+# Per row, the adapters and their weights. Holding the adapters keeps their identity from being given
+# to another one while an entry lives.
+_Key: TypeAlias = tuple[tuple[tuple[Loaded, float], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    values: Values
+    size: int  # bytes
+
+
+class Store:
+    """Adapters by name, safe to use from many threads: readers never wait for loading or composing."""
+
+    def __init__(self, package: Package, inputs: frozenset[str], device: Device, limit: int) -> None:
+        """`inputs`: the adapter inputs of the session's graph. `limit`: bytes of composed tensors kept."""
+        self._package = package
+        self._inputs = inputs
+        self._device = device
+        self._limit = limit
+        self._lock = Lock()
+        # Never changed, only exchanged: whoever holds it sees the same adapters until it is done.
+        self._loaded: Mapping[str, Loaded] = {}
+        self._composed: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._size = 0
+
+    @property
+    def loaded(self) -> Mapping[str, Loaded]:
+        """The adapters of this moment; a snapshot that later changes leave alone."""
+        return self._loaded
+
+    def add(self, name: str, bound: BoundAdapter) -> None:
+        """Put a bound adapter on the device. Raises SelectionError: the name is taken."""
+        tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in self._inputs}
+        loaded = Loaded(bound, tensors, self._device.values(tensors))
+        with self._lock:
+            self.check_free(name)
+            self._loaded = {**self._loaded, name: loaded}
+
+    def check_free(self, name: str) -> None:
+        if name in self._loaded:
+            raise SelectionError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter and everything composed of it. Raises SelectionError: it is not loaded."""
+        with self._lock:
+            if name not in self._loaded:
+                raise SelectionError(unknown(name, self._loaded))
+            gone = self._loaded[name]
+            self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
+            for key in [key for key in self._composed if _uses(key, gone)]:
+                self._size -= self._composed.pop(key).size
+
+    def values(self, selection: Selection, loaded: Mapping[str, Loaded]) -> Values:
+        """The tensors of a selection made from the snapshot `loaded`; none for the base.
+
+        Raises SelectionError: its parts cannot be composed.
+        """
+        key: _Key = tuple(
+            tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices
+        )
+        if len(key) == 1 and not key[0]:
+            return {}
+        if len(key) == 1 and _is_plain(key[0]):
+            return key[0][0][0].values
+        with self._lock:
+            entry = self._composed.get(key)
+            if entry is not None:
+                self._composed.move_to_end(key)
+                return entry.values
+        return self._compose(key)
+
+    def _compose(self, key: _Key) -> Values:
+        # Outside the lock: two threads may do the same work once, and none waits for another's.
+        rows = {choice: _blend(choice) for choice in dict.fromkeys(key)}
+        tensors = rows[key[0]] if len(key) == 1 else stack_rows([rows[choice] for choice in key], self._package)
+        entry = _Entry(self._device.values(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        if entry.size <= self._limit:
+            self._keep(key, entry)
+        return entry.values
+
+    def _keep(self, key: _Key, entry: _Entry) -> None:
+        with self._lock:
+            alive = set(self._loaded.values())
+            # An adapter unloaded meanwhile must not come back to life in here.
+            if key in self._composed or not all(part in alive for choice in key for part, _ in choice):
+                return
+            self._composed[key] = entry
+            self._size += entry.size
+            while self._size > self._limit:
+                self._size -= self._composed.popitem(last=False)[1].size
+
+
+def _blend(choice: tuple[tuple[Loaded, float], ...]) -> Mapping[str, Array]:
+    if not choice:
+        return {}
+    if _is_plain(choice):
+        return choice[0][0].tensors
+    return blend([(replace(loaded.bound, tensors=loaded.tensors), weight) for loaded, weight in choice])
+
+
+def _is_plain(choice: tuple[tuple[Loaded, float], ...]) -> bool:
+    """One adapter at full strength."""
+    return len(choice) == 1 and choice[0][1] == 1.0
+
+
+def _uses(key: _Key, loaded: Loaded) -> bool:
+    return any(part is loaded for choice in key for part, _ in choice)
+
+
+def _private(tensor: Array) -> Array:
+    """The tensor in memory of its own where it was mapped: a file may be overwritten or cut off later."""
+    base: object = tensor
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return np.array(tensor)
+        base = base.base
+    return np.ascontiguousarray(tensor)
