@@ -1,0 +1,26 @@
+"""Adapter files in, bound adapters out: reading, checking against a package, composing, writing.
+
+Needs numpy and safetensors; ONNX Runtime only for `.onnx_adapter` files.
+"""
+
+from __future__ import annotations
+
+from onnx_lora.adapters.bind import bind
+from onnx_lora.adapters.compose import blend, stack_rows
+from onnx_lora.adapters.formats.converted import write_bound
+from onnx_lora.adapters.model import Adapter, BoundAdapter, Coverage, Delta, Origin, Replacement
+from onnx_lora.adapters.read import read_adapter
+
+__all__ = [
+    "Adapter",
+    "BoundAdapter",
+    "Coverage",
+    "Delta",
+    "Origin",
+    "Replacement",
+    "bind",
+    "blend",
+    "read_adapter",
+    "stack_rows",
+    "write_bound",
+]

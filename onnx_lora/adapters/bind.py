@@ -4,7 +4,6 @@ It knows points and replaceable weights, and no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +64,11 @@ class _Binder:
             wrong = _delta_problems(point, delta)
             self.problems += wrong
             if not wrong:
-                self._put(point.lora_a, delta.a.T, point.dtype)
+                self._put(point.lora_a, delta.a.T[None], point.dtype)
                 # In float64, so that scale and cast round once.
-                scaled = delta.b.T if delta.scale == 1.0 else delta.b.T.astype(np.float64) * delta.scale
-                self._put(point.lora_b, scaled, point.dtype)
+                with np.errstate(over="ignore"):
+                    scaled = delta.b.T if delta.scale == 1.0 else delta.b.T.astype(np.float64) * delta.scale
+                self._put(point.lora_b, scaled[None], point.dtype)
 
     def bind_replacements(self) -> None:
         for name in sorted(self.adapter.replacements):
@@ -76,7 +76,7 @@ class _Binder:
             if replacement.in_place and self._is_base(name, replacement.value):
                 self.notes.append(f"{name}: equal to the base's own, nothing to replace")
                 continue
-            if replacement.in_place and name.split(".")[-2:-1] and name.split(".")[-2] in _OFTEN_TIED:
+            if replacement.in_place and name.rpartition(".")[0].rpartition(".")[2] in _OFTEN_TIED:
                 self.problems.append(
                     f"{name}: PEFT writes it over the base's weight, and over every weight tied to that; "
                     "save the adapter with the module in modules_to_save, or merge it and export that"
@@ -104,8 +104,8 @@ class _Binder:
             self._put(weight.name, value if replacement.in_graph_layout else weight.to_graph(value), weight.dtype)
 
     def _put(self, name: str, value: Array, dtype: str) -> None:
-        """Cast and freeze one tensor; factors get their axis of rows."""
-        cast = _frozen(value[None] if name not in self.package.replaceable else value, np.dtype(dtype))
+        """Cast and freeze one tensor."""
+        cast = _frozen(value, np.dtype(dtype))
         if not np.isfinite(cast).all():
             largest = float(np.abs(value).max())
             self.problems.append(
@@ -226,5 +226,3 @@ def _frozen(value: Array, dtype: np.dtype[np.generic]) -> Array:
         copy: Array = np.array(value, dtype=dtype, order="C")
     copy.flags.writeable = False
     return copy
-
-

@@ -90,8 +90,8 @@ def attach(
 ) -> Package:
     """Give an ONNX file that somebody else exported its injection points. Needs no torch.
 
-    onnx_file: a file, or a folder of files that make one package. External data is linked, not copied,
-        where the file system allows it.
+    onnx_file: a file, or a folder of files that make one package. External data files are copied as they
+        are, never rewritten.
     checkpoint: a folder of safetensors the graph was made from: nodes are then told apart by their
         weights' values, not by their names. For the other arguments see `export`.
 
@@ -111,5 +111,6 @@ def _build(folder: Path, loaded: Loaded, options: Options, progress: Progress) -
         checkpoint=loaded.checkpoint,
         origin=loaded.origin,
         companions=loaded.companions,
+        scratch=loaded.scratch,
         progress=progress,
     )

@@ -76,9 +76,12 @@ def build(
     checkpoint: Checkpoint | None,
     origin: dict[str, str],
     companions: Iterable[Path] = (),
+    scratch: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Package:
     """Write a package's files into `folder`: graphs, weights, manifest, and copies of `companions`.
+
+    Data files in `scratch` are moved, others copied.
 
     Raises ModelError: a file is no ONNX graph, nothing in it is targeted, or a name means nothing.
     """
@@ -98,7 +101,7 @@ def build(
         raise _nothing_found(graphs)
     check_names(options.replaceable, used, modules)
     chosen = _choose(modules, graphs, options, checkpoint)
-    store = WeightStore(folder)
+    store = WeightStore(folder, scratch=scratch)
     infos = [_write(graph, chosen, store, folder, options, len(graphs) > 1, progress) for graph in graphs]
     manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, tuple(infos))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")

@@ -1,9 +1,8 @@
-"""The weights of a package: every tensor that must be external is written once, or linked where it
-already lies in a file. It knows tensors and files, not what the weights are for."""
+"""The weights of a package: inline tensors are written out once, external data files are taken over
+as they are. It knows tensors and files, not what the weights are for."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection
 from hashlib import sha256
@@ -27,11 +26,15 @@ _ALIGNMENT = 64  # bytes: a cache line
 
 
 class WeightStore:
-    """A package folder's data files. Equal bytes are written once, over all graphs."""
+    """A package folder's data files. Equal bytes are written once, over all graphs.
 
-    def __init__(self, folder: Path) -> None:
+    External data is copied as it is, or moved where it lies in `scratch`, which nobody needs later.
+    """
+
+    def __init__(self, folder: Path, *, scratch: Path | None = None) -> None:
         self._folder = folder
-        self._linked: dict[Path, str] = {}
+        self._scratch = scratch
+        self._adopted: dict[Path, str] = {}
         self._written: dict[tuple[str, int], int] = {}  # digest and length -> offset
         self._file: str | None = None
         self._end = 0
@@ -41,37 +44,44 @@ class WeightStore:
 
         Raises ModelError: an external tensor's file is missing, too short, or outside its folder.
         """
-        for name, value in graph.initializers.items():
+        inline: list[ir.Value] = []
+        for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = self._link(tensor)
-            elif tensor is None or tensor.dtype == ir.DataType.STRING:
-                continue
-            elif tensor.nbytes >= _INLINE_LIMIT or name in always:
-                value.const_value = self._write(tensor)
+                value.const_value = self._adopt(tensor)
+            elif tensor is not None and tensor.dtype != ir.DataType.STRING:
+                inline.append(value)
+        for value in inline:
+            assert value.const_value is not None
+            if value.const_value.nbytes >= _INLINE_LIMIT or value.name in always:
+                value.const_value = self._write(value.const_value)
 
-    def _link(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    def _adopt(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         source = Path(tensor.path)
-        try:
-            inside = source.resolve().is_relative_to(Path(tensor.base_dir).resolve())
-            length = source.stat().st_size
-        except OSError as error:
-            raise ModelError(f"the file of weight {tensor.name!r} is missing", path=source) from error
-        if not inside:
-            raise ModelError(f"weight {tensor.name!r} must lie in the model's folder", path=source)
-        if (tensor.offset or 0) + tensor.nbytes > length:
-            raise ModelError(f"cut off: weight {tensor.name!r} ends past its {length} bytes", path=source)
-        if source not in self._linked:
+        if source not in self._adopted:
+            if not source.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
+                raise ModelError(f"weight {tensor.name!r} must lie in the model's folder", path=source)
+            if not source.is_file():
+                raise ModelError(f"the file of weight {tensor.name!r} is missing", path=source)
             name = self._free_name(source.name)
-            _link_or_copy(source.resolve(), self._folder / name)
-            self._linked[source] = name
-        return self._external(tensor, self._linked[source], tensor.offset or 0)
+            if self._scratch is not None and source.is_relative_to(self._scratch):
+                source.rename(self._folder / name)
+            else:
+                # Not a hard link: onnx refuses to load a model whose data file has a second one, and
+                # that would spoil the original as well as the package.
+                shutil.copyfile(source, self._folder / name)
+            self._adopted[source] = name
+        file = self._adopted[source]
+        offset, length = tensor.offset or 0, (self._folder / file).stat().st_size
+        if offset + tensor.nbytes > length:
+            raise ModelError(f"cut off: weight {tensor.name!r} ends past its {length} bytes", path=source)
+        return self._external(tensor, file, offset)
 
     def _write(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         data = tensor.tobytes()
         key = sha256(data).hexdigest(), len(data)
         if self._file is None:
-            self._file = self._free_name("model.onnx.data")
+            self._file = self._free_name("model.onnx.data", "inline.onnx.data")
         if key not in self._written:
             alignment = _PAGE if len(data) >= _LARGE else _ALIGNMENT
             self._end += -self._end % alignment
@@ -93,12 +103,11 @@ class WeightStore:
             base_dir=self._folder,
         )
 
-    def _free_name(self, name: str) -> str:
-        """`name`, unless a linked file of another folder has taken it."""
-        taken = {*self._linked.values(), self._file}
-        return next(
-            free for free in [name, *(f"{count}.{name}" for count in range(len(taken) + 1))] if free not in taken
-        )
+    def _free_name(self, *names: str) -> str:
+        """The first of `names` that no file has taken, else the last with a number before it."""
+        taken = {*self._adopted.values(), self._file}
+        numbered = (f"{count}.{names[-1]}" for count in range(len(taken) + 1))
+        return next(free for free in [*names, *numbered] if free not in taken)
 
 
 def where(value: ir.Value) -> StoredTensor:
@@ -111,10 +120,3 @@ def where(value: ir.Value) -> StoredTensor:
         shape=tuple(int(size) for size in tensor.shape.numpy()),
         dtype=tensor.dtype.numpy().name,
     )
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)

@@ -21,15 +21,17 @@ except ImportError as error:
         "install it: pip install onnx-lora[cpu], or onnx-lora[gpu] for CUDA (one of them, never both)"
     ) from error
 
-__all__ = ["CPU", "Device", "Options", "Providers", "own_options", "running", "start"]
+__all__ = ["CPU", "Device", "Options", "Providers", "ort", "own_options", "running", "start"]
 
 # What ONNX Runtime's sessions take for `providers`.
 Providers = Sequence[str | tuple[str, dict[Any, Any]]]
 
 # ONNX Runtime's own exceptions have no common root but Exception.
-_NATIVE = tuple(
+_NATIVE: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(_native).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
+# pybind turns what is not ONNX Runtime's own into these.
+_FAILURES: tuple[type[Exception], ...] = (*_NATIVE, RuntimeError, ValueError, TypeError)
 
 # Severity 3 is ERROR. At WARNING, ONNX Runtime writes one line for every optional input.
 _ERRORS_ONLY = 3
@@ -80,7 +82,7 @@ class Device:
     def values(self, tensors: Mapping[str, Array]) -> dict[str, Any]:
         try:
             return {name: self.value(tensor) for name, tensor in tensors.items()}
-        except (*_NATIVE, RuntimeError) as error:
+        except _FAILURES as error:
             raise RunError(f"the adapter's tensors cannot be put on {self.kind}: {_first_line(error)}") from error
 
 
@@ -120,7 +122,7 @@ def running() -> Iterator[None]:
         yield
     except _native.InvalidArgument as error:
         raise FeedError(f"ONNX Runtime refuses the inputs; correct what it names: {_first_line(error)}") from error
-    except (*_NATIVE, RuntimeError, ValueError, TypeError) as error:
+    except _FAILURES as error:
         raise RunError(f"ONNX Runtime failed in the run: {_first_line(error)}") from error
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, blend, read_adapter
 from onnx_lora.errors import BindError, SelectionError
 from onnx_lora.package import Package
-from onnx_lora.points import Array
+from onnx_lora.points import Array, Replaceable
 
 __all__ = ["AnyAdapter", "AnyPackage", "Mixture", "as_bound", "mixed", "opened"]
 
@@ -19,7 +19,7 @@ AnyAdapter: TypeAlias = Union[str, "os.PathLike[str]", Adapter, BoundAdapter]
 AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
 
 # Several adapters and their weights. Adapters already read cannot be keys: they go in pairs.
-Mixture: TypeAlias = Union[Mapping[AnyAdapter, float], Sequence[tuple[AnyAdapter, float]]]
+Mixture: TypeAlias = Mapping[AnyAdapter, float] | Sequence[tuple[AnyAdapter, float]]
 
 
 def opened(package: AnyPackage) -> Package:
@@ -56,14 +56,7 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package) -> Mapping[str, Array
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    problems = [
-        f"the weight of {part!s:.80} must be a finite number, and is {weight!r}"
-        for part, weight in pairs
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, np.number)) or not np.isfinite(weight)
-    ]
-    if problems:
-        raise SelectionError("the blend cannot be made", problems=problems)
-    return blend([(as_bound(part, package), float(weight)) for part, weight in pairs])
+    return blend([(as_bound(part, package), weight) for part, weight in pairs])
 
 
 def _check(bound: BoundAdapter, package: Package) -> None:
@@ -75,7 +68,7 @@ def _check(bound: BoundAdapter, package: Package) -> None:
         shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
         digests[point.module] = point.sha256
     for weight in package.replaceable.values():
-        dims = package.input_shape(weight)
+        dims = _input_shape(weight)
         shapes[weight.name] = weight.dtype, (*dims[:-1], None) if weight.free_outputs else dims
         digests[weight.name] = weight.sha256
     problems = [
@@ -96,6 +89,15 @@ def _check(bound: BoundAdapter, package: Package) -> None:
             path=bound.origin.path or None,
             problems=problems,
         )
+
+
+def _input_shape(weight: Replaceable) -> tuple[int, ...]:
+    """Of a replaceable weight's graph input with one row."""
+    if weight.role == "linear_bias":
+        return (1, 1, *weight.shape)
+    if weight.role == "linear_weight":
+        return (1, *(weight.shape if weight.in_out else reversed(weight.shape)))
+    return weight.shape
 
 
 def _is(tensor: Array, dtype: str, shape: Sequence[int | None]) -> bool:

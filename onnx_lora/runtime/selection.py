@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Real
-from typing import TypeAlias, Union
+from typing import TypeAlias, cast
 
 from onnx_lora.errors import SelectionError
 
 __all__ = ["AdapterChoice", "Choice", "Selection", "parse", "unknown"]
 
 # What a caller may write: a name, a blend, or None for the base; or a list of these, one per row.
-OneChoice: TypeAlias = Union[str, Mapping[str, float], None]
-AdapterChoice: TypeAlias = Union[OneChoice, list[OneChoice], tuple[OneChoice, ...]]
+OneChoice: TypeAlias = str | Mapping[str, float] | None
+AdapterChoice: TypeAlias = OneChoice | list[OneChoice] | tuple[OneChoice, ...]
 
 # Adapters and their weights, by name, sorted: no adapter is the base.
 Choice: TypeAlias = tuple[tuple[str, float], ...]
@@ -55,10 +55,9 @@ def parse(adapter: AdapterChoice, loaded: Collection[str]) -> Selection:
 
 def unknown(name: str, loaded: Collection[str]) -> str:
     """That there is no such adapter, and what there is."""
-    close = get_close_matches(name, loaded, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     there = ", ".join(map(repr, sorted(loaded))) or "none"
-    return f"no adapter {name!r} is loaded{hint} Loaded: {there}" if close else f"no adapter {name!r} is loaded; loaded: {there}"
+    close = " or ".join(map(repr, get_close_matches(name, loaded, n=3)))
+    return f"no adapter {name!r} is loaded; loaded: {there}" + (f"; did you mean {close}?" if close else "")
 
 
 def _choice(asked: object, loaded: Collection[str], where: str, problems: list[str]) -> Choice:
@@ -79,8 +78,15 @@ def _choice(asked: object, loaded: Collection[str], where: str, problems: list[s
             problems.append(f"{where}: adapters are chosen by name, not by a {type(name).__name__}")
         elif name not in loaded:
             problems.append(f"{where}: {unknown(name, loaded)}")
-        elif isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+        elif not _is_weight(weight):
             problems.append(f"{where}: the weight of {name!r} must be a finite number, and is {weight!r}")
         else:
-            choice.append((name, float(weight)))
+            choice.append((name, float(cast(float, weight))))
     return tuple(sorted(choice))
+
+
+def _is_weight(weight: object) -> bool:
+    try:
+        return isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
+    except OverflowError:
+        return False

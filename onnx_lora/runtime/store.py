@@ -16,7 +16,7 @@ from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
-from onnx_lora.runtime.selection import Choice, Selection, unknown
+from onnx_lora.runtime.selection import Selection, unknown
 
 __all__ = ["Loaded", "Store", "Values"]
 
@@ -29,7 +29,7 @@ class Loaded:
     """An adapter on the device. Equal to itself alone: one loaded again under its name is another."""
 
     bound: BoundAdapter
-    tensors: Mapping[str, Array]  # those this session's graph takes
+    part: BoundAdapter  # what of it this session's graph takes
     values: Values
 
 
@@ -66,8 +66,8 @@ class Store:
 
     def add(self, name: str, bound: BoundAdapter) -> None:
         """Put a bound adapter on the device. Raises SelectionError: the name is taken."""
-        tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in self._inputs}
-        loaded = Loaded(bound, tensors, self._device.values(tensors))
+        part = _restricted(bound, self._inputs)
+        loaded = Loaded(bound, part, self._device.values(part.tensors))
         with self._lock:
             self.check_free(name)
             self._loaded = {**self._loaded, name: loaded}
@@ -91,9 +91,7 @@ class Store:
 
         Raises SelectionError: its parts cannot be composed.
         """
-        key: _Key = tuple(
-            tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices
-        )
+        key: _Key = tuple(tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices)
         if len(key) == 1 and not key[0]:
             return {}
         if len(key) == 1 and _is_plain(key[0]):
@@ -130,8 +128,8 @@ def _blend(choice: tuple[tuple[Loaded, float], ...]) -> Mapping[str, Array]:
     if not choice:
         return {}
     if _is_plain(choice):
-        return choice[0][0].tensors
-    return blend([(replace(loaded.bound, tensors=loaded.tensors), weight) for loaded, weight in choice])
+        return choice[0][0].part.tensors
+    return blend([(loaded.part, weight) for loaded, weight in choice])
 
 
 def _is_plain(choice: tuple[tuple[Loaded, float], ...]) -> bool:
@@ -141,6 +139,17 @@ def _is_plain(choice: tuple[tuple[Loaded, float], ...]) -> bool:
 
 def _uses(key: _Key, loaded: Loaded) -> bool:
     return any(part is loaded for choice in key for part, _ in choice)
+
+
+def _restricted(bound: BoundAdapter, inputs: frozenset[str]) -> BoundAdapter:
+    """What of an adapter concerns a graph with these inputs, in memory of its own."""
+    tensors = {name: _private(tensor) for name, tensor in bound.tensors.items() if name in inputs}
+    coverage = replace(
+        bound.coverage,
+        applied=tuple(module for module in bound.coverage.applied if f"{module}.lora_A.weight" in tensors),
+        replaced=tuple(name for name in bound.coverage.replaced if name in tensors),
+    )
+    return replace(bound, tensors=tensors, coverage=coverage)
 
 
 def _private(tensor: Array) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
-__all__ = ["opened", "parse_json", "sha256_of", "widened_bfloat16"]
+__all__ = ["opened", "parse_json", "sha256_of", "shown", "widened_bfloat16"]
 
 
 @contextmanager
@@ -30,8 +30,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
     with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
@@ -48,3 +51,8 @@ def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
 def widened_bfloat16(bits: Array) -> Array:
     """bfloat16, held as 16-bit integers, as float32: exact, since it is float32's upper half."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def shown(value: object) -> str:
+    """A value out of a file, short enough for a message."""
+    return repr(value)[:80]

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from onnx_lora.adapters.formats.files import sha256_of
-from onnx_lora.adapters.formats.peft_config import CONFIG, LoraRules, read_config
+from onnx_lora.adapters.formats.peft_config import CONFIG, read_config
 from onnx_lora.adapters.formats.peft_keys import Key, adapter_names, parse_key
+from onnx_lora.adapters.formats.peft_rules import LoraRules
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.model import Adapter, Delta, Origin, Replacement
@@ -30,22 +31,30 @@ def read_peft(folder: Path, name: str) -> Adapter:
     Raises AdapterFileError: a file is missing or damaged, or its tensors and its config disagree.
     UnsupportedAdapterError: a method, or a tensor of one, that is refused.
     """
-    config, weights, notes = _find_files(folder)
-    rules = read_config(config)
-    tensors = read_safetensors(weights).tensors if weights.suffix == ".safetensors" else read_torch_pickle(weights)
+    present = _list(folder)
+    if CONFIG not in present:
+        raise AdapterFileError(
+            f"must hold {CONFIG} and does not; found {_without_config(folder, present)}", path=folder
+        )
+    rules = read_config(folder / CONFIG)
+    weights = [folder / name for name in (_SAFETENSORS, _PICKLE) if name in present]
+    if not weights:
+        raise AdapterFileError(
+            f"must hold {_SAFETENSORS} (or {_PICKLE}); found {_without_weights(present)}", path=folder
+        )
     sorter = _Sorter(rules)
-    sorter.take(tensors)
+    if len(weights) > 1:
+        sorter.notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+    sorter.take(read_safetensors(weights[0]).tensors if _SAFETENSORS in present else read_torch_pickle(weights[0]))
     sorter.judge()
-    _raise(sorter, weights)
+    _raise(sorter, weights[0])
     return Adapter(
         name=name,
-        deltas={
-            module: Delta(pair["A"], pair["B"], rules.scale_of(module)) for module, pair in sorter.factors.items()
-        },
+        deltas={module: Delta(pair["A"], pair["B"], rules.scale_of(module)) for module, pair in sorter.factors.items()},
         replacements=sorter.replacements(),
-        origin=Origin(str(folder), sha256_of(weights), "peft", rules.method, rules.base_model),
+        origin=Origin(str(folder), sha256_of(weights[0]), "peft", rules.method, rules.base_model),
         saved_modules=(*rules.saved, *rules.task_heads),
-        notes=(*notes, *sorter.notes),
+        notes=tuple(sorter.notes),
     )
 
 
@@ -59,34 +68,30 @@ def _raise(sorter: _Sorter, weights: Path) -> None:
         )
 
 
-def _find_files(folder: Path) -> tuple[Path, Path, list[str]]:
-    """The config and the weights beside it, and what to note about them."""
+def _list(folder: Path) -> list[str]:
     try:
-        present = sorted(entry.name for entry in folder.iterdir())
+        return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise AdapterFileError(f"cannot be read: {error}", path=folder) from error
-    weights = [name for name in (_SAFETENSORS, _PICKLE) if name in present]
-    missing = [] if CONFIG in present else [f"no {CONFIG}"]
-    if not weights:
-        missing.append(f"no {_SAFETENSORS} (or {_PICKLE})")
-    if missing:
-        below = [entry for entry in present if (folder / entry / CONFIG).is_file()]
-        cure = f"; there is one in {', '.join(below[:5])}" if below else _cure(present, bool(weights))
-        found = ", ".join(present[:12]) or "nothing"
-        raise AdapterFileError(
-            f"must be a folder that PEFT wrote, and has {' and '.join(missing)}; found {found}{cure}", path=folder
-        )
-    notes = [f"both {_SAFETENSORS} and {_PICKLE} are there; PEFT reads the first, and so was done"][: len(weights) - 1]
-    return folder / CONFIG, folder / weights[0], notes
 
 
-def _cure(present: list[str], has_weights: bool) -> str:
+def _without_config(folder: Path, present: list[str]) -> str:
+    """What there is instead of a config, and what to do."""
+    found = ", ".join(present[:12]) or "nothing"
+    below = [entry for entry in present if (folder / entry / CONFIG).is_file()]
+    if below:
+        return f"{found}; {', '.join(below[:5])} has one: give that folder"
     if "onnx_lora.json" in present:
-        return ": it is a package of onnx-lora, not an adapter"
-    if has_weights:
-        return f"; without {CONFIG} the scale is unknown: get it from where the adapter was trained"
+        return f"{found}: it is a package of onnx-lora, not an adapter"
+    if _SAFETENSORS in present or _PICKLE in present:
+        return f"{found}; without the config the scale is unknown: get it from where the adapter was trained"
+    return f"{found}; give the folder that PEFT's save_pretrained wrote"
+
+
+def _without_weights(present: list[str]) -> str:
     likely = [name for name in present if name.endswith((".safetensors", ".bin"))]
-    return f"; if {likely[0]!r} holds the adapter, rename it to {_SAFETENSORS}" if len(likely) == 1 else ""
+    cure = f"; if {likely[0]!r} holds the adapter, rename it to {_SAFETENSORS}" if len(likely) == 1 else ""
+    return ", ".join(present[:12]) + (cure or "; get the whole folder")
 
 
 @dataclass
@@ -142,6 +147,11 @@ class _Sorter:
     def judge(self) -> None:
         """Check the factors against the config and against each other."""
         for module, pair in self.factors.items():
+            if self.rules.alpha_is_ambiguous(module):
+                self.notes.append(
+                    f"{module}: several alphas of alpha_pattern match; as in PEFT the file's first counts, which is "
+                    "not the one of the training where PEFT sorted them on saving"
+                )
             reason = self.rules.rejects(module)
             if reason is not None:
                 self.problems.append(

@@ -20,7 +20,7 @@ __all__ = ["SafetensorsFile", "read_safetensors"]
 # The limit of the safetensors library itself.
 _HEADER_LIMIT = 100_000_000  # bytes
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -61,7 +61,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         size = file.seek(0, 2)
         file.seek(0)
         header, data_start = _header(file, size, path)
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         entries, problems = _entries(header, size - data_start)
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             problems.append("__metadata__ must map names to strings")

@@ -33,7 +33,7 @@ _LEGACY_VERSION = 1001
 # The pickle of a state dict holds names and shapes: about 200 bytes a tensor.
 _PICKLE_LIMIT = 64 * 2**20  # bytes
 
-_STORAGES = {
+_STORAGES: dict[str, np.dtype[Any]] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
@@ -82,11 +82,11 @@ class _Tensor:
     strides: tuple[int, ...]  # elements
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A name, a value or a layout that is not allowed; the text says which."""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc]
+class _Unpickler(pickle._Unpickler):
     """The pure Python unpickler: its memo is a dict, where the C one allocates what the file asks for."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -101,25 +101,25 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc]
             ("torch._utils", "_rebuild_parameter"): lambda *fields: fields[0],
         }
         if (module, name) not in allowed:
-            raise _Refused(f"it asks for {module}.{name}, which no file of tensors needs")
+            raise _RefusedError(f"it asks for {module}.{name}, which no file of tensors needs")
         return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or pid[1] not in _STORAGES:
-            raise _Refused(f"it names a storage in a way not known here: {str(pid)[:100]}")
+            raise _RefusedError(f"it names a storage in a way not known here: {str(pid)[:100]}")
         if len(pid) > 5 and pid[5] is not None:
-            raise _Refused("it uses storages that are views of others (torch before 0.4)")
+            raise _RefusedError("it uses storages that are views of others (torch before 0.4)")
         if type(pid[4]) is not int or pid[4] < 0:
-            raise _Refused(f"impossible size {pid[4]!r} of a storage")
+            raise _RefusedError(f"impossible size {pid[4]!r} of a storage")
         return _Storage(pid[1], str(pid[2]), pid[4])
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any) -> _Tensor:
     sizes = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or not all(type(size) is int and 0 <= size < 2**62 for size in sizes):
-        raise _Refused("a tensor with an impossible storage, offset, shape or stride")
+        raise _RefusedError("a tensor with an impossible storage, offset, shape or stride")
     if len(shape) != len(strides) or len(shape) > 32:
-        raise _Refused("a tensor whose shape and strides differ in length")
+        raise _RefusedError("a tensor whose shape and strides differ in length")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -133,7 +133,7 @@ def read_torch_pickle(path: Path) -> Mapping[str, Array]:
         file.seek(0)
         try:
             return _read_zip(file) if start == b"PK\x03\x04" else _read_legacy(file)
-        except _Refused as error:
+        except _RefusedError as error:
             raise AdapterFileError(
                 f"must hold tensors by name and nothing else, and was not loaded: {error}; "
                 "load it where you trust it and save it again as adapter_model.safetensors",
@@ -151,15 +151,15 @@ def _read_zip(file: BinaryIO) -> Mapping[str, Array]:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise _Refused("an archive of torch.save has exactly one data.pkl")
+            raise _RefusedError("an archive of torch.save has exactly one data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-            raise _Refused("its archive is compressed, which torch.save never does")
+            raise _RefusedError("its archive is compressed, which torch.save never does")
         order = members.get(f"{root}byteorder")
         if order is not None and archive.read(order).strip() != b"little":
-            raise _Refused("it was written on a big-endian machine")
+            raise _RefusedError("it was written on a big-endian machine")
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
-            raise _Refused(f"its data.pkl has {members[pickles[0]].file_size} bytes (limit {_PICKLE_LIMIT})")
+            raise _RefusedError(f"its data.pkl has {members[pickles[0]].file_size} bytes (limit {_PICKLE_LIMIT})")
         state = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
         return _arrays(state, lambda storage: archive.read(f"{root}data/{storage.key}"))
 
@@ -168,22 +168,22 @@ def _read_legacy(file: BinaryIO) -> Mapping[str, Array]:
     stream = io.BytesIO(file.read())
     magic, version, system = (_Unpickler(stream).load() for _ in range(3))
     if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION:
-        raise _Refused("it is a pickle, but not one of torch.save")
+        raise _RefusedError("it is a pickle, but not one of torch.save")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _Refused("it was written on a big-endian machine")
+        raise _RefusedError("it was written on a big-endian machine")
     unpickler = _Unpickler(stream)
     state = unpickler.load()
     keys = _Unpickler(stream).load()
     sizes = {tensor.storage.key: tensor.storage for tensor in _tensors(state).values()}
     if not isinstance(keys, list) or not set(sizes) <= set(map(str, keys)):
-        raise _Refused("it does not hold the storages that its tensors name")
+        raise _RefusedError("it does not hold the storages that its tensors name")
     view = stream.getbuffer()
     where: dict[str, memoryview] = {}
     position = stream.tell()
     for key in map(str, keys):
         storage = sizes.get(key)
         if storage is None:
-            raise _Refused(f"it holds a storage {key!r} that no tensor names")
+            raise _RefusedError(f"it holds a storage {key!r} that no tensor names")
         end = position + 8 + storage.count * _STORAGES[storage.kind].itemsize
         if end > len(view) or int.from_bytes(view[position : position + 8], "little") != storage.count:
             raise ValueError(f"storage {key} does not have {storage.count} elements")
@@ -194,10 +194,10 @@ def _read_legacy(file: BinaryIO) -> Mapping[str, Array]:
 
 def _tensors(state: Any) -> dict[str, _Tensor]:
     if not isinstance(state, dict):
-        raise _Refused(f"it holds a {type(state).__name__}, not a dictionary")
+        raise _RefusedError(f"it holds a {type(state).__name__}, not a dictionary")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise _Refused(f"{str(name)[:100]!r} is a {type(value).__name__}, not a tensor")
+            raise _RefusedError(f"{str(name)[:100]!r} is a {type(value).__name__}, not a tensor")
     return state
 
 
@@ -219,13 +219,12 @@ def _strided(name: str, values: Array, tensor: _Tensor) -> Array:
     count = math.prod(tensor.shape)
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if count and (last >= values.size or count > values.size):
-        raise _Refused(f"{name} reaches beyond its storage of {values.size} elements")
+        raise _RefusedError(f"{name} reaches beyond its storage of {values.size} elements")
     if not count:
         return np.empty(tensor.shape, values.dtype)
-    array = np.lib.stride_tricks.as_strided(
+    return np.lib.stride_tricks.as_strided(
         values[tensor.offset :],
         tensor.shape,
         [stride * values.itemsize for stride in tensor.strides],
         writeable=False,
     )
-    return array

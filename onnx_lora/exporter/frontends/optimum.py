@@ -49,7 +49,7 @@ def export_checkpoint(
     if local.is_dir():
         companions |= {file.name: file for file in companions_of(local) if file.name not in companions}
     origin = {"made_by": "optimum", "from": local.name if local.is_dir() else str(model), "task": task, "dtype": dtype}
-    return Loaded(sources, origin, checkpoint, tuple(companions.values())), torch_model
+    return Loaded(sources, origin, checkpoint, tuple(companions.values()), folder), torch_model
 
 
 def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = "fp32") -> tuple[nn.Module, str]:
@@ -57,13 +57,11 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = 
 
     Decoders get their cache ("-with-past") unless `task` says otherwise.
     """
-    with _quiet(), _translated(model, task):
+    with _translated(model, task):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
-        from optimum.utils import logging as optimum_logging
-
-        optimum_logging.set_verbosity_error()
+    with _quiet(), _translated(model, task):
         library = TasksManager.infer_library_from_model(str(model))
         chosen = task or _task_of(model, library)
         chosen = TasksManager.map_from_synonym(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lora.exporter.build import Source
@@ -32,12 +32,14 @@ _NOT_COMPANIONS = ("onnx_lora.json", "adapter_config.json", "trainer_state.json"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """ONNX files on disk, with what is known about them. `origin` is written into the manifest."""
+    """ONNX files on disk, with what is known about them. `origin` is written into the manifest; files in
+    `scratch` were made for the package alone."""
 
     sources: tuple[Source, ...]
     origin: dict[str, str]
     checkpoint: Checkpoint | None = None
-    companions: tuple[Path, ...] = field(default=())
+    companions: tuple[Path, ...] = ()
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

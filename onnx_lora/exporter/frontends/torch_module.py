@@ -71,7 +71,7 @@ def export_module(
         raise ExportError(f"torch.onnx could not export {type(model).__name__}: {_first_lines(error)}") from error
     checkpoint = Checkpoint.of_module(model, heads=frozenset())
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
-    return Loaded((Source("model", file),), origin, checkpoint)
+    return Loaded((Source("model", file),), origin, checkpoint, scratch=folder)
 
 
 def reference(model: nn.Module, outputs: Sequence[str], example_inputs: Any) -> Reference:

@@ -1,0 +1,188 @@
+"""Several bound adapters as one set of graph inputs: blended into one, or one for every row of a batch.
+
+It knows the layout of graph inputs, and no session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnx_lora.adapters.model import BoundAdapter
+from onnx_lora.errors import SelectionError
+from onnx_lora.package import Package
+from onnx_lora.points import Array, InjectionPoint, Replaceable
+
+__all__ = ["blend", "stack_rows"]
+
+Tensors = Mapping[str, Array]  # by graph input name
+
+
+def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
+    """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
+
+    One part of weight 1 gives its own tensors, uncopied; no part gives the base. Raises
+    SelectionError: a weight that is not a finite number, a whole weight that more than one part
+    brings or that a part of another weight than 1 brings, parts bound to different packages.
+    """
+    problems = [
+        f"{part.name}: a weight must be a finite number, and is {weight!r}"
+        for part, weight in parts
+        if not _is_weight(weight)
+    ]
+    problems += _replaced_problems(parts)
+    if problems:
+        raise SelectionError("these adapters cannot be blended so", problems=problems)
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return parts[0][0].tensors
+    tensors: dict[str, Array] = {}
+    for part, _ in parts:
+        tensors.update((name, part.tensors[name]) for name in part.coverage.replaced)
+    for module in dict.fromkeys(module for part, _ in parts for module in part.coverage.applied):
+        tensors.update(_blend_point(module, parts))
+    return tensors
+
+
+def _is_weight(weight: object) -> bool:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
+        return False
+    try:
+        return math.isfinite(weight)
+    except OverflowError:
+        return False
+
+
+def _replaced_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:
+    """Whole weights do not add: one adapter brings them, as they are, or none."""
+    owners: dict[str, list[tuple[str, float]]] = {}
+    for part, weight in parts:
+        for parameter in part.coverage.replaced:
+            owners.setdefault(parameter, []).append((part.name, weight))
+    return [
+        f"{parameter}: a whole weight must come from one adapter of weight 1.0, and comes from "
+        + ", ".join(f"{name!r} of weight {weight}" for name, weight in found)
+        for parameter, found in owners.items()
+        if len(found) > 1 or found[0][1] != 1.0
+    ]
+
+
+def _blend_point(module: str, parts: Sequence[tuple[BoundAdapter, float]]) -> dict[str, Array]:
+    name_a, name_b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    having = [(part, float(weight)) for part, weight in parts if name_a in part.tensors]
+    a = [part.tensors[name_a] for part, _ in having]
+    b = [_weighted(part, name_b, weight) for part, weight in having]
+    kinds = {(first.shape[1], second.shape[2], first.dtype) for first, second in zip(a, b, strict=True)}
+    if len(kinds) > 1:
+        raise SelectionError(
+            f"{module}: adapters of one blend must be bound to one package, and these differ in shape or type: "
+            + ", ".join(part.name for part, _ in having)
+        )
+    return {name_a: np.concatenate(a, axis=2), name_b: np.concatenate(b, axis=1)}
+
+
+def _weighted(part: BoundAdapter, name: str, weight: float) -> Array:
+    """B times the weight, rounded once."""
+    b = part.tensors[name]
+    if weight == 1.0:
+        return b
+    with np.errstate(over="ignore"):
+        weighted: Array = (b.astype(np.float64) * weight).astype(b.dtype)
+    if not np.isfinite(weighted).all():
+        raise SelectionError(f"{part.name}: weight {weight} takes {name} beyond what {b.dtype.name} holds")
+    return weighted
+
+
+def stack_rows(rows: Sequence[Tensors], package: Package) -> dict[str, Array]:
+    """One set of graph inputs for a batch: row i gets `rows[i]`, an empty mapping is the base.
+
+    Ranks are padded with zeros, and so are heads with fewer outputs than the widest; the padding of
+    their bias is -inf, so that neither softmax nor argmax sees it. What is the same in all rows
+    keeps one row. Raises SelectionError: rows differ where the graph cannot take that.
+    """
+    if not rows:
+        return {}
+    if len(rows) == 1:
+        return dict(rows[0])
+    used = {name for row in rows for name in row}
+    tensors: dict[str, Array] = {}
+    problems: list[str] = []
+    for point in package.points.values():
+        if used & {point.lora_a, point.lora_b}:
+            _stack_point(point, rows, tensors, problems)
+    modules = {name.rpartition(".")[0]: None for name in package.replaceable if name in used}
+    for module in modules:
+        _stack_module(module, rows, package, tensors, problems)
+    if problems:
+        raise SelectionError("these rows cannot share one call; run them in separate calls", problems=problems)
+    return tensors
+
+
+def _same(rows: Sequence[Tensors], name: str) -> bool:
+    """The same array in every row, or an equal one."""
+    first = rows[0].get(name)
+    return first is not None and all(
+        (other := row.get(name)) is not None and (other is first or np.array_equal(first, other)) for row in rows[1:]
+    )
+
+
+def _stack_point(
+    point: InjectionPoint, rows: Sequence[Tensors], tensors: dict[str, Array], problems: list[str]
+) -> None:
+    names = (point.lora_a, point.lora_b)
+    if all(_same(rows, name) for name in names):
+        tensors.update((name, rows[0][name]) for name in names)
+        return
+    if not point.per_row:
+        problems.append(f"{point.module}: its place in the graph takes one adapter for all rows, and these rows differ")
+        return
+    rank = max(row[point.lora_a].shape[2] for row in rows if point.lora_a in row)
+    a = np.zeros((len(rows), point.in_features, rank), point.dtype)
+    b = np.zeros((len(rows), rank, point.out_features), point.dtype)
+    for index, row in enumerate(rows):
+        if point.lora_a in row:
+            own = row[point.lora_a].shape[2]
+            a[index, :, :own] = row[point.lora_a][0]
+            b[index, :own] = row[point.lora_b][0]
+    tensors[point.lora_a], tensors[point.lora_b] = a, b
+
+
+def _stack_module(
+    module: str, rows: Sequence[Tensors], package: Package, tensors: dict[str, Array], problems: list[str]
+) -> None:
+    """The whole weights of one module: its weight and its bias have the same number of outputs."""
+    weights = [weight for weight in package.replaceable.values() if weight.module == module]
+    values = {weight.name: _with_defaults(weight, rows, package) for weight in weights}
+    heads = [weight for weight in weights if weight.role != "whole"]
+    widths = {value.shape[-1] for weight in heads for value in values[weight.name]}
+    padded = len(widths) > 1
+    if padded and not any(weight.role == "linear_bias" for weight in heads):
+        problems.append(
+            f"{module}: rows with {', '.join(map(str, sorted(widths)))} outputs need its bias to mark those that a row "
+            f"does not have, and the package does not expose it; export again with --replaceable {module}"
+        )
+        return
+    for weight in weights:
+        if padded or any(weight.name in row for row in rows):
+            _stack_weight(weight, values[weight.name], max(widths, default=0), tensors, problems)
+
+
+def _with_defaults(weight: Replaceable, rows: Sequence[Tensors], package: Package) -> list[Array]:
+    default = None if all(weight.name in row for row in rows) else package.default(weight)
+    return [row[weight.name] if default is None else row.get(weight.name, default) for row in rows]
+
+
+def _stack_weight(
+    weight: Replaceable, values: list[Array], width: int, tensors: dict[str, Array], problems: list[str]
+) -> None:
+    first = values[0]
+    if all(value is first or np.array_equal(value, first) for value in values[1:]):
+        tensors[weight.name] = first
+    elif weight.role == "whole" or not weight.per_row:
+        problems.append(f"{weight.name}: the graph takes one value for all rows, and these rows differ")
+    else:
+        fill = -np.inf if weight.role == "linear_bias" else 0.0
+        stacked = np.full((len(values), first.shape[1], width), fill, weight.dtype)
+        for index, value in enumerate(values):
+            stacked[index, :, : value.shape[2]] = value[0]
+        tensors[weight.name] = stacked

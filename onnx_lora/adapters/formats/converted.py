@@ -1,0 +1,182 @@
+"""Bound adapters as files: `.safetensors` with all that is known of them in its metadata, and ONNX
+Runtime's `.onnx_adapter`, which holds tensors and nothing else. Names are the graph's input names."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import safetensors.numpy
+
+from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
+from onnx_lora.adapters.formats.safetensors_file import read_safetensors
+from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement
+from onnx_lora.errors import AdapterFileError, MissingDependencyError, OutputExistsError, StorageError
+from onnx_lora.package import storage_errors
+from onnx_lora.points import Array
+
+__all__ = ["read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
+
+# Metadata key and the version of what stands beside it.
+_MARK = "onnx_lora"
+_VERSION = "1"
+
+# Bytes 4 to 8 of a flatbuffer; ONNX Runtime's lora/adapter_format schema.
+_ONNX_ADAPTER_MARK = b"TORT"
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def write_bound(
+    bound: BoundAdapter,
+    out: str | os.PathLike[str],
+    *,
+    format: Literal["safetensors", "onnx_adapter"] = "safetensors",
+) -> Path:
+    """Write a bound adapter to the file `out`, whole or not at all.
+
+    Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
+    MissingDependencyError: `.onnx_adapter`, and no ONNX Runtime. AdapterFileError: the name does not
+    end with the format, by which a reader knows it.
+    """
+    target = Path(out)
+    if target.suffix != f".{format}":
+        raise AdapterFileError(f"the file's name must end with .{format}, its format", path=target)
+    runtime = _onnxruntime(target) if format == "onnx_adapter" else None
+    _refuse_existing(target)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            if runtime is None:
+                _write_safetensors(bound, temporary)
+            else:
+                _write_onnx_adapter(bound, temporary, runtime)
+            _refuse_existing(target)
+            temporary.replace(target)
+    return target
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError("exists already; remove it or choose another name", path=target)
+    if target.parent.exists() and not target.parent.is_dir():
+        raise OutputExistsError(f"{target.parent} must be a folder, and is a file", path=target)
+
+
+def _write_safetensors(bound: BoundAdapter, path: Path) -> None:
+    metadata = {
+        _MARK: _VERSION,
+        "name": bound.name,
+        "source": Path(bound.origin.path).name,
+        "source_sha256": bound.origin.sha256,
+        "method": bound.origin.method,
+        "base_model": bound.origin.base_model,
+        "coverage": json.dumps(asdict(bound.coverage)),
+        "base_digests": json.dumps(dict(bound.base_digests)),
+    }
+    # Bytes first: what the disk refuses is then an OSError.
+    path.write_bytes(safetensors.numpy.save(dict(bound.tensors), metadata))
+
+
+def _write_onnx_adapter(bound: BoundAdapter, path: Path, runtime: ModuleType) -> None:
+    # The OrtValues are views of the arrays, which `bound` keeps alive.
+    values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in bound.tensors.items()}
+    adapter = runtime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters(values)
+    try:
+        adapter.export_adapter(str(path))
+    except RuntimeError as error:
+        raise StorageError(f"ONNX Runtime could not write it: {error}", path=path.name) from error
+
+
+def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
+    """Raises AdapterFileError: damaged, or not written by `write_bound`."""
+    file = read_safetensors(path)
+    metadata = file.metadata
+    if _MARK not in metadata:
+        raise AdapterFileError(
+            "a single file must be one that onnx-lora wrote, and this has none of its metadata; a PEFT adapter is a "
+            "folder with adapter_config.json beside the weights: give that folder",
+            path=path,
+        )
+    if metadata[_MARK] != _VERSION:
+        raise AdapterFileError(
+            f"format version {metadata[_MARK]!r}, and this onnx-lora reads {_VERSION!r}; upgrade onnx-lora", path=path
+        )
+    coverage, digests = (parse_json(metadata.get(key, "{}").encode(), path, what=key) for key in _JSON_KEYS)
+    notes = coverage.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(text, str) for text in (*notes, *digests.values())):
+        raise AdapterFileError("its metadata is damaged; convert the adapter again", path=path)
+    deltas, replacements = _split(file.tensors, path)
+    own = name or metadata.get("name") or path.stem
+    origin = Origin(
+        str(path), sha256_of(path), "safetensors", metadata.get("method", ""), metadata.get("base_model", "")
+    )
+    return Adapter(own, deltas, replacements, origin, digests, notes=tuple(notes))
+
+
+_JSON_KEYS = ("coverage", "base_digests")
+
+
+def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
+    """Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime."""
+    with opened(path) as file:
+        start = file.read(8)
+    if start[4:] != _ONNX_ADAPTER_MARK:
+        raise AdapterFileError("is no adapter of ONNX Runtime: its mark is missing", path=path)
+    runtime = _onnxruntime(path)
+    tensors: dict[str, Array] = {}
+    try:
+        for key, value in runtime.AdapterFormat.read_adapter(str(path)).get_parameters().items():
+            # Copied: the values are views of the mapped file.
+            array = np.array(value.numpy())
+            array.flags.writeable = False
+            tensors[key] = array
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
+    deltas, replacements = _split(tensors, path)
+    note = "an .onnx_adapter does not say which base it was bound to, so that was not checked"
+    origin = Origin(str(path), sha256_of(path), "onnx_adapter", "", "")
+    return Adapter(name or path.stem, deltas, replacements, origin, notes=(note,))
+
+
+def _onnxruntime(path: Path) -> ModuleType:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            ".onnx_adapter files need ONNX Runtime: `pip install onnx-lora[cpu]`", path=path
+        ) from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def _split(tensors: Mapping[str, Array], path: Path) -> tuple[dict[str, Delta], dict[str, Replacement]]:
+    """Pairs of factors and whole weights."""
+    problems: list[str] = []
+    modules = dict.fromkeys(name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end))
+    deltas: dict[str, Delta] = {}
+    for module in modules:
+        a, b = tensors.get(module + _A), tensors.get(module + _B)
+        if a is None or b is None:
+            problems.append(f"{module}: must have both lora_A and lora_B, and has one of them")
+        elif a.ndim != 3 or b.ndim != 3 or len(a) != 1 or len(b) != 1:
+            problems.append(
+                f"{module}: must have shapes [1, in, rank] and [1, rank, out], and has {a.shape} and {b.shape}"
+            )
+        else:
+            deltas[module] = Delta(a[0].T, b[0].T, 1.0)
+    if problems:
+        raise AdapterFileError("is no adapter that onnx-lora wrote", path=path, problems=problems)
+    whole = {name: value for name, value in tensors.items() if not name.endswith((_A, _B))}
+    return deltas, {name: Replacement(value, in_graph_layout=True) for name, value in whole.items()}

@@ -1,0 +1,92 @@
+"""What a LoRA config says of a module: whether it is chosen, its rank and its scale. It reads nothing.
+
+The reference is PEFT 0.21: `check_target_module_exists`, `get_pattern_key`, `LoraLayer.update_layer`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["AROUND", "AT_END", "AT_LAYER", "LoraRules"]
+
+# How PEFT wraps the expressions of rank_pattern and alpha_pattern, modules_to_save, layers_pattern.
+AT_END = r"(.*\.)?({})$"
+AROUND = r"(^|.*\.){}($|\..*)"
+AT_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+
+@dataclass(frozen=True)
+class LoraRules:
+    """A LoRA config that was checked: what it says of every module."""
+
+    method: str
+    base_model: str
+    rank: int
+    alpha: float
+    rslora: bool
+    bias: str
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    saved: tuple[str, ...]  # modules_to_save
+    task_heads: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """alpha/r, or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023): the only place where it is computed."""
+        rank = self.rank_of(module)
+        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def alpha_is_ambiguous(self, module: str) -> bool:
+        """Whether the order of alpha_pattern matters: PEFT sorts it on saving."""
+        found = {alpha for key, alpha in self.alpha_pattern.items() if _matches_end(key, module)}
+        return len(found) > 1
+
+    def rejects(self, module: str) -> str | None:
+        """Why PEFT would put no LoRA on `module`, or None."""
+        if isinstance(self.exclude, str):
+            excluded = bool(self.exclude) and re.fullmatch(self.exclude, module) is not None
+        else:
+            excluded = _ends_with_one(module, self.exclude)
+        if excluded:
+            return "exclude_modules excludes it"
+        if any(re.match(AROUND.replace("{}", name), module) for name in self.saved):
+            return "modules_to_save covers it"
+        if self.target is None:
+            return "target_modules is null, and PEFT then chooses by the kind of model"
+        if isinstance(self.target, str):
+            chosen = self.target.lower() == "all-linear" or re.fullmatch(self.target, module) is not None
+        else:
+            chosen = module in self.target or (_ends_with_one(module, self.target) and self._layer_chosen(module))
+        return None if chosen else "target_modules (with layers_to_transform) does not choose it"
+
+    def _layer_chosen(self, module: str) -> bool:
+        if not self.layers:
+            return True
+        patterns = [AT_LAYER.replace("{}", pattern) for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            found = re.match(pattern, module)
+            if found:
+                return int(found["idx"]) in self.layers
+        return False
+
+
+def _ends_with_one(module: str, names: Sequence[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _pattern_key(patterns: Mapping[str, object], module: str) -> str:
+    """PEFT's `get_pattern_key`: anchored at the end of the module's name, first match wins."""
+    return next((key for key in patterns if _matches_end(key, module)), module)
+
+
+def _matches_end(pattern: str, module: str) -> bool:
+    return re.match(AT_END.replace("{}", pattern), module) is not None

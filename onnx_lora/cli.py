@@ -1,0 +1,335 @@
+"""The command line: each command reads its arguments, calls one function, and reports.
+
+Results go to stdout (tables, or JSON with `--json`), progress and errors to stderr. Exit codes: 0 done,
+2 wrong input, 3 the world failed (missing package, full disk), 4 a verification failed, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+import numpy as np
+
+from onnx_lora import __version__, report
+from onnx_lora.adapters import bind, blend, read_adapter, write_bound
+from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError
+from onnx_lora.package import MANIFEST, Package, staged
+
+__all__ = ["main"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="onnx-lora")
+def cli() -> None:
+    """Export a base model to ONNX once; fold, switch, blend and mix LoRA adapters on ONNX Runtime.
+
+    \b
+    Try it:  onnx-lora demo
+    """
+
+
+def main() -> None:
+    """The entry point: our errors become a message and an exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        cli(standalone_mode=False)
+    except OnnxLoraError as error:
+        if as_json:
+            body = {
+                "error": type(error).__name__,
+                "message": error.message,
+                "path": error.path,
+                "problems": error.problems,
+            }
+            click.echo(json.dumps(body))
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _json_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def _point_options(command: Callable[P, R]) -> Callable[..., R]:
+    """`--targets`, `--targets-regex`, `--replaceable` and `--default-rank`, as `export` and `attach` take them."""
+
+    @click.option(
+        "--targets",
+        multiple=True,
+        metavar="NAME",
+        help='What gets points: a module name or suffix, several times; or "all-linear" (the default).',
+    )
+    @click.option("--targets-regex", metavar="EXPR", help="Instead: a regular expression over whole module names.")
+    @click.option(
+        "--replaceable",
+        multiple=True,
+        metavar="NAME",
+        help='Whole weights an adapter may replace: modules or parameters, several times (default "heads").',
+    )
+    @click.option(
+        "--default-rank",
+        type=click.IntRange(0, 1),
+        default=0,
+        help="1 for execution providers that cannot run rank 0 (DirectML, CoreML).",
+    )
+    @wraps(command)
+    def wrapped(
+        *args: Any,
+        targets: Sequence[str],
+        targets_regex: str | None,
+        replaceable: Sequence[str],
+        default_rank: int,
+        **kwargs: Any,
+    ) -> R:
+        if targets and targets_regex:
+            raise click.UsageError("--targets and --targets-regex exclude each other")
+        chosen: Any = targets_regex or ("all-linear" if targets in ((), ("all-linear",)) else list(targets))
+        heads = "heads" if replaceable in ((), ("heads",)) else list(replaceable)
+        options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank}
+        return command(*args, options=options, **kwargs)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--task", help="What to export it for, as Optimum names it (default: what its config says).")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--verify/--no-verify", default=True, help="Compare with PyTorch at the end.", show_default=True)
+@_point_options
+@_json_option
+def export(
+    model: str, out: Path, task: str | None, dtype: str, verify: bool, options: dict[str, Any], as_json: bool
+) -> None:
+    """Export a checkpoint folder or hub id MODEL to a package OUT.
+
+    \b
+    Example:  onnx-lora export ./SmolLM2-135M smollm
+    """
+    from onnx_lora.exporter import export as run_export
+
+    with report.progress("exporting") as progress:
+        package = run_export(model, out, task=task, dtype=dtype, verify=verify, progress=progress, **options)
+    report.show(report.package_facts(package), as_json=as_json)
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Tell modules apart by these weights.")
+@_point_options
+@_json_option
+def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Give an existing ONNX FILE (or a folder of them) its injection points; the package goes to OUT.
+
+    \b
+    Example:  onnx-lora attach model.onnx package --targets q_proj --targets v_proj
+    """
+    from onnx_lora.exporter import attach as run_attach
+
+    with report.progress("attaching") as progress:
+        package = run_attach(file, out, checkpoint=checkpoint, progress=progress, **options)
+    report.show(report.package_facts(package), as_json=as_json)
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--package", type=click.Path(path_type=Path), required=True, help="The package to bind it to.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["safetensors", "onnx_adapter"]),
+    help="Default: what OUT ends with.",
+)
+@_json_option
+def convert(adapter: Path, out: Path, package: Path, kind: str | None, as_json: bool) -> None:
+    """Check ADAPTER against a package and write it as one file OUT, ready to be fed.
+
+    \b
+    Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
+    """
+    bound = bind(read_adapter(adapter), Package.open(package))
+    chosen = kind or ("onnx_adapter" if out.suffix == ".onnx_adapter" else "safetensors")
+    write_bound(bound, out, format="onnx_adapter" if chosen == "onnx_adapter" else "safetensors")
+    report.show(report.coverage_facts(bound) | {"written": str(out)}, as_json=as_json)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--package", type=click.Path(path_type=Path), help="Show what an adapter does to this package.")
+@_json_option
+def inspect(path: Path, package: Path | None, as_json: bool) -> None:
+    """Show what a package or an adapter at PATH holds: points, ranks, sizes, coverage.
+
+    \b
+    Example:  onnx-lora inspect adapters/sql --package smollm
+    """
+    if package is None and (path / MANIFEST).is_file():
+        facts = report.package_facts(Package.open(path), full=True)
+    elif package is None:
+        facts = report.adapter_facts(read_adapter(path))
+    else:
+        opened = Package.open(package)
+        adapter = read_adapter(path)
+        facts = report.adapter_facts(adapter) | report.coverage_facts(bind(adapter, opened), opened)
+    report.show(facts, as_json=as_json)
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--input", "feeds", type=click.Path(path_type=Path), required=True, help="An .npz file: inputs by name.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="An .npz file: outputs by name.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH[:WEIGHT]", help="Several are blended.")
+@click.option("--rows", metavar="NAME,NAME,...", help='One adapter per row of the batch; "-" is the base.')
+@click.option("--graph", help="Which graph, where the package has several.")
+@_json_option
+def run(
+    package: Path,
+    feeds: Path,
+    output: Path,
+    adapters: Sequence[str],
+    rows: str | None,
+    graph: str | None,
+    as_json: bool,
+) -> None:
+    """Run PACKAGE once on the inputs of an .npz file.
+
+    \b
+    Example:  onnx-lora run smollm --input feeds.npz --output out.npz --adapter sql=adapters/sql:0.7
+    """
+    from onnx_lora.runtime import AdapterSession
+
+    session = AdapterSession(package, graph=graph)
+    weights: dict[str, float] = {}
+    for text in adapters:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place:
+            raise click.UsageError(f"--adapter must look like NAME=PATH or NAME=PATH:WEIGHT, and is {text!r}")
+        path, weights[name] = _weighted(place)
+        session.load_adapter(name, path)
+    choice: Any = weights or None
+    if rows is not None:
+        names = [row.strip() for row in rows.split(",")]
+        choice = [None if name == "-" else {name: weights.get(name, 1.0)} for name in names]
+    results = session.run(None, _read_feeds(feeds), adapter=choice)
+    names = [value.name for value in session.get_outputs()]
+    with _new_file(output) as temporary:
+        np.savez(temporary, **dict(zip(names, results, strict=True)))
+    shapes = {name: list(value.shape) for name, value in zip(names, results, strict=True)}
+    report.show({"outputs": shapes, "written": str(output)}, as_json=as_json)
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", "adapters", multiple=True, required=True, metavar="PATH[:WEIGHT]", help="Several are blended."
+)
+@click.option("--graph", help="Which graph, where the package has several (default: all).")
+@_json_option
+def fold(package: Path, out: Path, adapters: Sequence[str], graph: str | None, as_json: bool) -> None:
+    """Fold adapters into PACKAGE's weights and write an ordinary model folder OUT.
+
+    \b
+    Example:  onnx-lora fold smollm sql-model --adapter adapters/sql
+    """
+    from onnx_lora.runtime import fold_to
+
+    opened = Package.open(package)
+    parts = [(bind(read_adapter(path), opened), weight) for path, weight in map(_weighted, adapters)]
+    blend(parts)  # says what cannot be blended before anything is copied
+    with report.progress("folding") as progress:
+        fold_to(opened, parts, out, graph=graph, progress=lambda done, total: progress("fold", done, total))
+    report.show({"folded": [bound.name for bound, _ in parts], "written": str(out)}, as_json=as_json)
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, metavar="CHECKPOINT", help="The checkpoint it was exported from.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder (default: random adapters).")
+@_json_option
+def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -> None:
+    """Compare PACKAGE with PyTorch and PEFT: largest difference per output.
+
+    \b
+    Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
+    """
+    from onnx_lora.exporter.verify import verify as run_verify
+
+    opened = Package.open(package)
+    tensors = None if adapter is None else bind(read_adapter(adapter), opened).tensors
+    with report.progress("verifying"):
+        comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
+    report.show(report.verification_facts(comparisons), as_json=as_json)
+
+
+@cli.command()
+@click.option("--text", multiple=True, help="Your own sentence, several times.")
+@click.option("--keep", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep the demo's package here.")
+@_json_option
+def demo(text: Sequence[str], keep: Path | None, as_json: bool) -> None:
+    """Four tasks on one small text model: switch per call, mix in one batch, fold.
+
+    \b
+    Example:  onnx-lora demo --text "Win a free cruise, call now!"
+    """
+    from onnx_lora.demo import run_demo
+
+    with report.progress("demo") as progress:
+        result = run_demo(list(text), keep=keep, progress=progress)
+    report.show_demo(result, as_json=as_json)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH:WEIGHT`. What follows the last colon is a weight only if it is a number."""
+    place, colon, weight = text.rpartition(":")
+    if colon and place:
+        try:
+            return Path(place), float(weight)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+def _read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise FeedError("there is no such file", path=path) from None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends well."""
+    if path.exists():
+        raise OutputExistsError("exists already; remove it or choose another name", path=path)
+    if path.suffix != ".npz":
+        raise InputError("the output must end with .npz", path=path)
+    with staged(path.with_name(f"{path.name}.folder")) as folder:
+        yield folder / path.name
+        (folder / path.name).rename(path)
+        # `staged` renames its folder at the end, which nobody needs.
+    path.with_name(f"{path.name}.folder").rmdir()

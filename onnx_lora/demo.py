@@ -1,0 +1,193 @@
+"""The demo: one embedded text model, four adapters with heads of different sizes, three ways to run them.
+
+It uses the package as any user would, and measures what it claims."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_lora.errors import InputError, MissingDependencyError
+from onnx_lora.exporter import attach
+from onnx_lora.points import Array
+from onnx_lora.runtime import AdapterSession, fold
+
+__all__ = ["Answer", "DemoResult", "DemoTask", "run_demo"]
+
+MODEL = Path(__file__).parent / "demo_model"
+
+# Timed calls of each kind; the median of so many is steady to a few per cent.
+_CALLS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class DemoTask:
+    """One adapter of the demo. `accuracy` was measured in PyTorch when it was trained."""
+
+    name: str
+    labels: tuple[str, ...]
+    accuracy: float
+    rank: int
+    kilobytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """`answers[i][j]`: sentence i under task j. Differences are the largest over all logits."""
+
+    sentences: tuple[str, ...]
+    tasks: tuple[DemoTask, ...]
+    answers: tuple[tuple[Answer, ...], ...]
+    mixed_difference: float
+    fold_difference: float
+    milliseconds: dict[str, float]
+    base_bytes: int
+    adapter_bytes: int
+    package: str | None
+
+
+def run_demo(
+    texts: Sequence[str] = (), *, keep: Path | None = None, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> DemoResult:
+    """Attach points to the embedded model, load its adapters, and answer `texts` (default: its own) under each.
+
+    Raises MissingDependencyError: `tokenizers` is not installed. OutputExistsError: `keep` exists.
+    """
+    sentences = _sentences(texts)
+    feeds = _tokenize(sentences)
+    with tempfile.TemporaryDirectory(prefix="onnx-lora-demo.") as scratch:
+        folder = keep or Path(scratch) / "package"
+        progress("attach", 0, 4)
+        start = time.perf_counter()
+        package = attach(MODEL / "model.onnx", folder)
+        attached = time.perf_counter() - start
+        session = AdapterSession(package)
+        start = time.perf_counter()
+        for name in _tasks():
+            session.load_adapter(name, MODEL / "adapters" / name)
+        loaded = time.perf_counter() - start
+        tasks = tuple(_describe(session, name, facts) for name, facts in _tasks().items())
+
+        progress("switch", 1, 4)
+        single = {task.name: _logits(session.run(None, feeds, adapter=task.name)) for task in tasks}
+        progress("mix", 2, 4)
+        mixed = _mixed(session, feeds, tasks)
+        progress("fold", 3, 4)
+        folded = {task.name: fold(package, MODEL / "adapters" / task.name) for task in tasks}
+        times = _times(session, folded[tasks[0].name], feeds, tasks)
+        return DemoResult(
+            sentences=tuple(sentences),
+            tasks=tasks,
+            answers=tuple(
+                tuple(_answer(single[task.name][row], task) for task in tasks) for row in range(len(sentences))
+            ),
+            mixed_difference=max(_difference(mixed[task.name], single[task.name]) for task in tasks),
+            fold_difference=max(
+                _difference(_logits(folded[task.name].run(None, feeds)), single[task.name]) for task in tasks
+            ),
+            milliseconds={"attach the points, once": 1000 * attached, "load four adapters": 1000 * loaded} | times,
+            base_bytes=(MODEL / "model.onnx").stat().st_size,
+            adapter_bytes=round(sum(1000 * task.kilobytes for task in tasks)),
+            package=None if keep is None else str(keep),
+        )
+
+
+def _tasks() -> dict[str, dict[str, Any]]:
+    tasks: dict[str, dict[str, Any]] = json.loads((MODEL / "tasks.json").read_text("utf-8"))
+    return tasks
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    if texts and not all(text.strip() for text in texts):
+        raise InputError("--text must hold a sentence, and is empty")
+    # The first two examples of each task: every task has something to say, and the table fits a screen.
+    return list(texts) or [example for facts in _tasks().values() for example in facts["examples"][:2]]
+
+
+def _tokenize(sentences: Sequence[str]) -> dict[str, Array]:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingDependencyError("the demo needs tokenizers: pip install 'onnx-lora[cpu,demo]'") from error
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    length = int(json.loads((MODEL / "config.json").read_text("utf-8"))["max_position_embeddings"])
+    tokenizer.enable_truncation(max_length=length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
+    encoded = tokenizer.encode_batch(list(sentences))
+    return {
+        "input_ids": np.array([entry.ids for entry in encoded], np.int64),
+        "attention_mask": np.array([entry.attention_mask for entry in encoded], np.int64),
+        "token_type_ids": np.array([entry.type_ids for entry in encoded], np.int64),
+    }
+
+
+def _describe(session: AdapterSession, name: str, facts: Mapping[str, Any]) -> DemoTask:
+    bound = session.adapters[name]
+    size = sum(value.nbytes for value in bound.tensors.values()) / 1000
+    return DemoTask(name, tuple(facts["labels"]), facts["accuracy"], max(bound.coverage.ranks.values()), size)
+
+
+def _logits(outputs: Sequence[Any]) -> Array:
+    logits: Array = outputs[0]
+    return logits
+
+
+def _mixed(session: AdapterSession, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]) -> dict[str, Array]:
+    """Every sentence under every task, in one call: rows `[task 0, task 0, ..., task 1, ...]`."""
+    count = len(feeds["input_ids"])
+    rows = tuple(task.name for task in tasks for _ in range(count))
+    logits = _logits(
+        session.run(None, {name: np.concatenate([value] * len(tasks)) for name, value in feeds.items()}, adapter=rows)
+    )
+    # Heads differ in width; behind a narrower one's own labels stand probabilities of zero.
+    return {
+        task.name: logits[index * count : (index + 1) * count, : len(task.labels)] for index, task in enumerate(tasks)
+    }
+
+
+def _answer(logits: Array, task: DemoTask) -> Answer:
+    exponents = np.exp(logits - logits.max())
+    best = int(exponents.argmax())
+    return Answer(task.labels[best], float(exponents[best] / exponents.sum()))
+
+
+def _difference(actual: Array, expected: Array) -> float:
+    return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max())
+
+
+def _times(
+    session: AdapterSession, folded: Any, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]
+) -> dict[str, float]:
+    """Medians, the kinds of calls taking turns so that a slow moment of the machine hits all of them."""
+    one = {name: value[:1] for name, value in feeds.items()}
+    first, names = tasks[0].name, [task.name for task in tasks]
+    calls: dict[str, Callable[[int], object]] = {
+        "one sentence, base": lambda _: session.run(None, one),
+        "one sentence, the same adapter again": lambda _: session.run(None, one, adapter=first),
+        "one sentence, another adapter every call": lambda turn: session.run(
+            None, one, adapter=names[turn % len(names)]
+        ),
+        "one sentence, folded": lambda _: folded.run(None, one),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_CALLS + 5):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(turn)
+            if turn >= 5:  # the first calls warm up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}

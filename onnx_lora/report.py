@@ -1,0 +1,219 @@
+"""What people and machines read: tables on stdout, progress on stderr. It knows packages and adapters
+as data, and computes nothing that matters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from onnx_lora.adapters import Adapter, BoundAdapter
+from onnx_lora.package import Package
+
+if TYPE_CHECKING:
+    from onnx_lora.demo import DemoResult
+    from onnx_lora.exporter.verify import Comparison
+
+__all__ = [
+    "adapter_facts",
+    "coverage_facts",
+    "package_facts",
+    "progress",
+    "show",
+    "show_demo",
+    "verification_facts",
+]
+
+Facts = dict[str, Any]
+
+# Lists longer than this are cut in tables; --json has them whole.
+_LIST_LIMIT = 12
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress line on stderr; silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+
+
+def show(facts: Facts, *, as_json: bool) -> None:
+    """Facts as JSON, or as a table of two columns."""
+    if as_json:
+        click.echo(json.dumps(facts, default=str))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _text(value))
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    # Written to a file or a pipe, a table must not be cut to 80 columns.
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return "\n".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        more = f"\n… and {len(value) - _LIST_LIMIT} more (--json has them all)" if len(value) > _LIST_LIMIT else ""
+        return "\n".join(_text(item) for item in value[:_LIST_LIMIT]) + more or "none"
+    return str(value)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _data_bytes(package: Package) -> int:
+    graphs = {file for graph in package.manifest.graphs for file in (graph.file, graph.base_file)}
+    stored = {part.stored.file for graph in package.manifest.graphs for point in graph.points for part in point.parts}
+    return sum((package.path / file).stat().st_size for file in stored | graphs)
+
+
+def package_facts(package: Package, *, full: bool = False) -> Facts:
+    """What a package offers to adapters, and what of its graphs it does not."""
+    graphs = package.manifest.graphs
+    points = list(package.points.values())
+    kinds = Counter(module.rpartition(".")[2] for module in package.points)
+    facts: Facts = {
+        "package": str(package.path),
+        "made_from": package.manifest.source,
+        "graphs": [graph.name for graph in graphs],
+        "points": len(points),
+        "points_by_name": dict(kinds),
+        "without_rows": [point.module for point in points if not point.per_row],
+        "replaceable": {name: _shape(weight.shape) for name, weight in package.replaceable.items()},
+        "without_point": [
+            f"{graph.name}: {entry.node}: {entry.reason}" for graph in graphs for entry in graph.unplaced
+        ],
+        "not_targeted": sorted({module for graph in graphs for module in graph.untargeted}),
+        "size": _size(_data_bytes(package)),
+        "fingerprint": package.fingerprint,
+    }
+    if full:
+        facts["modules"] = {
+            point.module: f"{point.in_features} → {point.out_features} {point.dtype}" for point in points
+        }
+    return facts
+
+
+def adapter_facts(adapter: Adapter) -> Facts:
+    """What an adapter's files hold."""
+    values = [*(array for delta in adapter.deltas.values() for array in (delta.a, delta.b))]
+    values += [replacement.value for replacement in adapter.replacements.values()]
+    ranks = Counter(delta.a.shape[0] for delta in adapter.deltas.values())
+    scales = Counter(round(delta.scale, 6) for delta in adapter.deltas.values())
+    return {
+        "adapter": adapter.origin.path,
+        "format": adapter.origin.format,
+        "method": adapter.origin.method,
+        "base_model": adapter.origin.base_model,
+        "modules": len(adapter.deltas),
+        "ranks": {f"rank {rank}": f"{count} modules" for rank, count in sorted(ranks.items())},
+        "scales": {f"scale {scale:g}": f"{count} modules" for scale, count in sorted(scales.items())},
+        "whole_weights": {name: _shape(entry.value.shape) for name, entry in adapter.replacements.items()},
+        "size": _size(sum(value.nbytes for value in values)),
+        "notes": list(adapter.notes),
+    }
+
+
+def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts:
+    """What a bound adapter does to its package."""
+    coverage = bound.coverage
+    size = sum(value.nbytes for value in bound.tensors.values())
+    facts: Facts = {
+        "applied": f"{len(coverage.applied)} of {len(coverage.applied) + len(coverage.at_base)} points",
+        "left_at_base": list(coverage.at_base),
+        "replaced": list(coverage.replaced),
+        "without_effect": list(coverage.silent),
+        "bound_size": _size(size),
+        "notes": list(coverage.notes),
+    }
+    if package is not None:
+        base = _data_bytes(package)
+        facts["smaller_than_the_base"] = f"{base / size:.0f} times" if size else "it is empty"
+    return facts
+
+
+def verification_facts(comparisons: Sequence[Comparison]) -> Facts:
+    """The largest difference by case and graph, then each output."""
+    worst: dict[str, float] = {}
+    for entry in comparisons:
+        key = f"{entry.graph}, {entry.case}"
+        worst[key] = max(worst.get(key, 0.0), entry.difference)
+    return {
+        "agrees": all(entry.agrees for entry in comparisons),
+        "largest_difference": worst,
+        "outputs": [
+            f"{entry.graph}, {entry.case}, {entry.output}: {entry.difference:.3g} (allowed {entry.allowed:.3g})"
+            for entry in comparisons
+        ],
+    }
+
+
+def show_demo(result: DemoResult, *, as_json: bool) -> None:
+    """The demo's answers and measurements."""
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+        return
+    console = _stdout()
+    table = Table(title="One base model, one session, a different adapter in every call", title_justify="left")
+    table.add_column("sentence", overflow="fold", ratio=2)
+    for task in result.tasks:
+        table.add_column(f"{task.name}\n[dim]rank {task.rank}, {task.kilobytes:.0f} kB", overflow="fold")
+    for index, sentence in enumerate(result.sentences):
+        cells = [f"{answer.label} [dim]{answer.probability:.0%}" for answer in result.answers[index]]
+        table.add_row(sentence, *cells)
+    console.print(table)
+    rows = len(result.sentences) * len(result.tasks)
+    console.print(
+        f"[bold]Mixed batch:[/] {rows} rows in one call, each under its own adapter: "
+        f"largest difference from single calls {result.mixed_difference:.1g}."
+    )
+    console.print(
+        f"[bold]Folded in:[/] W0 + s·B·A before the session starts: largest difference {result.fold_difference:.1g}."
+    )
+    times = Table(box=None, pad_edge=False, show_header=False)
+    for name, milliseconds in result.milliseconds.items():
+        times.add_row(name, f"{milliseconds:.3g} ms")
+    console.print(times)
+    console.print(
+        f"Base model {_size(result.base_bytes)}, four adapters together {_size(result.adapter_bytes)} "
+        f"({math.ceil(result.base_bytes / max(1, result.adapter_bytes))} times smaller)."
+    )
+    console.print("[dim]Test accuracy: " + ", ".join(f"{task.name} {task.accuracy:.1%}" for task in result.tasks) + ".")
+    if result.package is not None:
+        console.print(f"The package is in {result.package}; look at it with: onnx-lora inspect {result.package}")

@@ -1,0 +1,179 @@
+"""A session whose calls choose their adapter. It ties a package's graph, its adapters and ONNX Runtime
+together; what an adapter is made of, it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from onnx_lora.adapters import BoundAdapter
+from onnx_lora.errors import PackageError, SelectionError
+from onnx_lora.package import GraphInfo, Package
+from onnx_lora.runtime._ort import CPU, Device, Options, Providers, running, start
+from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, as_bound, opened
+from onnx_lora.runtime.selection import AdapterChoice, Selection, parse
+from onnx_lora.runtime.signature import Signature
+from onnx_lora.runtime.store import Store, Values
+
+__all__ = ["COMPOSED_BYTES", "AdapterSession"]
+
+# Blends and row mixes that are kept between calls. A rank-16 adapter on every projection of a 1B model
+# takes about 45 MB in float32; the limit holds a few of its mixtures.
+COMPOSED_BYTES = 256 * 2**20
+
+# Ways of ONNX Runtime around `run`, where an adapter chosen per call could not follow.
+_WITHOUT_ADAPTERS = frozenset(
+    ["io_binding", "run_async", "run_with_iobinding", "run_with_ort_values", "run_with_ortvaluevector", "set_providers"]
+)
+
+
+class AdapterSession:
+    """Runs one graph of a package, each call with the adapter it names.
+
+    Where an `onnxruntime.InferenceSession` is used through `run` and the `get_` methods, it goes in its
+    place. Safe to use from many threads: the adapter belongs to the call, never to the session, and
+    adapters may be loaded and unloaded while calls run.
+    """
+
+    def __init__(
+        self,
+        package: AnyPackage,
+        *,
+        graph: str | None = None,
+        providers: Providers | None = None,
+        provider_options: Sequence[dict[Any, Any]] | None = None,
+        sess_options: Any = None,
+        composed_bytes: int = COMPOSED_BYTES,
+    ) -> None:
+        """Open `package` and start ONNX Runtime on its graph.
+
+        `providers`, `provider_options`, `sess_options`: as for `onnxruntime.InferenceSession`. Without
+        `sess_options` only errors are logged. `composed_bytes`: how many bytes of blends and row mixes are
+        kept between calls; 0 keeps none.
+
+        Raises PackageError: the package is broken, has no such graph, or ONNX Runtime cannot open it.
+        """
+        self._package = opened(package)
+        self._graph = self._package.graph(graph)
+        path = self._package.path / self._graph.file
+        options = Options(providers, provider_options, sess_options)
+        self._session = start(path, Options(providers, provider_options, options.quiet()), path=path)
+        inputs = adapter_inputs(self._graph)
+        offered = {arg.name for arg in self._session.get_overridable_initializers()}
+        if missing := sorted(inputs - offered):
+            raise PackageError(
+                "the graph must have the inputs that the manifest names; make the package again",
+                path=path,
+                problems=[f"{name} is missing" for name in missing],
+            )
+        self._signature = Signature.of(self._session, inputs)
+        self._store = Store(self._package, inputs, Device.of(self._session), composed_bytes)
+
+    @property
+    def package(self) -> Package:
+        return self._package
+
+    @property
+    def graph(self) -> GraphInfo:
+        """The manifest's entry of the graph that runs."""
+        return self._graph
+
+    @property
+    def adapters(self) -> Mapping[str, BoundAdapter]:
+        """The adapters loaded at this moment, by name; read-only."""
+        return MappingProxyType({name: loaded.bound for name, loaded in self._store.loaded.items()})
+
+    def load_adapter(self, name: str, adapter: AnyAdapter) -> BoundAdapter:
+        """Make an adapter available to calls as `name`; its `coverage` says what it does here.
+
+        `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned.
+
+        Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, or does not fit.
+        """
+        if not isinstance(name, str) or not name:
+            raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
+        self._store.check_free(name)
+        bound = as_bound(adapter, self._package, name=name)
+        self._store.add(name, bound)
+        return bound
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Calls that use it already finish with it. Raises SelectionError: not loaded."""
+        self._store.remove(name)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,
+        *,
+        adapter: AdapterChoice = None,
+    ) -> list[Any]:
+        """Compute outputs, as `onnxruntime.InferenceSession.run` does, with the adapter of this call.
+
+        `adapter`: None (the base), a name, a blend `{name: weight}`, or a list of these, one per row.
+
+        Raises FeedError: inputs or outputs do not fit. SelectionError: no such adapter, blend or row.
+        RunError: ONNX Runtime failed.
+        """
+        names = self._signature.output_names(output_names)
+        self._signature.check_feeds(input_feed)
+        values = self._choose(adapter, input_feed)
+        with running():
+            if not self._signature.plain:
+                return list(self._session.run(names, {**input_feed, **values}, run_options))
+            feeds = {name: _value(fed) for name, fed in input_feed.items()}
+            outputs = self._session.run_with_ort_values(names, {**feeds, **values}, run_options)
+            return [output.numpy() for output in outputs]
+
+    def _choose(self, adapter: AdapterChoice, feeds: Mapping[str, Any]) -> Values:
+        loaded = self._store.loaded
+        selection: Selection = parse(adapter, loaded.keys())
+        if selection.batch is not None:
+            self._signature.check_rows(selection.batch, feeds)
+        return self._store.values(selection, loaded)
+
+    def get_inputs(self) -> Sequence[Any]:
+        """The model's inputs, not the adapters'."""
+        return list(self._session.get_inputs())
+
+    def get_outputs(self) -> Sequence[Any]:
+        return list(self._session.get_outputs())
+
+    def get_overridable_initializers(self) -> Sequence[Any]:
+        """Optional inputs a call may feed: not the adapters', which `run` fills."""
+        optional = self._session.get_overridable_initializers()
+        return [arg for arg in optional if arg.name not in self._signature.reserved]
+
+    def get_modelmeta(self) -> Any:
+        return self._session.get_modelmeta()
+
+    def get_providers(self) -> Sequence[str]:
+        return list(self._session.get_providers())
+
+    def get_provider_options(self) -> dict[str, Any]:
+        return dict(self._session.get_provider_options())
+
+    def get_session_options(self) -> Any:
+        return self._session.get_session_options()
+
+    def end_profiling(self) -> str:
+        """The file that profiling wrote, where the session options ask for it."""
+        return str(self._session.end_profiling())
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WITHOUT_ADAPTERS:
+            raise AttributeError(f"an AdapterSession has no {name!r}: it would run without an adapter; use run()")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def adapter_inputs(graph: GraphInfo) -> frozenset[str]:
+    """The graph inputs that adapters fill."""
+    factors = [name for point in graph.points for name in (point.lora_a, point.lora_b)]
+    return frozenset([*factors, *(weight.name for weight in graph.replaceable)])
+
+
+def _value(fed: Any) -> Any:
+    """Inputs come on the CPU; ONNX Runtime moves them. An OrtValue is taken as it is."""
+    return fed if hasattr(fed, "data_type") else CPU.value(fed)

@@ -1,0 +1,203 @@
+"""Fold an adapter into a package, and write the result as an ordinary model folder. It streams: beside
+one weight at a time it holds nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from onnx_lora.errors import PackageError
+from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
+from onnx_lora.points import Array
+from onnx_lora.runtime import _onnx
+from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
+from onnx_lora.runtime.fold import Progress
+from onnx_lora.runtime.merge import Edit, edits, folded
+
+__all__ = ["fold_to"]
+
+_log = logging.getLogger(__name__)
+
+_MODEL = "model.onnx"
+_DATA = "model.onnx.data"
+
+# Where a tensor may begin. Large ones begin at a page, so that they can be mapped.
+_ALIGNMENT = 64  # bytes
+_PAGE = 4096  # bytes
+_LARGE = 2**20  # bytes
+
+# Copied at once.
+_CHUNK = 16 * 2**20  # bytes
+
+# A language model's head counts the vocabulary, not labels.
+_NO_LABELS = ("lm_head", "embed_out")
+
+
+@dataclass
+class _Data:
+    """The data file in the making: equal content is written once."""
+
+    file: IO[bytes]
+    places: dict[object, tuple[int, int]] = field(default_factory=dict)  # offset and length
+
+    def put(self, key: object, length: int, write: Callable[[IO[bytes]], None]) -> tuple[int, int]:
+        if key not in self.places:
+            align = _PAGE if length > _LARGE else _ALIGNMENT
+            self.file.write(bytes(-self.file.tell() % align))
+            self.places[key] = self.file.tell(), length
+            write(self.file)
+        return self.places[key]
+
+
+def fold_to(
+    package: AnyPackage,
+    adapter: AnyAdapter | Mixture,
+    out: str | os.PathLike[str],
+    *,
+    graph: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write `out`: a model folder with the adapter, or a blend, in its weights. Returns `out`.
+
+    One graph becomes `model.onnx`; a package with several keeps their names. The weights lie in
+    `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter` as for `fold`.
+
+    Raises AdapterError, SelectionError, PackageError: as `fold`. OutputExistsError: `out` exists.
+    StorageError: it cannot be written. MissingDependencyError: no `onnx`.
+    """
+    whole = opened(package)
+    infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
+    tensors = mixed(adapter, whole)
+    plans = [(info, {edit.initializer: edit for edit in edits(info, tensors)}) for info in infos]
+    step = _stepper(progress, sum(len(plan) for _, plan in plans))
+    with staged(out) as folder:
+        with (folder / _DATA).open("wb") as file:
+            data = _Data(file)
+            for info, plan in plans:
+                _write(info, plan, whole, folder / (_MODEL if len(infos) == 1 else info.file), data, step)
+        _copy_companions(whole, folder)
+        _fix_labels([edit for _, plan in plans for edit in plan.values()], folder / "config.json")
+    return Path(out)
+
+
+def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = -1
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    step()
+    return step
+
+
+def _write(
+    info: GraphInfo, plan: Mapping[str, Edit], package: Package, target: Path, data: _Data, step: Callable[[], None]
+) -> None:
+    source = package.path / info.base_file
+    model = _onnx.load(source)
+    outside = _onnx.externals(model, source)
+    if missing := sorted(plan.keys() - {external.name for external in outside}):
+        raise PackageError(
+            "the base graph must keep the weights that the manifest names in a data file; make the package again",
+            path=source,
+            problems=[f"{name} is not there" for name in missing],
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for external in outside:
+        edit = plan.get(external.name)
+        if edit is None:
+            place = _copy(external, package, data)
+        else:
+            values = folded(edit, package)
+            place = data.put(edit.key, values.nbytes, _writer(values))
+            if values.shape != edit.stored.shape:
+                shapes[external.name] = values.shape
+            step()
+        _onnx.place(external, _DATA, *place)
+    _onnx.resize(model, shapes)
+    target.write_bytes(model.SerializeToString())
+
+
+def _writer(values: Array) -> Callable[[IO[bytes]], None]:
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+
+    def write(file: IO[bytes]) -> None:
+        file.write(little.reshape(-1).view(np.uint8).data)
+
+    return write
+
+
+def _copy(external: _onnx.External, package: Package, data: _Data) -> tuple[int, int]:
+    def write(file: IO[bytes]) -> None:
+        with _reading(package.path / external.file) as source:
+            source.seek(external.offset)
+            left = external.length
+            while left:
+                chunk = source.read(min(left, _CHUNK))
+                if not chunk:
+                    raise PackageError("was cut off; make the package again", path=package.path / external.file)
+                file.write(chunk)
+                left -= len(chunk)
+
+    return data.put((external.file, external.offset, external.length), external.length, write)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise PackageError(f"cannot be read: {error.strerror}; make the package again", path=path) from error
+    with file:
+        yield file
+
+
+def _copy_companions(package: Package, folder: Path) -> None:
+    """Everything that is not a graph, its data, or the manifest."""
+    graphs = {name for info in package.manifest.graphs for name in (info.file, info.base_file)}
+    own = {MANIFEST, *graphs}
+    for name in graphs:
+        path = package.path / name
+        own |= {external.file for external in _onnx.externals(_onnx.load(path), path)}
+    for companion in sorted(package.path.iterdir()):
+        if companion.name in own:
+            continue
+        if companion.is_dir():
+            shutil.copytree(companion, folder / companion.name)
+        else:
+            shutil.copyfile(companion, folder / companion.name)
+
+
+def _fix_labels(done: Sequence[Edit], config: Path) -> None:
+    """Where a head got another number of outputs, the config's labels are those of another head."""
+    widths = {
+        edit.whole.value.shape[-1]
+        for edit in done
+        if edit.whole is not None
+        and edit.whole.weight.role == "linear_weight"
+        and edit.whole.weight.module.rpartition(".")[2] not in _NO_LABELS
+        and edit.whole.part.stored.shape[0 if edit.whole.part.transposed else 1] != edit.whole.value.shape[-1]
+    }
+    if not widths or not config.is_file():
+        return
+    try:
+        content: Any = json.loads(config.read_text("utf-8"))
+    except ValueError as error:
+        raise PackageError(f"must be JSON: {error}", path=config.name) from error
+    content = {key: value for key, value in content.items() if key not in ("id2label", "label2id", "num_labels")}
+    if len(widths) == 1:
+        content["num_labels"] = widths.pop()
+    config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    _log.warning("%s: the head has another number of outputs; its labels were removed", config.name)
