@@ -37,13 +37,14 @@ def digest(weight: Array) -> str:
 
 
 def matches(module: str, names: Sequence[str]) -> bool:
-    """Whether `module`, or a module around it, is one of `names` or ends with `.name`.
+    """Whether `module`, or a module around it, ends with one of `names`.
 
-    PEFT's rule for `modules_to_save`: `classifier` takes `classifier.dense` with it.
+    PEFT's rule for `modules_to_save` (`_set_trainable`): plain suffixes, so that `classifier` takes
+    `classifier.dense` with it, and `pre_classifier` too.
     """
     parts = module.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(path == name or path.endswith(f".{name}") for path in around for name in names)
+    return any(path.endswith(name) for path in around for name in names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,9 @@ def test_strides_of_a_pickled_tensor_count(tmp_path: Path, zipped: bool) -> None
         state[key] = wide[:, 2:-1].T
     torch.save(state, folder / "adapter_model.bin", _use_new_zipfile_serialization=zipped)
     key = "base_model.model.body.layers.0.attn.q_proj.lora_B.weight"
-    assert_same_bits(np.ascontiguousarray(read_adapter(folder).deltas["body.layers.0.attn.q_proj"].b), expected[key].numpy())
+    assert_same_bits(
+        np.ascontiguousarray(read_adapter(folder).deltas["body.layers.0.attn.q_proj"].b), expected[key].numpy()
+    )
 
 
 def test_parameters_and_ordered_dicts_are_read_too(tmp_path: Path) -> None:

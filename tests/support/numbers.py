@@ -32,6 +32,8 @@ def assert_close(actual: NDArray[np.generic], expected: NDArray[np.generic], *, 
 
 def assert_same_bits(actual: NDArray[np.generic], expected: NDArray[np.generic]) -> None:
     """Both arrays are the same, bit for bit."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     different = np.argwhere(actual.view(np.uint8).reshape(-1) != expected.view(np.uint8).reshape(-1))
-    assert not len(different), f"{len(different)} bytes of {actual.nbytes} differ; largest difference {np.abs(actual - expected).max():.3g}"
+    assert not len(different), (
+        f"{len(different)} bytes of {actual.nbytes} differ; largest difference {np.abs(actual - expected).max():.3g}"
+    )

