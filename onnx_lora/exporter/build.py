@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes, outputs_are_free
@@ -24,9 +25,9 @@ from onnx_lora.exporter.locate import Linear, Located, locate
 from onnx_lora.exporter.own import own_exposures, own_weights
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
-from onnx_lora.exporter.weights import WeightStore, where
+from onnx_lora.exporter.weights import WeightStore, check_external, where
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import InjectionPoint, Replaceable, WeightPart, digest, matches
+from onnx_lora.points import InjectionPoint, Replaceable, WeightPart, digest
 
 __all__ = ["Options", "Progress", "Source", "build"]
 
@@ -102,7 +103,12 @@ def build(
     check_names(options.replaceable, used, modules)
     chosen = _choose(modules, graphs, options, checkpoint)
     store = WeightStore(folder, scratch=scratch)
-    infos = [_write(graph, chosen, store, folder, options, len(graphs) > 1, progress) for graph in graphs]
+    infos: list[GraphInfo] = []
+    for graph in graphs:
+        try:
+            infos.append(_write(graph, chosen, store, folder, options, len(graphs) > 1, progress))
+        except SerdeError as error:
+            raise ModelError(f"must be valid ONNX: {error.__cause__ or error}", path=graph.source.file) from error
     manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, tuple(infos))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     for companion in companions:
@@ -116,10 +122,11 @@ def _load(file: Path) -> ir.Model:
         model = ir.load(file)
     except FileNotFoundError:
         raise ModelError("there is no such file", path=file) from None
-    except (DecodeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
+    except (DecodeError, SerdeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
         raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
     if not model.graph.outputs:
         raise ModelError("must be an ONNX model, and has no outputs", path=file)
+    check_external(model.graph, file)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
@@ -161,7 +168,7 @@ def _choose(
     if options.targets == ALL_LINEAR:
         # As PEFT leaves out what modules_to_save holds.
         replaced = {exposure.linear.module for graph in graphs for exposure in graph.exposures if exposure.linear}
-        chosen = frozenset(module for module in chosen if not matches(module, tuple(replaced)))
+        chosen -= replaced
     return chosen
 
 
@@ -205,7 +212,7 @@ def _write(
     replaceable = tuple(_replaceable(exposure, linears, shapes, free) for exposure in exposures)
     _inject_all(surgeon, graph.source.name, sites, shapes, points, replaceable, exposures, options, progress)
     ir.save(graph.model, folder / file)
-    onnx.checker.check_model(str(folder / file))
+    _check(folder / file, graph.source.file)
     placed = {point.module for point in points}
     return GraphInfo(
         name=graph.source.name,
@@ -216,6 +223,17 @@ def _write(
         untargeted=tuple(module for module in graph.located.modules if module not in placed),
         unplaced=(*graph.located.unplaced, *unplaced),
     )
+
+
+def _check(written: Path, source: Path) -> None:
+    """Raises ModelError: the graph with points is not valid ONNX, because what it was made from is not."""
+    try:
+        onnx.checker.check_model(str(written))
+    except onnx.checker.ValidationError as error:
+        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
+        # stops at the first.
+        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
+            raise ModelError(f"must be valid ONNX: {error}", path=source) from error
 
 
 def _placeable(sites: Sequence[Site], shapes: Shapes) -> tuple[list[Site], list[Unplaced]]:

@@ -106,8 +106,8 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     """Find the modules behind the nodes.
 
     With a checkpoint a node's weight must be one of the checkpoint's, value for value, and its name
-    decides between equals. Without, the name alone does: dynamo's scopes, the initializer's name,
-    the node's path.
+    decides between equals. Without, the name alone does: dynamo's scopes, the node's path, the
+    initializer's name.
     """
     found: list[Linear] = []
     unplaced: list[Unplaced] = []
@@ -186,19 +186,22 @@ def _label(node: ir.Node) -> str:
 
 
 def _name(node: ir.Node, weight: ir.Value) -> str:
-    """The module's name by what the exporter wrote: scopes, the weight's name, the node's path."""
+    """The module's name by what the exporter wrote: scopes, the node's path, the weight's name."""
     scopes = node.metadata_props.get(_NAME_SCOPES)
     if scopes is not None:
         try:
-            path = [str(scope) for scope in ast.literal_eval(scopes)]
+            around = [str(scope) for scope in ast.literal_eval(scopes)]
         except (ValueError, SyntaxError):
-            path = []
-        if len(path) > 1 and path[-2]:
-            return path[-2]
-    if weight.name is not None and weight.name.endswith(".weight"):
-        return weight.name.removesuffix(".weight")
+            around = []
+        if len(around) > 1 and around[-2]:
+            return around[-2]
     match = _NODE_NAME.fullmatch(node.name or "")
-    return match["path"].replace("/", ".") if match else _label(node)
+    path = match["path"].replace("/", ".") if match else None
+    stem = weight.name.removesuffix(".weight") if weight.name and weight.name.endswith(".weight") else None
+    # Of a tied weight the name is the other module's; of a part exported alone the path lacks its beginning.
+    if path is None or (stem is not None and stem.endswith(f".{path}")):
+        return stem or path or _label(node)
+    return path
 
 
 def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:

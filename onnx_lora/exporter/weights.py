@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_lora.errors import ModelError
 from onnx_lora.points import StoredTensor
 
-__all__ = ["WeightStore", "where"]
+__all__ = ["WeightStore", "check_external", "where"]
 
 # Smaller initializers stay in the graph: shape inference needs shapes and axes there, and a
 # reader gains nothing from a file access for them.
@@ -40,10 +40,7 @@ class WeightStore:
         self._end = 0
 
     def externalize(self, graph: ir.Graph, always: Collection[str]) -> None:
-        """Give every large initializer, and those named in `always`, a place in a file of the folder.
-
-        Raises ModelError: an external tensor's file is missing, too short, or outside its folder.
-        """
+        """Give every large initializer, and those named in `always`, a place in a file of the folder."""
         inline: list[ir.Value] = []
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -59,10 +56,6 @@ class WeightStore:
     def _adopt(self, tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         source = Path(tensor.path)
         if source not in self._adopted:
-            if not source.resolve().is_relative_to(Path(tensor.base_dir).resolve()):
-                raise ModelError(f"weight {tensor.name!r} must lie in the model's folder", path=source)
-            if not source.is_file():
-                raise ModelError(f"the file of weight {tensor.name!r} is missing", path=source)
             name = self._free_name(source.name)
             if self._scratch is not None and source.is_relative_to(self._scratch):
                 source.rename(self._folder / name)
@@ -71,11 +64,7 @@ class WeightStore:
                 # that would spoil the original as well as the package.
                 shutil.copyfile(source, self._folder / name)
             self._adopted[source] = name
-        file = self._adopted[source]
-        offset, length = tensor.offset or 0, (self._folder / file).stat().st_size
-        if offset + tensor.nbytes > length:
-            raise ModelError(f"cut off: weight {tensor.name!r} ends past its {length} bytes", path=source)
-        return self._external(tensor, file, offset)
+        return self._external(tensor, self._adopted[source], tensor.offset or 0)
 
     def _write(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
         data = tensor.tobytes()
@@ -108,6 +97,25 @@ class WeightStore:
         taken = {*self._adopted.values(), self._file}
         numbered = (f"{count}.{names[-1]}" for count in range(len(taken) + 1))
         return next(free for free in [*names, *numbered] if free not in taken)
+
+
+def check_external(graph: ir.Graph, file: Path) -> None:
+    """Raises ModelError: an external tensor's file is missing, too short, or outside the model's folder."""
+    folder = file.parent.resolve()
+    problems: dict[str, None] = {}
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        source = Path(tensor.path)
+        if not source.resolve().is_relative_to(folder):
+            problems[f"{tensor.location} must lie in the model's folder"] = None
+        elif not source.is_file():
+            problems[f"{tensor.location} is missing"] = None
+        elif (tensor.offset or 0) + tensor.nbytes > source.stat().st_size:
+            problems[f"{tensor.location} was cut off: weight {tensor.name!r} ends past its end"] = None
+    if problems:
+        raise ModelError("its weights cannot be read", path=file, problems=list(problems))
 
 
 def where(value: ir.Value) -> StoredTensor:
