@@ -19,9 +19,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 import onnxruntime
 import torch
 import transformers
+from _texts import Sentence, read_split
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rich.console import Console
@@ -45,7 +45,6 @@ from onnx_lora.exporter import export
 SEED = 0
 MAX_TOKENS = 48  # few of the sentences are longer, and time grows with the length
 BATCH = 32  # rows
-HELD_OUT_SPAM = 500  # sentences; the SMS collection has no split of its own
 TEXTS = Path(__file__).parents[2] / "shared" / "data"
 
 Logits = NDArray[np.float32]  # [sentences, labels]
@@ -57,79 +56,14 @@ console = Console()
 
 
 @dataclass(frozen=True)
-class Sentence:
-    text: str
-    label: int
-
-
-@dataclass(frozen=True)
-class Split:
-    train: list[Sentence]
-    test: list[Sentence]
-
-
-@dataclass(frozen=True)
 class Task:
-    """What to learn, and how: `limit` sentences in each of `epochs` passes; `lora` goes to PEFT's LoraConfig."""
+    """What to learn, and how: `sentences` in each of `epochs` passes; `lora` goes to PEFT's LoraConfig."""
 
     name: str
     labels: tuple[str, ...]
-    read: Callable[[Path, Sequence[str]], Split]
-    limit: int
+    sentences: int
     epochs: int
     lora: Mapping[str, Any]
-
-
-def read_spam(texts: Path, labels: Sequence[str]) -> Split:
-    rows = [line.split("\t", 1) for line in read_lines(texts / "sms_spam" / "sms.tsv")]
-    messages = [Sentence(text, labels.index(label)) for label, text in rows]
-    random.Random(SEED).shuffle(messages)
-    return Split(messages[HELD_OUT_SPAM:], messages[:HELD_OUT_SPAM])
-
-
-def read_sentiment(texts: Path, _: Sequence[str]) -> Split:
-    def part(name: str) -> list[Sentence]:
-        rows = [line.rsplit("\t", 1) for line in read_lines(texts / "sst2_clairett" / f"{name}.tsv")]
-        return [Sentence(text, int(label)) for text, label in rows]
-
-    return Split(part("train"), part("test"))
-
-
-def read_questions(texts: Path, _: Sequence[str]) -> Split:
-    def part(name: str) -> list[Sentence]:
-        rows = [line.split(" ", 1) for line in read_lines(texts / "trec_subj" / f"TREC.{name}.all", "latin-1")]
-        return [Sentence(text, int(label)) for label, text in rows]
-
-    return Split(part("train"), part("test"))
-
-
-def read_intents(texts: Path, labels: Sequence[str]) -> Split:
-    def part(name: str) -> Iterator[Sentence]:
-        for index, label in enumerate(labels):
-            (utterances,) = json.loads((texts / "snips" / f"{name}_{label}.json").read_text("utf-8")).values()
-            for utterance in utterances:
-                yield Sentence("".join(piece["text"] for piece in utterance["data"]), index)
-
-    return Split(list(part("train")), list(part("validate")))
-
-
-def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
-    """By line feeds alone: old files hold bytes that `splitlines` takes for a line's end."""
-    return [line for line in path.read_text(encoding).split("\n") if line.strip()]
-
-
-def read_split(task: Task, texts: Path, limit: int) -> Split:
-    """The first sentences of the shuffled parts. Copies of a test sentence are left out of the training part."""
-    split = task.read(texts, task.labels)
-    rng = random.Random(SEED)
-    test = rng.sample(split.test, min(limit, len(split.test)))
-    held_out = {normalized(sentence.text) for sentence in split.test}
-    train = [sentence for sentence in split.train if normalized(sentence.text) not in held_out]
-    return Split(rng.sample(train, min(task.limit, len(train))), test)
-
-
-def normalized(text: str) -> str:
-    return re.sub(r"\W+", " ", text.lower()).strip()
 
 
 # Ranks, scales, targets and heads differ: nothing that one adapter needs can stand for another's.
@@ -137,24 +71,21 @@ TASKS = (
     Task(
         name="spam",
         labels=("ham", "spam"),
-        read=read_spam,
-        limit=3000,
+        sentences=3000,
         epochs=1,
         lora={"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]},
     ),
     Task(
         name="sentiment",
         labels=("negative", "positive"),
-        read=read_sentiment,
-        limit=4500,
+        sentences=4500,
         epochs=2,
         lora={"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"},
     ),
     Task(
         name="question",
         labels=("description", "entity", "abbreviation", "human", "location", "number"),
-        read=read_questions,
-        limit=4500,
+        sentences=4500,
         epochs=2,
         lora={
             "r": 8,
@@ -175,8 +106,7 @@ TASKS = (
             "SearchCreativeWork",
             "SearchScreeningEvent",
         ),
-        read=read_intents,
-        limit=2100,
+        sentences=2100,
         epochs=2,
         lora={"r": 2, "lora_alpha": 8, "target_modules": ["query", "key", "value", "intermediate.dense"]},
     ),
@@ -326,7 +256,9 @@ def compare(path: str, answers: Mapping[str, Logits], reference: Mapping[str, Lo
 
 
 def show(results: Sequence[Result]) -> None:
-    table = Table("task", "answered by", "sentences", "accuracy", "labels unlike PEFT's", "largest difference of a logit")
+    table = Table(
+        "task", "answered by", "sentences", "accuracy", "labels unlike PEFT's", "largest difference of a logit"
+    )
     for column in table.columns[2:]:
         column.justify = "right"
     for task in TASKS:
@@ -367,7 +299,7 @@ def run(base: Path, texts: Path, work: Path, limit: int) -> list[Result]:
         with console.status("exporting"):
             export(checkpoint, package, task="text-classification")
     encode = Encoder(checkpoint)
-    splits = {task.name: read_split(task, texts, limit) for task in TASKS}
+    splits = {task.name: read_split(task.name, task.labels, texts, train=task.sentences, test=limit) for task in TASKS}
     tests = {name: split.test for name, split in splits.items()}
     folders = {task.name: work / "adapters" / task.name for task in TASKS}
     session = AdapterSession(package, sess_options=session_options())

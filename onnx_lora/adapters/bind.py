@@ -172,6 +172,8 @@ class _Binder:
         touched = {*applied, *(name.removesuffix(".weight") for name in self.replaced)}
         if silent and len(silent) == len(applied):
             self.notes.append("every B is zero: the adapter was never trained, and its deltas change nothing")
+        elif silent:
+            self.notes.append(f"{len(silent)} of {len(applied)} deltas change nothing, their B is zero")
         return Coverage(
             applied=applied,
             replaced=tuple(self.replaced),

@@ -118,11 +118,12 @@ def stack_rows(rows: Sequence[Tensors], package: Package) -> dict[str, Array]:
     return tensors
 
 
-def _same(rows: Sequence[Tensors], name: str) -> bool:
-    """The same array in every row, or an equal one."""
-    first = rows[0].get(name)
+def _same(values: Sequence[Array | None], *, by_value: bool) -> bool:
+    """Whether all rows have one array. Comparing values takes as long as stacking them does, and
+    is worth it only where rows must not differ."""
+    first = values[0]
     return first is not None and all(
-        (other := row.get(name)) is not None and (other is first or np.array_equal(first, other)) for row in rows[1:]
+        value is first or (by_value and value is not None and np.array_equal(value, first)) for value in values[1:]
     )
 
 
@@ -130,7 +131,7 @@ def _stack_point(
     point: InjectionPoint, rows: Sequence[Tensors], tensors: dict[str, Array], problems: list[str]
 ) -> None:
     names = (point.lora_a, point.lora_b)
-    if all(_same(rows, name) for name in names):
+    if all(_same([row.get(name) for row in rows], by_value=not point.per_row) for name in names):
         tensors.update((name, rows[0][name]) for name in names)
         return
     if not point.per_row:
@@ -176,9 +177,10 @@ def _stack_weight(
     weight: Replaceable, values: list[Array], width: int, tensors: dict[str, Array], problems: list[str]
 ) -> None:
     first = values[0]
-    if all(value is first or np.array_equal(value, first) for value in values[1:]):
+    per_row = weight.per_row and weight.role != "whole"
+    if _same(values, by_value=not per_row):
         tensors[weight.name] = first
-    elif weight.role == "whole" or not weight.per_row:
+    elif not per_row:
         problems.append(f"{weight.name}: the graph takes one value for all rows, and these rows differ")
     else:
         fill = -np.inf if weight.role == "linear_bias" else 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from onnx_lora.adapters.formats.converted import read_onnx_adapter, read_safetensors_adapter
+from onnx_lora.adapters.formats.converted import is_onnx_adapter, read_onnx_adapter, read_safetensors_adapter
+from onnx_lora.adapters.formats.files import opened
 from onnx_lora.adapters.formats.peft import read_peft
 from onnx_lora.adapters.model import Adapter
 from onnx_lora.errors import AdapterFileError
@@ -30,12 +31,17 @@ def read_adapter(path: str | os.PathLike[str], *, name: str | None = None) -> Ad
         raise AdapterFileError("there is nothing; give a PEFT folder, or a converted file", path=place)
     if is_folder:
         return read_peft(place, name or own)
-    if place.suffix == ".safetensors":
-        return read_safetensors_adapter(place, name)
-    if place.suffix == ".onnx_adapter":
+    if place.suffix == ".onnx_adapter" or is_onnx_adapter(place):
         return read_onnx_adapter(place, name)
+    if place.suffix == ".safetensors" or _begins_like_safetensors(place):
+        return read_safetensors_adapter(place, name)
     raise AdapterFileError(
         f"must be a PEFT folder, a .safetensors or an .onnx_adapter file, and is {own!r}; "
         "give the folder that holds adapter_config.json",
         path=place,
     )
+
+
+def _begins_like_safetensors(path: Path) -> bool:
+    with opened(path) as file:
+        return file.read(9)[8:] == b"{"

@@ -5,7 +5,7 @@ load –locate→ linear nodes –choose→ sites –own→ base graph on disk �
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,12 +126,40 @@ def _load(file: Path) -> ir.Model:
         raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
     if not model.graph.outputs:
         raise ModelError("must be an ONNX model, and has no outputs", path=file)
+    if not all(isinstance(name, str) for name in _names(model.graph)):
+        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
     check_external(model.graph, file)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.TensorProtoTensor):
+            try:
+                value.const_value.numpy()  # a view of the file's bytes
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
+    _check(file)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
     model.ir_version = max(model.ir_version or 0, 8)
     return model
+
+
+def _check(file: Path) -> None:
+    """Raises ModelError: `file` is not valid ONNX."""
+    try:
+        onnx.checker.check_model(str(file))
+    except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
+        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
+        # stops at the first.
+        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
+            raise ModelError(f"must be valid ONNX: {error}", path=file) from error
+
+
+def _names(graph: ir.Graph) -> Iterator[object]:
+    """What a damaged file may hold as bytes; names that are missing do not count."""
+    yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from (node.name or "", node.op_type, node.domain, *node.attributes)
+        yield from (value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)
 
 
 def _consistent(located: Located) -> Located:
@@ -212,7 +240,7 @@ def _write(
     replaceable = tuple(_replaceable(exposure, linears, shapes, free) for exposure in exposures)
     _inject_all(surgeon, graph.source.name, sites, shapes, points, replaceable, exposures, options, progress)
     ir.save(graph.model, folder / file)
-    _check(folder / file, graph.source.file)
+    _check(folder / file)
     placed = {point.module for point in points}
     return GraphInfo(
         name=graph.source.name,
@@ -223,17 +251,6 @@ def _write(
         untargeted=tuple(module for module in graph.located.modules if module not in placed),
         unplaced=(*graph.located.unplaced, *unplaced),
     )
-
-
-def _check(written: Path, source: Path) -> None:
-    """Raises ModelError: the graph with points is not valid ONNX, because what it was made from is not."""
-    try:
-        onnx.checker.check_model(str(written))
-    except onnx.checker.ValidationError as error:
-        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
-        # stops at the first.
-        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
-            raise ModelError(f"must be valid ONNX: {error}", path=source) from error
 
 
 def _placeable(sites: Sequence[Site], shapes: Shapes) -> tuple[list[Site], list[Unplaced]]:

@@ -148,7 +148,7 @@ def _candidate(node: ir.Node) -> Linear | str | None:
     """A linear node by its form alone (named by its best guess), a reason why not, or None."""
     if node.op_type in _WEIGHTED:
         return f"{node.op_type} gets no point yet"
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return None
     weight, wrappers = unwrap(node.inputs[1])
     if weight is None:

@@ -61,16 +61,7 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package) -> Mapping[str, Array
 
 def _check(bound: BoundAdapter, package: Package) -> None:
     """That an adapter bound elsewhere was bound to the same points over the same base."""
-    shapes: dict[str, tuple[str, tuple[int | None, ...]]] = {}
-    digests: dict[str, str] = {}
-    for point in package.points.values():
-        shapes[point.lora_a] = point.dtype, (1, point.in_features, None)
-        shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
-        digests[point.module] = point.sha256
-    for weight in package.replaceable.values():
-        dims = _input_shape(weight)
-        shapes[weight.name] = weight.dtype, (*dims[:-1], None) if weight.free_outputs else dims
-        digests[weight.name] = weight.sha256
+    shapes = _shapes(package)
     problems = [
         f"{name} is no input of this package"
         if name not in shapes
@@ -78,17 +69,46 @@ def _check(bound: BoundAdapter, package: Package) -> None:
         for name, tensor in bound.tensors.items()
         if name not in shapes or not _is(tensor, *shapes[name])
     ]
-    problems += [
-        f"{name} was bound to another base: its digest is {digest[:12]}, the package's is {digests[name][:12]}"
-        for name, digest in bound.base_digests.items()
-        if name in digests and digests[name] != digest
-    ]
+    problems += _pair_problems(bound.tensors, package) + _base_problems(bound, package)
     if problems:
         raise BindError(
             f"the adapter {bound.name!r} was bound to another package than {package.name}; bind it to this one",
             path=bound.origin.path or None,
             problems=problems,
         )
+
+
+def _shapes(package: Package) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """Type and shape of every adapter input, with one row; None where any length goes."""
+    shapes: dict[str, tuple[str, tuple[int | None, ...]]] = {}
+    for point in package.points.values():
+        shapes[point.lora_a] = point.dtype, (1, point.in_features, None)
+        shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
+    for weight in package.replaceable.values():
+        shape = _input_shape(weight)
+        shapes[weight.name] = weight.dtype, (*shape[:-1], None) if weight.free_outputs else shape
+    return shapes
+
+
+def _pair_problems(tensors: Mapping[str, Array], package: Package) -> list[str]:
+    problems = []
+    for point in package.points.values():
+        a, b = tensors.get(point.lora_a), tensors.get(point.lora_b)
+        if (a is None) != (b is None):
+            problems.append(f"{point.module} must have both of lora_A and lora_B, and has one")
+        elif a is not None and b is not None and a.shape[-1:] != b.shape[-2:-1]:
+            problems.append(f"{point.module}: the ranks must agree, and the shapes are {a.shape} and {b.shape}")
+    return problems
+
+
+def _base_problems(bound: BoundAdapter, package: Package) -> list[str]:
+    digests = {point.module: point.sha256 for point in package.points.values()}
+    digests |= {weight.name: weight.sha256 for weight in package.replaceable.values()}
+    return [
+        f"{name} was bound to another base: its digest is {digest[:12]}, the package's is {digests[name][:12]}"
+        for name, digest in bound.base_digests.items()
+        if digests.get(name, digest) != digest
+    ]
 
 
 def _input_shape(weight: Replaceable) -> tuple[int, ...]:

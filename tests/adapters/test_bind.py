@@ -75,6 +75,13 @@ def test_coverage_says_what_is_applied_and_what_is_not(package: Package) -> None
     assert "never trained" in coverage.notes[1]
 
 
+def test_deltas_without_effect_are_counted(package: Package) -> None:
+    silent = Delta(numbers(3, 4), np.zeros((6, 3), np.float32), 1.0)
+    coverage = bound(package, {"bert.l0.q": silent, "bert.l0.v": delta(4, 5)}).coverage
+    assert coverage.silent == ("bert.l0.q",)
+    assert coverage.notes == ("1 of 2 deltas change nothing, their B is zero",)
+
+
 def test_digests_of_what_is_touched_are_kept(package: Package) -> None:
     digests = bound(package, {"bert.l0.q": delta(4, 6)}, {"bert.norm.weight": numbers(4)}).base_digests
     assert digests == {

@@ -16,6 +16,7 @@ from onnx_lora import BoundAdapter, OnnxLoraError, Package, bind, read_adapter, 
 from onnx_lora.errors import (
     AdapterFileError,
     BindError,
+    InputError,
     MissingDependencyError,
     OutputExistsError,
     StorageError,
@@ -117,9 +118,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, sql: BoundAdapter, mo
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_name_that_hides_the_format_is_refused(tmp_path: Path, sql: BoundAdapter) -> None:
-    with pytest.raises(AdapterFileError, match=r"must end with \.safetensors"):
-        write_bound(sql, tmp_path / "x.onnx_adapter")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_name_of_a_file_does_not_matter(tmp_path: Path, sql: BoundAdapter, kind: Any) -> None:
+    if kind == "onnx_adapter":
+        pytest.importorskip("onnxruntime")
+    write_bound(sql, tmp_path / "sql.v2", format=kind)
+    assert read_adapter(tmp_path / "sql.v2").origin.format == kind
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path, sql: BoundAdapter) -> None:
+    with pytest.raises(InputError, match="must be safetensors or onnx_adapter"):
+        write_bound(sql, tmp_path / "x.gguf", format="gguf")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("write", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from tests.adapters.building import BASE_CONFIG, lora, numbers, peft_folder
 
 TENSORS = lora("m.q", 4, 6)
 SAFETENSORS = safetensors.numpy.save(TENSORS)
-FUZZ = settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def torch_file(*, zipped: bool) -> bytes:
@@ -255,6 +256,20 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", pickle.dumps({}))
         archive.writestr("archive/data/0", bytes(10**7))
     with pytest.raises(AdapterFileError, match="compressed"):
+        read_torch_pickle(written(tmp_path, out.getvalue()))
+
+
+def test_an_archive_that_unpacks_to_more_than_itself_is_refused(tmp_path: Path) -> None:
+    """Two names for the same bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data/0", bytes(10_000))
+        second = copy.copy(archive.getinfo("archive/data/0"))
+        second.filename = "archive/data/1"
+        archive.filelist.append(second)
+        archive.NameToInfo[second.filename] = second
+    with pytest.raises(AdapterFileError, match="claims to hold more"):
         read_torch_pickle(written(tmp_path, out.getvalue()))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from onnx_lora import OnnxLoraError, read_adapter
+from onnx_lora.adapters.formats.peft_config import read_config
 
 DATA = Path(os.environ.get("ONNX_LORA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -68,3 +70,16 @@ def test_every_published_adapter_is_read_whole_or_refused_by_name(name: str) -> 
 def test_no_adapter_is_without_a_verdict() -> None:
     folders = {f"adapters/{entry.name}" for entry in (DATA / "adapters").iterdir() if entry.is_dir()}
     assert folders - {"adapters/peft_regression"} <= set(VERDICTS)
+
+
+def test_every_published_config_of_lora_is_understood() -> None:
+    """All but one, which is BD-LoRA, give rules."""
+    refused = {}
+    for path in sorted((DATA / "adapter_configs").glob("*.json")):
+        if json.loads(path.read_text("utf-8")).get("peft_type") == "LORA":
+            try:
+                read_config(path)
+            except OnnxLoraError as error:
+                refused[path.stem] = str(error)
+    assert list(refused) == ["138"]
+    assert "use_bdlora" in refused["138"]

@@ -216,7 +216,7 @@ def test_weights_that_cannot_be_read_are_named(tmp_path):
     graph = replace(package.graph(), points=(moved,))
     lost = Package(package.path, replace(package.manifest, graphs=(graph,)))
     with pytest.raises(PackageError, match=r"gone\.data"):
-        fold(lost, A, providers=CPU)
+        fold(lost, tiny.adapter("up", 1, modules=["layer.up"]), providers=CPU)
 
 
 def test_paths_may_be_strings(package):

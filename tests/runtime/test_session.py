@@ -115,7 +115,7 @@ def test_a_replaced_head_and_norm_equal_the_oracle(session):
 
 def test_rows_are_refused_where_the_graph_cannot_take_them(tmp_path):
     session = open_session(tiny.make_package(tmp_path / "p", per_row=False))
-    with pytest.raises(SelectionError, match="layer.q"):
+    with pytest.raises(SelectionError, match=r"layer\.q"):
         logits(session, ["a", "b"])
     assert_close(logits(session, ["a", "a"]), tiny.oracle(DATA, (tiny.adapter("a", 1), 1.0)))
 

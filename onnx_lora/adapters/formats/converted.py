@@ -18,11 +18,11 @@ import safetensors.numpy
 from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement
-from onnx_lora.errors import AdapterFileError, MissingDependencyError, OutputExistsError, StorageError
+from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, OutputExistsError, StorageError
 from onnx_lora.package import storage_errors
 from onnx_lora.points import Array
 
-__all__ = ["read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
+__all__ = ["is_onnx_adapter", "read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
 
 # Metadata key and the version of what stands beside it.
 _MARK = "onnx_lora"
@@ -43,12 +43,11 @@ def write_bound(
     """Write a bound adapter to the file `out`, whole or not at all.
 
     Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
-    MissingDependencyError: `.onnx_adapter`, and no ONNX Runtime. AdapterFileError: the name does not
-    end with the format, by which a reader knows it.
+    MissingDependencyError: `.onnx_adapter`, and no ONNX Runtime. InputError: an unknown format.
     """
     target = Path(out)
-    if target.suffix != f".{format}":
-        raise AdapterFileError(f"the file's name must end with .{format}, its format", path=target)
+    if format not in ("safetensors", "onnx_adapter"):
+        raise InputError(f"the format must be safetensors or onnx_adapter, and is {format!r}", path=target)
     runtime = _onnxruntime(target) if format == "onnx_adapter" else None
     _refuse_existing(target)
     with storage_errors(target):
@@ -128,12 +127,16 @@ def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
 _JSON_KEYS = ("coverage", "base_digests")
 
 
+def is_onnx_adapter(path: Path) -> bool:
+    """Whether the file has the mark of ONNX Runtime's adapters."""
+    with opened(path) as file:
+        return file.read(8)[4:] == _ONNX_ADAPTER_MARK
+
+
 def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
     """Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime."""
-    with opened(path) as file:
-        start = file.read(8)
-    if start[4:] != _ONNX_ADAPTER_MARK:
-        raise AdapterFileError("is no adapter of ONNX Runtime: its mark is missing", path=path)
+    if not is_onnx_adapter(path):
+        raise AdapterFileError("is no adapter of ONNX Runtime, or cut off: its mark is missing", path=path)
     runtime = _onnxruntime(path)
     tensors: dict[str, Array] = {}
     try:

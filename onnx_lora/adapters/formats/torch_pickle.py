@@ -155,6 +155,9 @@ def _read_zip(file: BinaryIO) -> Mapping[str, Array]:
         root = pickles[0].removesuffix("data.pkl")
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise _RefusedError("its archive is compressed, which torch.save never does")
+        size = file.seek(0, io.SEEK_END)
+        if sum(info.file_size for info in archive.infolist()) > size:
+            raise _RefusedError(f"its archive claims to hold more than the file's {size} bytes")
         order = members.get(f"{root}byteorder")
         if order is not None and archive.read(order).strip() != b"little":
             raise _RefusedError("it was written on a big-endian machine")
