@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,11 @@ from tests.support.numbers import assert_close, assert_same_bits
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 NEW_TOKENS = 12
 
-# Ranks and scales that differ by module, wherever PEFT finds a linear one.
-CONFIG: dict[str, Any] = {
-    "r": 4,
-    "lora_alpha": 2,
-    "target_modules": "all-linear",
-    "rank_pattern": {"q_proj": 6, "c_attn": 6, "query": 6},
-    "alpha_pattern": {"q_proj": 1, "c_attn": 1, "query": 1},
-    "use_rslora": True,
-}
+
+def _lora(first: str) -> dict[str, Any]:
+    """For PEFT: every linear module but the head, `first` of a layer with a rank and a scale of its own."""
+    patterns = {"rank_pattern": {first: 6}, "alpha_pattern": {first: 1}}
+    return {"r": 4, "lora_alpha": 2, "use_rslora": True, "target_modules": "all-linear", **patterns}
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     if not base.is_dir():
         pytest.skip(f"needs the trained model {request.param}: {base} is not there")
     folder = tmp_path_factory.mktemp(request.param)
+    first = "q_proj" if request.param == "stories260K" else "c_attn"
     if request.param == "stories260K":
         model, text = lambda: read_model(base / "checkpoint_legacy.bin"), _story(base)
     elif request.param == "chemts_gpt2_0.5m":
@@ -69,7 +67,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
     else:
         model().save_pretrained(folder / "checkpoint")
         package = export(folder / "checkpoint", folder / "package", verify=False)
-    return Trained(model, package, make_adapter(model(), folder / "adapter", **CONFIG), text)
+    return Trained(model, package, make_adapter(model(), folder / "adapter", **_lora(first)), text)
 
 
 def _story(base: Path) -> Ids:
@@ -78,11 +76,12 @@ def _story(base: Path) -> Ids:
 
 
 def _molecule(base: Path, data: Path) -> Ids:
-    """Of a drug, its last third left out: the model has to go on."""
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"))
+    """A drug, its last third left out: the model has to go on. The vocabulary's longest symbols come first."""
+    vocabulary = json.loads((base / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
     smiles = (data / "text" / "smiles" / "phase4.txt").read_text("utf-8").split()[0]
-    ids = tokenizer(smiles)["input_ids"]
-    return np.array([ids[: len(ids) * 2 // 3]])
+    symbols = re.findall("|".join(re.escape(symbol) for symbol in sorted(vocabulary, key=len, reverse=True)), smiles)
+    assert "".join(symbols) == smiles
+    return np.array([[vocabulary[symbol] for symbol in ["<BOS>", *symbols[: len(symbols) * 2 // 3]]]])
 
 
 def _process_chain(base: Path) -> Ids:
@@ -121,9 +120,9 @@ def _feeds(session: Any, ids: Ids, past: Mapping[str, np.ndarray[Any, Any]]) -> 
     return feeds
 
 
-def _run(session: Any, ids: Ids, past: Mapping[str, Any] = {}, **choice: Any) -> dict[str, np.ndarray[Any, Any]]:  # noqa: B006
+def _run(session: Any, ids: Ids, past: Mapping[str, Any] = {}, **choice: Any) -> dict[str, np.ndarray[Any, Any]]:
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(None, _feeds(session, ids, past), **choice), strict=True))
+    return dict(zip(names, session.run(None, _feeds(session, ids, past or {}), **choice), strict=True))
 
 
 def _continued(session: Any, ids: Ids, **choice: Any) -> list[int]:
@@ -243,19 +242,21 @@ def _answer(model: Any, batch: Mapping[str, np.ndarray[Any, Any]], output: str) 
 
 
 def test_sentence_vectors_are_pytorchs(minilm: Path, batch: dict[str, Any], tmp_path: Path) -> None:
-    session = AdapterSession(export(minilm, tmp_path / "package", task="feature-extraction", verify=False))
     model = hf.BertModel.from_pretrained(minilm).eval()
+    model.save_pretrained(tmp_path / "checkpoint")
+    package = export(tmp_path / "checkpoint", tmp_path / "package", task="feature-extraction", verify=False)
+    session = AdapterSession(package)
     (vectors,) = session.run(["last_hidden_state"], batch)
     assert_close(vectors, _answer(model, batch, "last_hidden_state"))
 
 
 @pytest.fixture(scope="module")
-def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Package]]:
+def classifier(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Package]:
     """MiniLM with a head for two labels: checkpoint and package."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     hf.BertForSequenceClassification.from_pretrained(minilm, num_labels=2).save_pretrained(folder / "checkpoint")
-    yield folder / "checkpoint", export(folder / "checkpoint", folder / "package", verify=False)
+    return folder / "checkpoint", export(folder / "checkpoint", folder / "package", verify=False)
 
 
 def _with_labels(checkpoint: Path, labels: int) -> Any:
@@ -270,7 +271,7 @@ def test_classifiers_are_pefts_whatever_their_heads_size(
     classifier: tuple[Path, Package], batch: dict[str, Any], labels: int, tmp_path: Path
 ) -> None:
     checkpoint, package = classifier
-    config = CONFIG | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    config = _lora("query") | {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
     adapter = make_adapter(_with_labels(checkpoint, labels), tmp_path / "adapter", **config)
     expected = _answer(PeftModel.from_pretrained(_with_labels(checkpoint, labels), adapter).eval(), batch, "logits")
     base = _answer(_with_labels(checkpoint, 2), batch, "logits")

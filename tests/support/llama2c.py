@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Tokens:
         ids = {piece: index for index, piece in reversed(list(enumerate(self.pieces)))}
         found = [ids[character.encode()] for character in f" {text}"]
         while True:
-            pairs = [self.pieces[left] + self.pieces[right] for left, right in zip(found, found[1:], strict=False)]
+            pairs = [self.pieces[left] + self.pieces[right] for left, right in pairwise(found)]
             known = [(self.scores[ids[pair]], -at) for at, pair in enumerate(pairs) if pair in ids]
             if not known:
                 return [1, *found]
