@@ -311,3 +311,182 @@ def descend(
         optimizer.step()
         schedule.step()
     model.eval()
+
+
+# --- the base -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A larger encoder in the layout of sentence-transformers, its vectors the mean over a sentence's tokens."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: Path) -> Teacher:
+        return cls(AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+
+    def vectors(self, sentences: list[Sentence]) -> Tensor:
+        """One vector a sentence: [sentences, teacher's hidden size]."""
+        rows: list[Tensor] = [torch.empty(0)] * len(sentences)
+        for picked in track(by_length(sentences, 64), "teacher's vectors", console=console):
+            texts = [sentences[i].text for i in picked]
+            inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            with torch.inference_mode():
+                hidden = self.model(**inputs).last_hidden_state
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            for i, row in zip(picked, (hidden * mask).sum(1) / mask.sum(1), strict=True):
+                rows[i] = row
+        return torch.stack(rows).clone()  # a plain tensor: one made for inference takes no part in training
+
+    def words(self, tokenizer: Tokenizer, width: int) -> dict[int, Tensor]:
+        """Embeddings by our id, for the tokens that both vocabularies hold: the teacher's principal components."""
+        theirs = self.tokenizer.get_vocab()
+        pairs = {ours: theirs[word] for word, ours in tokenizer.get_vocab().items() if word in theirs}
+        rows = self.model.get_input_embeddings().weight.detach()[list(pairs.values())]
+        centred = rows - rows.mean(0)
+        components = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
+        found = centred @ components.T
+        return dict(zip(pairs, found / found.std() * 0.05, strict=True))
+
+
+class Pretraining(nn.Module):
+    """The base with the heads that only its training needs."""
+
+    def __init__(self, classes: int, teacher_size: int) -> None:
+        super().__init__()
+        self.bert = BertModel(CONFIG)
+        self.words = BertLMPredictionHead(CONFIG)
+        self.words.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.classes = nn.Linear(CONFIG.hidden_size, classes)
+        self.teacher = nn.Linear(CONFIG.hidden_size, teacher_size)
+
+    def forward(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor | None) -> Tensor:
+        """The loss over a batch. labels: [sentences]; targets, the teacher's vectors: [sentences, teacher's size]."""
+        ids = inputs["input_ids"]
+        hidden = (torch.rand(ids.shape) < MASKED) & (ids > MASK)
+        out = self.bert(ids.masked_fill(hidden, MASK), attention_mask=inputs["attention_mask"])
+        # Sums over what there is: a batch may hold no label, or mask no word.
+        guesses = self.words(out.last_hidden_state[hidden])
+        loss = F.cross_entropy(guesses, ids[hidden], reduction="sum") / hidden.sum().clamp(min=1)
+        loss = loss + F.cross_entropy(self.classes(out.pooler_output), labels, reduction="sum") / len(labels)
+        if targets is not None:
+            likeness = F.cosine_similarity(self.teacher(out.pooler_output), targets)
+            loss = loss + TEACHER_WEIGHT * (1 - likeness).mean()
+        return loss
+
+
+def pretrain(corpus: list[Sentence], tokenizer: Tokenizer, plan: Plan, teacher: Teacher | None) -> BertModel:
+    torch.manual_seed(SEED)
+    labels = torch.tensor([sentence.label for sentence in corpus])
+    targets = teacher.vectors(corpus) if teacher else None
+    model = Pretraining(int(labels.max()) + 1, targets.shape[1] if targets is not None else 1)
+    if teacher:
+        with torch.no_grad():
+            for i, row in teacher.words(tokenizer, CONFIG.hidden_size).items():
+                model.bert.embeddings.word_embeddings.weight[i] = row
+
+    def loss_of(picked: list[int]) -> Tensor:
+        inputs = encode(tokenizer, (corpus[i] for i in picked))
+        return model(inputs, labels[picked], None if targets is None else targets[picked])
+
+    descend(model, corpus, plan, loss_of, "base")
+    return model.bert
+
+
+PRETRAINING = Plan(epochs=8, batch=64, rate=1e-3)
+
+
+def load_base(folder: Path, labels: int) -> BertForSequenceClassification:
+    """The frozen body under a new classifier, [hidden size, labels]; the same one for the same number of labels."""
+    torch.manual_seed(SEED)
+    model = BertForSequenceClassification.from_pretrained(folder, num_labels=labels)
+    model.name_or_path = "onnx-lora-demo"  # what PEFT writes down as the base: no path of this machine
+    return model.eval()
+
+
+def make_base(data: Path, splits: dict[str, Split], cache: Path, teacher: Path | None) -> Path:
+    """The folder of the trained base, its BertModel and its tokenizer.json; made once for the same settings."""
+    recipe = repr((CONFIG.to_dict(), PRETRAINING, TEACHER_WEIGHT, SEED, teacher is not None))
+    folder = cache / f"onnx-lora-demo-{zlib.crc32(recipe.encode()):08x}"
+    if not folder.exists():
+        corpus = read_corpus(data, splits)
+        tokenizer = train_tokenizer(corpus)
+        bert = pretrain(corpus, tokenizer, PRETRAINING, Teacher.load(teacher) if teacher else None)
+        bert.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    return folder
+
+
+# --- adapters -------------------------------------------------------------------------------------------------
+
+
+def accuracy(model: nn.Module, tokenizer: Tokenizer, sentences: list[Sentence]) -> float:
+    right = 0
+    for picked in by_length(sentences, 128):
+        batch = [sentences[i] for i in picked]
+        guesses = predict(model, tokenizer, batch)
+        right += sum(guess == sentence.label for guess, sentence in zip(guesses, batch, strict=True))
+    return right / len(sentences)
+
+
+def predict(model: nn.Module, tokenizer: Tokenizer, sentences: list[Sentence]) -> list[int]:
+    with torch.inference_mode():
+        return model(**encode(tokenizer, sentences)).logits.argmax(-1).tolist()
+
+
+def train_adapter(base: Path, task: Task, train: list[Sentence], out: Path) -> None:
+    """One PEFT folder: LoRA on every linear layer of the body, the pooler's too, and the task's own classifier."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["query", "key", "value", "dense"],
+        modules_to_save=["classifier"],
+        lora_dropout=0.1,
+        **task.lora,
+    )
+    model = get_peft_model(load_base(base, len(task.labels)), config)
+    labels = torch.tensor([sentence.label for sentence in train])
+
+    def loss_of(picked: list[int]) -> Tensor:
+        return F.cross_entropy(model(**encode(tokenizer, (train[i] for i in picked))).logits, labels[picked])
+
+    descend(model, train, task.plan, loss_of, task.name)
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)  # an empty model card
+
+
+# --- the demo's folder ----------------------------------------------------------------------------------------
+
+
+def export(base: Path, tokenizer: Tokenizer, out: Path, sentences: list[Sentence]) -> None:
+    """Writes model.onnx and config.json. Raises ClickException: logits unlike PyTorch's, at two batch sizes."""
+    model = load_base(base, labels=2)
+    onnx_export_from_model(model, out, task="text-classification", no_post_process=True, do_validation=False)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    wanted = {node.name for node in session.get_inputs()}
+    for batch in (sentences[:1], sentences[:9]):
+        inputs = encode(tokenizer, batch)
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        with torch.inference_mode():
+            expected = model(**inputs).logits.numpy()
+        (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items() if name in wanted})
+        difference = float(np.abs(found - expected).max())
+        if not difference < TOLERANCE:
+            raise click.ClickException(f"model.onnx must give PyTorch's logits within {TOLERANCE}: {difference} off.")
+
+
+def measure(base: Path, task: Task, tokenizer: Tokenizer, test: list[Sentence], adapter: Path) -> dict[str, Any]:
+    """The task's entry of tasks.json, through the adapter as it lies on the disk, over a base loaded anew."""
+    model = PeftModel.from_pretrained(load_base(base, len(task.labels)), adapter).eval()
+    guesses = predict(model, tokenizer, [Sentence(text) for text in task.examples])
+    for text, guess in zip(task.examples, guesses, strict=True):
+        console.print(f"{task.name}: {text} [bold]{task.labels[guess]}")
+    return {
+        "labels": task.labels,
+        "accuracy": round(accuracy(model, tokenizer, test), 4),
+        "majority": round(Counter(sentence.label for sentence in test).most_common(1)[0][1] / len(test), 4),
+        "test_sentences": len(test),
+        "examples": task.examples,
+    }

@@ -12,6 +12,9 @@ from onnx_lora.errors import MissingDependencyError, PackageError
 
 __all__ = ["External", "externals", "load", "place", "resize"]
 
+# TensorProto.DataLocation
+_EXTERNAL = 1
+
 
 @dataclass(frozen=True, slots=True)
 class External:
@@ -50,12 +53,16 @@ def externals(model: Any, path: Path) -> list[External]:
     """Every tensor of the graph that lies in a file, subgraphs and functions included."""
     found = []
     for tensor in _tensors(model):
-        if tensor.data_location == 1:  # EXTERNAL
+        if tensor.data_location == _EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
-            if "location" not in entries or "length" not in entries:
-                raise PackageError(f"{tensor.name} must say where it lies and how long it is", path=path)
-            place = int(entries.get("offset", "0")), int(entries["length"])
-            found.append(External(tensor, entries["location"], *place))
+            file, offset, length = (entries.get(key, "") for key in ("location", "offset", "length"))
+            if not (offset or "0").isdecimal() or not length.isdecimal() or Path(file).name != file or not file:
+                raise PackageError(
+                    f"{tensor.name} must say where in a file of the package it lies, and says {entries}; "
+                    "make the package again",
+                    path=path,
+                )
+            found.append(External(tensor, file, int(offset or "0"), int(length)))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnx_lora.errors import PackageError
+from onnx_lora.errors import InputError, PackageError
 from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
 from onnx_lora.points import Array
 from onnx_lora.runtime import _onnx
@@ -75,6 +75,8 @@ def fold_to(
     StorageError: it cannot be written. MissingDependencyError: no `onnx`.
     """
     whole = opened(package)
+    if whole.path.resolve() in Path(out).resolve().parents:
+        raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
     tensors = mixed(adapter, whole)
     plans = [(info, {edit.initializer: edit for edit in edits(info, tensors)}) for info in infos]
@@ -85,7 +87,7 @@ def fold_to(
             for info, plan in plans:
                 _write(info, plan, whole, folder / (_MODEL if len(infos) == 1 else info.file), data, step)
         _copy_companions(whole, folder)
-        _fix_labels([edit for _, plan in plans for edit in plan.values()], folder / "config.json")
+        _fix_labels([edit for _, plan in plans for edit in plan.values()], folder / "config.json", whole.path)
     return Path(out)
 
 
@@ -108,12 +110,7 @@ def _write(
     source = package.path / info.base_file
     model = _onnx.load(source)
     outside = _onnx.externals(model, source)
-    if missing := sorted(plan.keys() - {external.name for external in outside}):
-        raise PackageError(
-            "the base graph must keep the weights that the manifest names in a data file; make the package again",
-            path=source,
-            problems=[f"{name} is not there" for name in missing],
-        )
+    _check_places(plan, outside, source)
     shapes: dict[str, tuple[int, ...]] = {}
     for external in outside:
         edit = plan.get(external.name)
@@ -128,6 +125,28 @@ def _write(
         _onnx.place(external, _DATA, *place)
     _onnx.resize(model, shapes)
     target.write_bytes(model.SerializeToString())
+
+
+def _check_places(plan: Mapping[str, Edit], outside: Sequence[_onnx.External], source: Path) -> None:
+    """That graph and manifest mean the same bytes: else a fold would start from other weights."""
+    places = {
+        external.name: _place(external.file, external.offset, external.length, external.proto.dims)
+        for external in outside
+    }
+    wanted = {
+        name: _place(edit.stored.file, edit.stored.offset, edit.stored.size, edit.stored.shape)
+        for name, edit in plan.items()
+    }
+    if wrong := sorted(name for name in wanted if places.get(name) != wanted[name]):
+        raise PackageError(
+            "the base graph must keep its weights where the manifest says; make the package again",
+            path=source,
+            problems=[f"{name} must be {wanted[name]}, and is {places.get(name, 'not in a file')}" for name in wrong],
+        )
+
+
+def _place(file: str, offset: int, length: int, shape: Sequence[int]) -> str:
+    return f"{list(shape)} in {length} bytes from {offset} of {file}"
 
 
 def _writer(values: Array) -> Callable[[IO[bytes]], None]:
@@ -174,13 +193,15 @@ def _copy_companions(package: Package, folder: Path) -> None:
     for companion in sorted(package.path.iterdir()):
         if companion.name in own:
             continue
-        if companion.is_dir():
-            shutil.copytree(companion, folder / companion.name)
-        else:
-            shutil.copyfile(companion, folder / companion.name)
+        for path in [companion, *sorted(companion.rglob("*"))]:
+            copy = folder / path.relative_to(package.path)
+            if path.is_dir():
+                copy.mkdir()
+            else:
+                shutil.copyfile(path, copy)
 
 
-def _fix_labels(done: Sequence[Edit], config: Path) -> None:
+def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:
     """Where a head got another number of outputs, the config's labels are those of another head."""
     widths = {
         edit.whole.value.shape[-1]
@@ -195,7 +216,9 @@ def _fix_labels(done: Sequence[Edit], config: Path) -> None:
     try:
         content: Any = json.loads(config.read_text("utf-8"))
     except ValueError as error:
-        raise PackageError(f"must be JSON: {error}", path=config.name) from error
+        raise PackageError(f"must be JSON: {error}; correct it", path=package / config.name) from error
+    if not isinstance(content, dict):
+        raise PackageError("must hold a JSON object; correct it", path=package / config.name)
     content = {key: value for key, value in content.items() if key not in ("id2label", "label2id", "num_labels")}
     if len(widths) == 1:
         content["num_labels"] = widths.pop()

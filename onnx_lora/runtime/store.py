@@ -66,7 +66,7 @@ class Store:
 
     def add(self, name: str, bound: BoundAdapter) -> None:
         """Put a bound adapter on the device. Raises SelectionError: the name is taken."""
-        part = _restricted(bound, self._inputs)
+        part = _restricted(bound, name, self._inputs)
         loaded = Loaded(bound, part, self._device.values(part.tensors))
         with self._lock:
             self.check_free(name)
@@ -141,15 +141,15 @@ def _uses(key: _Key, loaded: Loaded) -> bool:
     return any(part is loaded for choice in key for part, _ in choice)
 
 
-def _restricted(bound: BoundAdapter, inputs: frozenset[str]) -> BoundAdapter:
-    """What of an adapter concerns a graph with these inputs, in memory of its own."""
-    tensors = {name: _private(tensor) for name, tensor in bound.tensors.items() if name in inputs}
+def _restricted(bound: BoundAdapter, name: str, inputs: frozenset[str]) -> BoundAdapter:
+    """What of an adapter concerns a graph with these inputs, under the name it is loaded as."""
+    tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in inputs}
     coverage = replace(
         bound.coverage,
         applied=tuple(module for module in bound.coverage.applied if f"{module}.lora_A.weight" in tensors),
-        replaced=tuple(name for name in bound.coverage.replaced if name in tensors),
+        replaced=tuple(key for key in bound.coverage.replaced if key in tensors),
     )
-    return replace(bound, tensors=tensors, coverage=coverage)
+    return replace(bound, name=name, tensors=tensors, coverage=coverage)
 
 
 def _private(tensor: Array) -> Array:

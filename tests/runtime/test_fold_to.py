@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnx_lora.errors import MissingDependencyError, OutputExistsError, PackageError, StorageError
+from onnx_lora.errors import InputError, MissingDependencyError, OutputExistsError, PackageError, StorageError
 from onnx_lora.runtime import fold, fold_to, standalone
 from tests.runtime import tiny
 from tests.runtime.conftest import CPU, one_thread
@@ -171,7 +171,7 @@ def test_a_data_file_cut_off_is_refused(tmp_path):
 def test_a_base_graph_with_its_weights_inside_is_refused(tmp_path):
     package = tiny.make_package(tmp_path / "p")
     onnx.save(onnx.load(package.path / "base.onnx"), package.path / "base.onnx")
-    with pytest.raises(PackageError, match="W_qk is not there"):
+    with pytest.raises(PackageError, match=r"W_qk must be .*, and is not in a file"):
         fold_to(package, A, tmp_path / "out")
 
 
@@ -186,3 +186,39 @@ def test_progress_counts_to_the_end(package, tmp_path):
     seen: list[tuple[int, int]] = []
     fold_to(package, A, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_base_graph_that_disagrees_with_the_manifest_is_refused(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    model = onnx.load(package.path / "base.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "W_qk")
+    next(entry for entry in tensor.external_data if entry.key == "offset").value = "64"
+    onnx.save(model, package.path / "base.onnx")
+    with pytest.raises(PackageError, match=r"W_qk must be .* from 0 of .*, and is .* from 64 of "):
+        fold_to(package, A, tmp_path / "out")
+
+
+@pytest.mark.parametrize("key, value", [("location", "../secret"), ("location", ""), ("offset", "-8"), ("length", "x")])
+def test_a_weight_outside_the_package_is_refused(tmp_path, key, value):
+    package = tiny.make_package(tmp_path / "p")
+    model = onnx.load(package.path / "base.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "norm")
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+    onnx.save(model, package.path / "base.onnx")
+    with pytest.raises(PackageError, match="norm must say where"):
+        fold_to(package, A, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["out", "extra/out"])
+def test_an_output_inside_the_package_is_refused(tmp_path, inside):
+    package = tiny.make_package(tmp_path / "p")
+    with pytest.raises(InputError, match="inside the package"):
+        fold_to(package, A, package.path / inside)
+
+
+def test_a_config_that_is_no_object_is_refused_when_it_must_change(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    (package.path / "config.json").write_text("[]")
+    with pytest.raises(PackageError, match="JSON object"):
+        fold_to(package, tiny.adapter("own", 5, labels=7), tmp_path / "out")

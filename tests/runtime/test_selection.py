@@ -71,3 +71,11 @@ def test_a_whole_weight_without_rows_cannot_differ_between_them(session):
     session.load_adapter("n", tiny.adapter("n", 3, norm=True))
     with pytest.raises(SelectionError, match=r"norm\.weight"):
         session.run(None, tiny.batch().feeds, adapter=["n", None])
+
+
+def test_a_message_about_a_blend_uses_the_names_of_the_session(session):
+    own = tiny.adapter("its name elsewhere", 3, labels=4)
+    session.load_adapter("head", own)
+    with pytest.raises(SelectionError, match="'head' of weight 0.5") as caught:
+        session.run(None, tiny.batch().feeds, adapter={"head": 0.5})
+    assert "elsewhere" not in str(caught.value)
