@@ -38,6 +38,9 @@ MANIFEST = "onnx_lora.json"
 # Raised when a reader of the old version would misread the new one.
 FORMAT_VERSION = 1
 
+# What a place says that cannot be written to. EEXIST: a file where a folder must be.
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
@@ -283,6 +286,6 @@ def storage_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError("the disk is full; nothing was written", path=target) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in _NOT_WRITABLE:
             raise StorageError(f"cannot be written ({error.strerror}); nothing was written", path=target) from error
         raise

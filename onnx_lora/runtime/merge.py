@@ -16,8 +16,9 @@ from onnx_lora.points import Array, Replaceable, StoredTensor, WeightPart
 
 __all__ = ["Edit", "Low", "Whole", "edits", "folded"]
 
-# Elements of a weight computed at once in float64: 16 MiB.
-_BLOCK = 2**21
+# Elements of a weight computed at once in float64: 1 MiB, which stays in the cache. Measured on
+# 4096 x 4096: 0.20 s, against 0.49 s with 16 MiB and 1.3 s with 64.
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True, slots=True)

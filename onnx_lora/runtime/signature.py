@@ -13,30 +13,42 @@ from onnx_lora.errors import FeedError, SelectionError
 
 __all__ = ["Signature"]
 
-# ONNX Runtime's names of the types that numpy has too.
-_NUMPY = {
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(float16)": "float16",
-    "tensor(bool)": "bool",
-    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+# ONNX Runtime's names of the types that numpy has too, and their numbers in ONNX (TensorProto.DataType).
+_TYPES = {
+    "tensor(float)": ("float32", 1),
+    "tensor(uint8)": ("uint8", 2),
+    "tensor(int8)": ("int8", 3),
+    "tensor(uint16)": ("uint16", 4),
+    "tensor(int16)": ("int16", 5),
+    "tensor(int32)": ("int32", 6),
+    "tensor(int64)": ("int64", 7),
+    "tensor(bool)": ("bool", 9),
+    "tensor(float16)": ("float16", 10),
+    "tensor(double)": ("float64", 11),
+    "tensor(uint32)": ("uint32", 12),
+    "tensor(uint64)": ("uint64", 13),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One input or output. `dtype` is empty where numpy has no such type; `shape` where any rank goes."""
+    """One input or output. `dtype` is empty where numpy has no such type; `shape` where any rank goes.
+
+    `element`: the type's number in ONNX, 0 where numpy has none.
+    """
 
     name: str
     type: str
     dtype: str
+    element: int
     shape: tuple[int | str | None, ...]
     required: bool = True
 
     @staticmethod
     def of(arg: Any, *, required: bool = True) -> _Slot:
         optional = arg.type.startswith("optional")
-        return _Slot(arg.name, arg.type, _NUMPY.get(arg.type, ""), tuple(arg.shape or ()), required and not optional)
+        dtype, element = _TYPES.get(arg.type, ("", 0))
+        return _Slot(arg.name, arg.type, dtype, element, tuple(arg.shape or ()), required and not optional)
 
     def __str__(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from onnx_lora.adapters import bind, read_adapter, write_bound
 from onnx_lora.runtime import AdapterSession, fold, fold_to
@@ -38,8 +38,6 @@ def peft(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(peft):
-    from safetensors.numpy import load_file
-
     raw = load_file(peft / "adapter_model.safetensors")
     tensors = {}
     for module in tiny.MODULES:
@@ -59,7 +57,7 @@ def test_read_bound_and_converted_are_the_same_adapter(package, peft, tmp_path):
     adapter = read_adapter(peft)
     bound = bind(adapter, package)
     converted = tmp_path / "sql.safetensors"
-    write_bound(bound, converted, package)
+    write_bound(bound, converted)
     session = AdapterSession(package, providers=CPU)
     answers = []
     for index, form in enumerate((peft, adapter, bound, converted)):

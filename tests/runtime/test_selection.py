@@ -76,6 +76,6 @@ def test_a_whole_weight_without_rows_cannot_differ_between_them(session):
 def test_a_message_about_a_blend_uses_the_names_of_the_session(session):
     own = tiny.adapter("its name elsewhere", 3, labels=4)
     session.load_adapter("head", own)
-    with pytest.raises(SelectionError, match="'head' of weight 0.5") as caught:
+    with pytest.raises(SelectionError, match=r"'head' of weight 0\.5") as caught:
         session.run(None, tiny.batch().feeds, adapter={"head": 0.5})
     assert "elsewhere" not in str(caught.value)

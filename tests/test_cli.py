@@ -1,0 +1,197 @@
+"""The command line as people and machines use it: results, errors, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnx_lora import Package
+from onnx_lora.cli import main
+from tests.support.models import make_adapter, make_model
+from tests.support.numbers import assert_close
+
+Make = Callable[[str], Path]
+IDS = np.array([[5, 17, 42, 8], [3, 3, 60, 9]], np.int64)
+FEEDS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "token_type_ids": np.zeros_like(IDS)}
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def _call(*arguments: object, folder: Path) -> Result:
+    """What `onnx-lora` does with these arguments in `folder`, in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["onnx-lora", *map(str, arguments)])
+        try:
+            main()
+            code: Any = 0
+        except SystemExit as leaving:
+            code = leaving.code
+    return Result(int(code or 0), stdout.getvalue(), stderr.getvalue())
+
+
+def _json(*arguments: object, folder: Path) -> Any:
+    result = _call(*arguments, "--json", folder=folder)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, packages: Make) -> Path:
+    """A folder with a package `bert`, adapters `plain` (no head) and `head`, and inputs."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "bert").symlink_to(packages("bert"))
+    make_adapter(make_model("bert"), folder / "head", r=4, target_modules=["query"])
+    make_adapter(make_model("bert"), folder / "plain", r=2, target_modules=["value"], modules_to_save=None, seed=3)
+    np.savez(folder / "feeds.npz", **FEEDS)
+    return folder
+
+
+def test_inspect_tells_packages_and_adapters_apart(desk: Path) -> None:
+    package = _json("inspect", "bert", folder=desk)
+    assert package["points"] == 13
+    assert package["replaceable"] == {"classifier.weight": "2 × 32", "classifier.bias": "2"}
+    adapter = _json("inspect", "head", "--package", "bert", folder=desk)
+    assert (adapter["modules"], adapter["ranks"]) == (2, {"rank 4": "2 modules"})
+    assert adapter["applied"] == "2 of 13 points"
+    assert set(adapter["replaced"]) == {"classifier.bias", "classifier.weight"}
+    assert "times" in adapter["smaller_than_the_base"]
+
+
+def test_run_blends_and_mixes_rows(desk: Path) -> None:
+    from onnx_lora import AdapterSession
+
+    session = AdapterSession(desk / "bert")
+    session.load_adapter("a", desk / "head")
+    session.load_adapter("b", desk / "plain")
+    adapters = ["--adapter", "a=head", "--adapter", "b=plain:0.5"]
+    _json("run", "bert", "--input", "feeds.npz", "--output", "blend.npz", *adapters, folder=desk)
+    blend = np.load(desk / "blend.npz")["logits"]
+    assert_close(blend, session.run(None, FEEDS, adapter={"a": 1.0, "b": 0.5})[0])
+    rows = _json("run", "bert", "--input", "feeds.npz", "--output", "r.npz", *adapters, "--rows", "-,b", folder=desk)
+    assert rows["outputs"] == {"logits": [2, 2]}
+    assert_close(np.load(desk / "r.npz")["logits"], session.run(None, FEEDS, adapter=[None, {"b": 0.5}])[0])
+
+
+def test_convert_then_run_the_converted_file(desk: Path) -> None:
+    for name in ("c.safetensors", "c.onnx_adapter"):
+        facts = _json("convert", "head", name, "--package", "bert", folder=desk)
+        assert facts["written"] == name
+        out = f"{name}.npz"
+        _json("run", "bert", "--input", "feeds.npz", "--output", out, "--adapter", f"a={name}", folder=desk)
+        _json("run", "bert", "--input", "feeds.npz", "--output", f"p{out}", "--adapter", "a=head", folder=desk)
+        assert_close(np.load(desk / out)["logits"], np.load(desk / f"p{out}")["logits"])
+
+
+def test_fold_writes_a_model_that_answers_as_the_adapter(desk: Path) -> None:
+    import onnxruntime as ort
+
+    _json("fold", "bert", "folded", "--adapter", "head", "--adapter", "plain:0.5", folder=desk)
+    _json(
+        *("run", "bert", "--input", "feeds.npz", "--output", "f.npz"),
+        *("--adapter", "a=head", "--adapter", "b=plain:0.5"),
+        folder=desk,
+    )
+    session = ort.InferenceSession(str(desk / "folded" / "model.onnx"))
+    assert_close(session.run(None, FEEDS)[0], np.load(desk / "f.npz")["logits"])
+
+
+def test_verify_against_peft(desk: Path, checkpoints: Make) -> None:
+    facts = _json("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "head", folder=desk)
+    assert facts["agrees"]
+    assert set(facts["largest_difference"]) == {"model, base", "model, adapter"}
+
+
+def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
+    make_model("bert", seed=7).save_pretrained(tmp_path / "other")
+    result = _call("verify", "bert", "--reference", tmp_path / "other", folder=desk)
+    assert result.returncode == 4
+    assert "must reproduce the model in PyTorch, and does not" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["inspect", "nowhere"], 2, "nowhere"),
+        (["run", "bert", "--input", "none.npz", "--output", "o.npz"], 2, "there is no such file"),
+        (["run", "bert", "--input", "notes.txt", "--output", "o.npz"], 2, "must be an .npz file"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "o.txt"], 2, "must end with .npz"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "feeds.npz"], 2, "exists already"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--adapter", "head"], 2, "NAME=PATH"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--rows", "x,y"], 2, "'x'"),
+        (["convert", "head", "c", "--package", "head"], 2, "not a package"),
+        (["fold", "bert", "head", "--adapter", "head"], 2, "exists already"),
+        (["attach", "notes.txt", "out"], 2, "must be an ONNX model"),
+        (["export", "nowhere-at-all", "out"], 2, "nowhere-at-all"),
+        (["export", "bert", "out", "--targets", "a", "--targets-regex", "b"], 2, "exclude each other"),
+        (["fold", "bert", "out", "--adapter", "head:0.5"], 2, "classifier"),
+    ],
+)
+def test_mistakes_get_a_message_and_an_exit_code(desk: Path, arguments: list[str], code: int, message: str) -> None:
+    (desk / "notes.txt").write_text("no model, no archive")
+    before = sorted(entry.name for entry in desk.iterdir())
+    result = _call(*arguments, folder=desk)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(entry.name for entry in desk.iterdir()) == before
+
+
+def test_errors_are_json_for_machines(desk: Path) -> None:
+    result = _call("inspect", "nowhere", "--json", folder=desk)
+    assert json.loads(result.stdout)["error"] == "AdapterFileError"
+
+
+def test_an_interrupt_leaves_nothing_behind(desk: Path, tmp_path: Path, checkpoints: Make) -> None:
+    command = [sys.executable, "-m", "onnx_lora", "export", str(checkpoints("swin")), str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; nothing was written" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written_is_named(desk: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "out"
+    result = _call("fold", "bert", target, "--adapter", "head", folder=desk)
+    assert result.returncode == 3, result.stderr
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_python_m_is_the_command(desk: Path) -> None:
+    command = [sys.executable, "-m", "onnx_lora", "inspect", "bert", "--json"]
+    result = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(result.stdout)["points"] == 13
+
+
+def test_a_package_opens_through_the_link(desk: Path) -> None:
+    assert Package.open(desk / "bert").points

@@ -1,0 +1,123 @@
+"""Every command and snippet of README and docs runs, in the order a reader would type them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+import onnx_lora
+from onnx_lora.cli import cli
+
+ROOT = Path(onnx_lora.__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+# README makes what the other pages go on with.
+PAGES.sort(key=lambda page: page.name != "README.md")
+
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# Languages of blocks that are no commands.
+_PICTURES = {"", "text", "json"}
+
+Make = Callable[[str], Path]
+
+
+def _blocks(page: Path) -> Iterator[tuple[str, str]]:
+    for match in _BLOCK.finditer(page.read_text("utf-8")):
+        yield match[1], match[2]
+
+
+def _commands(block: str) -> Iterator[list[str]]:
+    for line in block.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, checkpoints: Make, packages: Make) -> Path:
+    """A folder with what a reader has: a checkpoint, two adapters, an ONNX file, and inputs."""
+    import shutil
+
+    from tests.support.models import make_adapter, make_model
+
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(checkpoints("llama"), folder / "my-model")
+    shutil.copyfile(packages("llama") / "base.onnx", folder / "model.onnx")
+    shutil.copyfile(packages("llama") / "model.onnx.data", folder / "model.onnx.data")
+    for name, options in {"sql": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "polite": {"r": 2}}.items():
+        targets: dict[str, Any] = {"target_modules": "all-linear"} | options
+        make_adapter(make_model("llama"), folder / "adapters" / name, seed=len(name), **targets)
+    ids = np.array([[11, 42, 7], [3, 5, 8]])
+    np.savez(
+        folder / "feeds.npz", input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.array([[0, 1, 2]] * 2)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs(page: Path, desk: Path) -> None:
+    for language, block in _blocks(page):
+        if language == "python":
+            _run([sys.executable, "-c", block], desk)
+        elif language == "bash":
+            for words in _commands(block):
+                _run_command(words, desk)
+        else:
+            assert language in _PICTURES, f"{page.name}: a block in {language!r} that nothing runs"
+
+
+def _run_command(words: list[str], desk: Path) -> None:
+    if words[0] == "onnx-lora":
+        _run([sys.executable, "-m", "onnx_lora", *words[1:]], desk)
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), words
+    elif words[:2] == ["pip", "install"]:
+        extras = re.fullmatch(r"onnx-lora\[(.*)\]", words[-1])
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+        assert extras, words
+        assert set(extras[1].split(",")) <= set(known), words
+    elif words[0] == "python" and words[1:2] == ["-m"]:
+        __import__(words[2])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+        _run([sys.executable, str(ROOT / words[1]), "--help"], desk)
+    else:
+        assert words[:2] in (["pip", "download"], ["unzip", "-q"]), f"a command that nothing runs: {words}"
+
+
+def _run(command: list[str], desk: Path) -> None:
+    result = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, f"{' '.join(command)[:300]}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    tree = next(block for language, block in _blocks(ROOT / "README.md") if not language and "onnx_lora/" in block)
+    named = set(re.findall(r"(\w+\.py)", tree))
+    existing = {file.name for file in (ROOT / "onnx_lora").rglob("*.py")}
+    assert named <= existing, f"the tree names {sorted(named - existing)}"
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_has_an_example_that_names_real_options(name: str) -> None:
+    command = cli.commands[name]
+    text = (command.help or "").replace("\b", "")
+    example = re.search(rf"onnx-lora {name}( .*)?$", text, re.MULTILINE)
+    assert example, f"onnx-lora {name} --help shows no example"
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"(--[\w-]+)", example[0])) <= known
+    assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option)), name
