@@ -15,6 +15,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from benchmarks.subject import Q_AND_V, make_adapter, make_checkpoint
 from benchmarks.timing import in_turns, peak_memory, run_child
 from onnx_lora import AdapterSession, Package, fold
 
+Feeds = dict[str, np.ndarray[Any, Any]]
+
 _THREADS = 2
 _CONTEXT = 128  # tokens
-_TURNS = {"decode": 60, "prefill": 12, "start": 4}
+_TURNS = {"decode": 60, "prefill": 12, "start": 4, "switch": 100}
 
 
 @click.command()
@@ -111,9 +114,9 @@ def _starting(package: Package, adapter: Path) -> dict[str, Any]:
     }
 
 
-def _feeds(tokens: int, past: int) -> dict[str, np.ndarray[Any, Any]]:
+def _feeds(tokens: int, past: int) -> Feeds:
     generator = np.random.default_rng(0)
-    feeds: dict[str, np.ndarray[Any, Any]] = {
+    feeds: Feeds = {
         "input_ids": generator.integers(0, 49152, (1, tokens)),
         "attention_mask": np.ones((1, past + tokens), np.int64),
         "position_ids": np.arange(past, past + tokens)[None],
@@ -133,22 +136,19 @@ def _running(package: Package, everything: list[Path], few: Path) -> dict[str, A
     loading = time.perf_counter() - start
     session.load_adapter("second", everything[1])
     session.load_adapter("q/v", few)
+    session.load_adapter("q/v again", few)
     folded = fold(package, everything[0], sess_options=_options())
     results: dict[str, Any] = {"loading an adapter, seconds": loading}
     for name, feeds in {"decode": _feeds(1, _CONTEXT), "prefill": _feeds(_CONTEXT, 0)}.items():
-        seconds = in_turns(
-            {
-                "without points": lambda _, feeds=feeds: base.run(None, feeds),
-                "no adapter": lambda _, feeds=feeds: session.run(None, feeds),
-                "r=16 on all": lambda _, feeds=feeds: session.run(None, feeds, adapter="first"),
-                "r=16 on all, switching every call": lambda turn, feeds=feeds: session.run(
-                    None, feeds, adapter=("first", "second")[turn % 2]
-                ),
-                "r=16 on q/v": lambda _, feeds=feeds: session.run(None, feeds, adapter="q/v"),
-                "folded": lambda _, feeds=feeds: folded.run(None, feeds),
-            },
-            turns=_TURNS[name],
-        )
+        calls = {
+            "without points": _call(base, feeds),
+            "no adapter": _call(session, feeds, None),
+            "r=16 on all": _call(session, feeds, "first"),
+            "r=16 on all, switching every call": _call(session, feeds, "first", "second"),
+            "r=16 on q/v": _call(session, feeds, "q/v"),
+            "folded": _call(folded, feeds),
+        }
+        seconds = in_turns(calls, turns=_TURNS[name])
         plain = seconds["without points"]
         results[name] = {
             "milliseconds": {kind: 1000 * value for kind, value in seconds.items()},
@@ -162,22 +162,23 @@ def _running(package: Package, everything: list[Path], few: Path) -> dict[str, A
     return results
 
 
-def _switching(session: AdapterSession) -> dict[str, float]:
-    """What a switch costs without the model's work: choosing and handing over the adapter's tensors.
+def _call(session: Any, feeds: Feeds, *adapters: str | None) -> Callable[[int], object]:
+    """Run `session`, with the adapters in turn if there are any."""
+    if not adapters:
+        return lambda _: session.run(None, feeds)
+    return lambda turn: session.run(None, feeds, adapter=adapters[turn % len(adapters)])
 
-    The shortest call there is, one token on an empty cache, the same adapter again against another one.
-    """
+
+def _switching(session: AdapterSession) -> dict[str, float]:
+    """What a switch costs: the shortest call there is, one token on an empty cache, with the same adapter
+    again and with another one."""
     feeds = _feeds(1, 0)
     seconds = in_turns(
-        {
-            "same": lambda _: session.run(None, feeds, adapter="first"),
-            "other": lambda turn: session.run(None, feeds, adapter=("second", "first")[turn % 2]),
-        },
-        turns=_TURNS["decode"],
+        {"same": _call(session, feeds, "q/v"), "other": _call(session, feeds, "q/v", "q/v again")},
+        turns=_TURNS["switch"],
     )
-    return {"difference": 1000 * (seconds["other"] - seconds["same"])} | {
-        name: 1000 * value for name, value in seconds.items()
-    }
+    milliseconds = {name: 1000 * value for name, value in seconds.items()}
+    return milliseconds | {"difference": milliseconds["other"] - milliseconds["same"]}
 
 
 if __name__ == "__main__":

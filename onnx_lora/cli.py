@@ -113,7 +113,7 @@ def _point_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--task", help="What to export it for, as Optimum names it (default: what its config says).")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Of the weights.", show_default=True)
 @click.option("--verify/--no-verify", default=True, help="Compare with PyTorch at the end.", show_default=True)
 @_point_options
 @_json_option
