@@ -54,7 +54,7 @@ def export(
     Raises ModelError, ExportError, VerificationError, OutputExistsError, StorageError,
     MissingDependencyError.
     """
-    options = Options(targets, replaceable, default_rank)
+    options = Options.of(targets, replaceable, default_rank)
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         progress("export", 0, 1)
         if isinstance(model, str | os.PathLike):
@@ -97,7 +97,7 @@ def attach(
 
     Raises ModelError, OutputExistsError, StorageError, MissingDependencyError.
     """
-    options = Options(targets, replaceable, default_rank)
+    options = Options.of(targets, replaceable, default_rank)
     with staged(out) as folder:
         _build(folder, load_onnx(onnx_file, checkpoint), options, progress)
     return Package.open(out)

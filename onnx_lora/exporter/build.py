@@ -5,37 +5,33 @@ load –locate→ linear nodes –choose→ sites –own→ base graph on disk �
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.axes import Shapes, infer_shapes, outputs_are_free
+from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, check_names, find_exposures, outputs_behind
+from onnx_lora.exporter.describe import free_modules, points_of, replaceable_of
+from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, check_names, find_exposures
 from onnx_lora.exporter.inject import Placement, Site, inject
+from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import Linear, Located, locate
 from onnx_lora.exporter.own import own_exposures, own_weights
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
-from onnx_lora.exporter.weights import WeightStore, check_external, where
+from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import InjectionPoint, Replaceable, WeightPart, digest
+from onnx_lora.points import InjectionPoint, Replaceable
 
 __all__ = ["Options", "Progress", "Source", "build"]
 
 # Called with what is being done, and how much of it is done: ("points", 12, 210).
 Progress = Callable[[str, int, int], None]
-
-# Constants of a graph become initializers from this many elements on: smaller ones are shapes and axes.
-_WEIGHT_ELEMENTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +46,15 @@ class Source:
 class Options:
     """What gets points. `default_rank`: 1 where an execution provider cannot run rank 0."""
 
-    targets: str | Iterable[str] = ALL_LINEAR
-    replaceable: str | Iterable[str] = HEADS_ONLY
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    replaceable: str | tuple[str, ...] = HEADS_ONLY
     default_rank: int = 0
+
+    @staticmethod
+    def of(targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int) -> Options:
+        """Raises ModelError: `default_rank` is neither 0 nor 1."""
+        names = (entry if isinstance(entry, str) else tuple(entry) for entry in (targets, replaceable))
+        return Options(*names, default_rank)
 
     def __post_init__(self) -> None:
         if self.default_rank not in (0, 1):
@@ -92,7 +94,7 @@ def build(
     used: frozenset[str] = frozenset()
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
-        model = _load(source.file)
+        model = load(source.file)
         located = _consistent(locate(model.graph, checkpoint))
         exposures, names = find_exposures(model.graph, located.linears, options.replaceable)
         used |= names
@@ -115,51 +117,6 @@ def build(
         if not (folder / companion.name).exists():
             shutil.copyfile(companion, folder / companion.name)
     return Package.open(folder)
-
-
-def _load(file: Path) -> ir.Model:
-    try:
-        model = ir.load(file)
-    except FileNotFoundError:
-        raise ModelError("there is no such file", path=file) from None
-    except (DecodeError, SerdeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
-        raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
-    if not model.graph.outputs:
-        raise ModelError("must be an ONNX model, and has no outputs", path=file)
-    if not all(isinstance(name, str) for name in _names(model.graph)):
-        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
-    check_external(model.graph, file)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.TensorProtoTensor):
-            try:
-                value.const_value.numpy()  # a view of the file's bytes
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
-    _check(file)
-    RemoveInitializersFromInputsPass()(model)
-    LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
-    # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
-    model.ir_version = max(model.ir_version or 0, 8)
-    return model
-
-
-def _check(file: Path) -> None:
-    """Raises ModelError: `file` is not valid ONNX."""
-    try:
-        onnx.checker.check_model(str(file))
-    except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
-        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
-        # stops at the first.
-        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
-            raise ModelError(f"must be valid ONNX: {error}", path=file) from error
-
-
-def _names(graph: ir.Graph) -> Iterator[object]:
-    """What a damaged file may hold as bytes; names that are missing do not count."""
-    yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        yield from (node.name or "", node.op_type, node.domain, *node.attributes)
-        yield from (value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)
 
 
 def _consistent(located: Located) -> Located:
@@ -235,12 +192,12 @@ def _write(
     shapes = infer_shapes(graph.model)
     sites, unplaced = _placeable(sites, shapes)
     pointed = [site for site in sites if any(linear.module in chosen for linear in site.linears)]
-    points = _points(pointed, shapes)
-    free = _free_modules(graph.model, exposures)
-    replaceable = tuple(_replaceable(exposure, linears, shapes, free) for exposure in exposures)
+    points = points_of(pointed, shapes)
+    free = free_modules(graph.model, exposures)
+    replaceable = tuple(replaceable_of(exposure, linears, shapes, free) for exposure in exposures)
     _inject_all(surgeon, graph.source.name, sites, shapes, points, replaceable, exposures, options, progress)
     ir.save(graph.model, folder / file)
-    _check(folder / file)
+    check(folder / file)
     placed = {point.module for point in points}
     return GraphInfo(
         name=graph.source.name,
@@ -268,92 +225,6 @@ def _placeable(sites: Sequence[Site], shapes: Shapes) -> tuple[list[Site], list[
             good.append(site)
     # A module used by several nodes gets its point at all of them, or at none.
     return [site for site in good if lost.isdisjoint(linear.module for linear in site.linears)], bad
-
-
-def _points(sites: Sequence[Site], shapes: Shapes) -> tuple[InjectionPoint, ...]:
-    """One point per module, over all its nodes."""
-    nodes: dict[str, list[tuple[Site, Linear]]] = {}
-    for site in sites:
-        for linear in site.linears:
-            nodes.setdefault(linear.module, []).append((site, linear))
-    return tuple(_point(module, uses, shapes) for module, uses in nodes.items())
-
-
-def _point(module: str, uses: Sequence[tuple[Site, Linear]], shapes: Shapes) -> InjectionPoint:
-    first = uses[0][1]
-    parts = {linear.weight.name: _part(linear) for _, linear in uses}
-    window = first.values()[:, first.start : first.start + first.out_features]
-    return InjectionPoint(
-        module=module,
-        in_features=first.in_features,
-        out_features=first.out_features,
-        dtype=_dtype(first),
-        per_row=all(Placement.of(site, shapes).per_row for site, _ in uses),
-        sha256=digest(window if first.in_out else window.T),
-        parts=tuple(parts.values()),
-    )
-
-
-def _dtype(linear: Linear) -> str:
-    """The type the node computes in: behind a Cast another than the weight's."""
-    for wrapper in linear.wrappers:
-        if wrapper.op_type == "Cast":
-            return ir.DataType(wrapper.attributes.get_int("to")).numpy().name
-    assert linear.weight.dtype is not None
-    return linear.weight.dtype.numpy().name
-
-
-def _part(linear: Linear) -> WeightPart:
-    assert linear.weight.name is not None
-    return WeightPart(linear.weight.name, where(linear.weight), linear.transposed, linear.start)
-
-
-def _free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[str]:
-    """The modules whose number of outputs an adapter may choose: the heads."""
-    heads: dict[str, dict[str, int]] = {}
-    behind: dict[str, tuple[str, ...]] = {}
-    for exposure in exposures:
-        if exposure.linear is not None and (outputs := outputs_behind(exposure)):
-            module = exposure.linear.module
-            axis = 0 if exposure.is_bias or exposure.linear.transposed else 1
-            heads.setdefault(module, {})[exposure.value.name or ""] = axis
-            behind[module] = outputs
-    return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
-
-
-def _replaceable(
-    exposure: Exposure, linears: Sequence[Linear], shapes: Shapes, free_modules: frozenset[str]
-) -> Replaceable:
-    assert exposure.value.name is not None
-    assert exposure.value.const_value is not None
-    stored = where(exposure.value)
-    values = exposure.value.const_value.numpy()
-    linear = exposure.linear
-    if linear is None:
-        part = WeightPart(exposure.value.name, stored)
-        return Replaceable(
-            exposure.name, "whole", stored.shape, stored.dtype, False, False, digest(values), (part,), in_out=False
-        )
-    uses = [other for other in linears if other.module == linear.module]
-    rows = all(Placement.of(Site((use,)), shapes).per_row for use in uses)
-    free = linear.module in free_modules and len(uses) == 1
-    if exposure.is_bias:
-        part = WeightPart(exposure.value.name, stored)
-        return Replaceable(
-            exposure.name, "linear_bias", stored.shape, _dtype(linear), free, rows, digest(values), (part,)
-        )
-    weight = values if linear.transposed != linear.in_out else values.T
-    return Replaceable(
-        name=exposure.name,
-        role="linear_weight",
-        shape=tuple(weight.shape),
-        dtype=_dtype(linear),
-        free_outputs=free,
-        per_row=rows,
-        sha256=digest(weight),
-        parts=(_part(linear),),
-        in_out=linear.in_out,
-    )
 
 
 def _inject_all(

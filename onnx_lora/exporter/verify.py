@@ -17,7 +17,8 @@ from onnx_lora.errors import MissingDependencyError, ModelError, VerificationErr
 from onnx_lora.exporter.frontends.optimum import load_model, references
 from onnx_lora.exporter.frontends.source import Reference
 from onnx_lora.exporter.frontends.torch_module import reference
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.exporter.trial import open_graph, run_graph
+from onnx_lora.package import Package
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ def verify_module(package: Package, model: nn.Module, task: str | None, example_
     if task is not None:
         cases = references(model, task)
     else:
-        session = _session(package, package.graph())
-        cases = [reference(model.eval(), [value.name for value in session.get_outputs()], example_inputs)]
+        outputs = open_graph(package.path / package.graph().file).get_outputs()
+        cases = [reference(model.eval(), [value.name for value in outputs], example_inputs)]
     comparisons: list[Comparison] = []
     bases: list[dict[str, Array]] = []
     for case in cases:
@@ -111,8 +112,7 @@ def verify_module(package: Package, model: nn.Module, task: str | None, example_
         comparisons += _compare(package, case, "base", bases[-1])
     with _random_adapter(package, model) as tensors:
         for case, base in zip(cases, bases, strict=True):
-            outputs = _run(package, case, tensors)
-            comparisons += _compare(package, case, "adapter", outputs, base)
+            comparisons += _compare(package, case, "adapter", _run(package, case, tensors), base)
             comparisons += _compare_rows(package, case, tensors, base)
     return _judged(package, comparisons)
 
@@ -137,24 +137,13 @@ def _judged(package: Package, comparisons: list[Comparison]) -> list[Comparison]
     return comparisons
 
 
-def _session(package: Package, graph: GraphInfo) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("verifying needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(package.path / graph.file), options, providers=["CPUExecutionProvider"])
-
-
 def _run(package: Package, case: Reference, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    session = _session(package, package.graph(case.graph))
+    file = package.path / package.graph(case.graph).file
+    session = open_graph(file)
     inputs = [value.name for value in session.get_inputs()]
     optional = {value.name for value in session.get_overridable_initializers()}
     feeds = {name: value for name, value in case.feeds(inputs).items() if name in inputs}
-    feeds |= {name: value for name, value in tensors.items() if name in optional}
-    names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(None, feeds), strict=True))
+    return run_graph(session, file, feeds | {name: value for name, value in tensors.items() if name in optional})
 
 
 def _compare(

@@ -49,7 +49,7 @@ class Base:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
-                    parameter.mul_(float(__import__("os").environ.get("SC","1")))
+                    parameter.mul_(float(__import__("os").environ.get("SC", "1")))
         return model
 
     def export(self, folder: Path, **options: Any) -> Made:
@@ -62,7 +62,7 @@ class Base:
         model.save_pretrained(folder / "checkpoint")
         del model
         package = export(folder / "checkpoint", folder / "package", verify=False, **options)
-        model, task = load_model(folder / "checkpoint", task=None)
+        model, task = load_model(folder / "checkpoint", task=None, dtype=options.get("dtype", "fp32"))
         return Made(package, model, references(model, task))
 
 

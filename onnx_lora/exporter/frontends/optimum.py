@@ -16,6 +16,7 @@ from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, On
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, Reference, companions_of
+from onnx_lora.exporter.trial import native_failures
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[None]:
     """Foreign exceptions as ours, at the one place where Optimum and transformers are called."""
+    failures: tuple[type[Exception], ...] = (RuntimeError, *native_failures())
     try:
         yield
     except OnnxLoraError:
@@ -190,5 +192,5 @@ def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[Non
             raise  # the disk, not the model
         wanted = f" for task {task!r}" if task else ""
         raise ModelError(f"cannot be exported by Optimum{wanted}: {error}", path=model) from error
-    except RuntimeError as error:
-        raise ExportError(f"torch.onnx failed: {error}", path=model) from error
+    except failures as error:
+        raise ExportError(f"torch.onnx failed, or wrote what ONNX Runtime refuses: {error}", path=model) from error

@@ -1,0 +1,65 @@
+"""Loading an ONNX file and refusing a damaged one, before anything is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+from onnx_ir.serde import SerdeError
+
+from onnx_lora.errors import ModelError
+from onnx_lora.exporter.weights import check_external
+
+__all__ = ["check", "load"]
+
+# Constants of a graph become initializers from this many elements on: smaller ones are shapes and axes.
+_WEIGHT_ELEMENTS = 64
+
+
+def load(file: Path) -> ir.Model:
+    try:
+        model = ir.load(file)
+    except FileNotFoundError:
+        raise ModelError("there is no such file", path=file) from None
+    except (DecodeError, SerdeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
+        raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
+    if not model.graph.outputs:
+        raise ModelError("must be an ONNX model, and has no outputs", path=file)
+    if not all(isinstance(name, str) for name in _names(model.graph)):
+        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
+    check_external(model.graph, file)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.TensorProtoTensor):
+            try:
+                value.const_value.numpy()  # a view of the file's bytes
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
+    check(file)
+    RemoveInitializersFromInputsPass()(model)
+    LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
+    # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
+    model.ir_version = max(model.ir_version or 0, 8)
+    return model
+
+
+def check(file: Path) -> None:
+    """Raises ModelError: `file` is not valid ONNX."""
+    try:
+        onnx.checker.check_model(str(file))
+    except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
+        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
+        # stops at the first.
+        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
+            raise ModelError(f"must be valid ONNX: {error}", path=file) from error
+
+
+def _names(graph: ir.Graph) -> Iterator[object]:
+    """What a damaged file may hold as bytes; names that are missing do not count."""
+    yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from (node.name or "", node.op_type, node.domain, *node.attributes)
+        yield from (value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)

@@ -1,0 +1,53 @@
+"""ONNX Runtime as the exporter meets it: for trying out graphs that were just made. Its exceptions become ours here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from onnx_lora.errors import ExportError, MissingDependencyError
+from onnx_lora.points import Array
+
+__all__ = ["native_failures", "open_graph", "run_graph"]
+
+
+def native_failures() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exceptions, which have no common root; none where it is not installed."""
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as native
+    except ImportError:
+        return ()
+    return tuple(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def open_graph(file: Path) -> Any:
+    """A plain session on the CPU.
+
+    Raises MissingDependencyError: no onnxruntime. ExportError: it cannot open the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("verifying needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors come back as exceptions
+    with _translated(file):
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs by name. Raises ExportError: the graph cannot run."""
+    names = [value.name for value in session.get_outputs()]
+    with _translated(file):
+        return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+
+
+@contextmanager
+def _translated(file: Path) -> Iterator[None]:
+    failures: tuple[type[Exception], ...] = (*native_failures(), RuntimeError, ValueError)
+    try:
+        yield
+    except failures as error:
+        raise ExportError(f"ONNX Runtime cannot run the graph that was made: {error}", path=file.name) from error
