@@ -237,7 +237,7 @@ def compare(path: str, answers: Mapping[str, Logits], reference: Mapping[str, Lo
 
 
 def show(results: Sequence[Result]) -> None:
-    table = Table("task", "answered by", "sentences", "accuracy", "other labels than PEFT", "largest difference")
+    table = Table("task", "answered by", "sentences", "accuracy", "other labels", "difference")
     for task in TASKS:
         for result in results:
             if result.task == task.name:
@@ -295,7 +295,7 @@ def run(base: Path, texts: Path, work: Path, limit: int) -> list[Result]:
         reference[task.name] = answer_with_peft(task, tests[task.name], checkpoint, encode, folder)
     return [
         *compare("PEFT", reference, reference, tests),
-        *compare("switched calls", answer_switching(session, tests, encode), reference, tests),
+        *compare("switching", answer_switching(session, tests, encode), reference, tests),
         *compare("mixed batches", answer_mixed(session, tests, encode), reference, tests),
         *compare("folded", answer_folded(session.package, folders, tests, encode), reference, tests),
     ]

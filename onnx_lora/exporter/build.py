@@ -53,8 +53,11 @@ class Options:
     @staticmethod
     def of(targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int) -> Options:
         """Raises ModelError: `default_rank` is neither 0 nor 1."""
-        names = (entry if isinstance(entry, str) else tuple(entry) for entry in (targets, replaceable))
-        return Options(*names, default_rank)
+        return Options(
+            targets if isinstance(targets, str) else tuple(targets),
+            replaceable if isinstance(replaceable, str) else tuple(replaceable),
+            default_rank,
+        )
 
     def __post_init__(self) -> None:
         if self.default_rank not in (0, 1):

@@ -8,62 +8,79 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import torch
 import transformers as hf
 from torch import nn
 
 from onnx_lora import Package
 from onnx_lora.exporter import export
-from onnx_lora.exporter.frontends.optimum import load_model, references
-from onnx_lora.exporter.frontends.source import Reference
+from onnx_lora.exporter.frontends.optimum import load_model
+from onnx_lora.exporter.frontends.optimum import references as onnx_references
 from onnx_lora.exporter.frontends.torch_module import reference
 
-__all__ = ["BASES", "Base", "Made"]
+__all__ = ["BASES", "Answers", "Base"]
 
 _WORDS = 64  # the vocabulary; adapters of embeddings are refused before they meet a base
 _TOKENS = 64  # positions
 _FFN = 32  # feed-forward width where it has no adapter
 _SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+Arrays = dict[str, np.ndarray[Any, Any]]
+
 
 @dataclass(frozen=True)
-class Made:
-    """A package, the torch model behind it, and inputs with the model's answers at the time of asking."""
+class Answers:
+    """Inputs of one graph, and what PyTorch answers to them: the base, and the base changed as asked."""
 
-    package: Package
-    model: Any
-    references: list[Reference]
+    graph: str
+    feeds: Arrays
+    base: Arrays
+    changed: Arrays
 
 
 @dataclass(frozen=True)
 class Base:
-    """How to make a model. `example`: inputs for a model that is not transformers'."""
+    """How to make a model, always with the same random weights. `example`: inputs where it is not transformers'."""
 
     make: Callable[[], Any]
     example: Callable[[], torch.Tensor] | None = None
 
     def model(self) -> Any:
-        """Always with the same weights; larger than transformers initialises them, for an effect to be seen."""
         torch.manual_seed(0)
-        model = self.make().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(float(__import__("os").environ.get("SC", "1")))
-        return model
+        return self.make().eval()
 
-    def export(self, folder: Path, **options: Any) -> Made:
+    def export(self, folder: Path, **options: Any) -> Package:
         """Write checkpoint and package into `folder`."""
-        model = self.model()
+        package, model = folder / "package", self.model()
         if self.example is not None:
-            inputs = (self.example(),)
-            package = export(model, folder / "package", example_inputs=inputs, verify=False, **options)
-            return Made(package, model, [reference(model, ["output"], inputs)])
+            return export(model, package, example_inputs=(self.example(),), verify=False, **options)
         model.save_pretrained(folder / "checkpoint")
-        del model
-        package = export(folder / "checkpoint", folder / "package", verify=False, **options)
-        model, task = load_model(folder / "checkpoint", task=None, dtype=options.get("dtype", "fp32"))
-        return Made(package, model, references(model, task))
+        del model  # the largest has 1.6 GB
+        return export(folder / "checkpoint", package, verify=False, **options)
+
+    def answers(self, folder: Path, package: Package, change: Callable[[Any], object]) -> list[Answers]:
+        """What the model answers before and after `change`, for every graph of its package in `folder`."""
+        if self.example is not None:
+            model = self.model()
+            references = [reference(model, _names(package, "model")[1], (self.example(),))]
+        else:
+            model, task = load_model(folder / "checkpoint", task=None)
+            references = onnx_references(model, task)
+        before = [(each.feeds(_names(package, each.graph)[0]), each.answer()) for each in references]
+        change(model)
+        model.eval()
+        return [
+            Answers(each.graph, feeds, base, each.answer())
+            for each, (feeds, base) in zip(references, before, strict=True)
+        ]
+
+
+def _names(package: Package, graph: str) -> tuple[list[str], list[str]]:
+    """A base graph's inputs and outputs."""
+    proto = onnx.load(package.path / package.graph(graph).base_file, load_external_data=False).graph
+    return [value.name for value in proto.input], [value.name for value in proto.output]
 
 
 class MLP(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 from onnx_lora.adapters.formats.files import sha256_of
 from onnx_lora.adapters.formats.peft_config import CONFIG, read_config
 from onnx_lora.adapters.formats.peft_keys import Key, adapter_names, parse_key
+from onnx_lora.adapters.formats.peft_refused import MERGE
 from onnx_lora.adapters.formats.peft_rules import LoraRules
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
@@ -61,7 +62,7 @@ def read_peft(folder: Path, name: str) -> Adapter:
 def _raise(sorter: _Sorter, weights: Path) -> None:
     if sorter.unsupported:
         problems = [*sorter.unsupported, *sorter.problems]
-        raise UnsupportedAdapterError("holds what cannot be applied exactly", path=weights, problems=problems)
+        raise UnsupportedAdapterError(f"holds what cannot be applied exactly; {MERGE}", path=weights, problems=problems)
     if sorter.problems:
         raise AdapterFileError(
             f"its tensors must be what {CONFIG} says, and are not", path=weights, problems=sorter.problems

@@ -11,7 +11,7 @@ from typing import Any
 from onnx_lora.adapters.formats.files import shown
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 
-__all__ = ["check_method", "refusals"]
+__all__ = ["MERGE", "check_method", "refusals"]
 
 # Fields that never change what a trained adapter computes: they steer training, the start of it,
 # or are read elsewhere in this file.
@@ -50,7 +50,7 @@ _HARMLESS = frozenset(
     }
 )
 
-_MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
+MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
 _RETRAIN = "train without it"
 
 # Fields that change what an adapter computes, and are refused unless empty: what it is, and the cure.
@@ -59,16 +59,16 @@ _REFUSED = {
     "arrow_config": ("Arrow: routes every token among adapters", "convert the adapters it routes among, one by one"),
     "enable_lora": ("MergedLinear of PEFT before 0.4: a grouped B", "train again with a current PEFT"),
     "ensure_weight_tying": ("tied layers share one adapter", _RETRAIN),
-    "kasa_config": ("KaSA: changes the base's weights", _MERGE),
+    "kasa_config": ("KaSA: changes the base's weights", MERGE),
     "layer_replication": ("the base's layers are repeated", "export the enlarged model and give it the adapter"),
-    "lora_bias": ("a bias on B", _MERGE),
-    "megatron_config": ("Megatron's parallel layers", _MERGE),
+    "lora_bias": ("a bias on B", MERGE),
+    "megatron_config": ("Megatron's parallel layers", MERGE),
     "monteclora_config": ("MonteCLoRA: samples its weights", _RETRAIN),
-    "target_parameters": ("LoRA on bare parameters", _MERGE),
-    "trainable_token_indices": ("single rows of the embedding are trained", _MERGE),
-    "use_bdlora": ("BD-LoRA: block-diagonal factors", _MERGE),
-    "use_dora": ("DoRA: a magnitude for every output", _MERGE),
-    "use_qalora": ("QALoRA: pools the inputs", _MERGE),
+    "target_parameters": ("LoRA on bare parameters", MERGE),
+    "trainable_token_indices": ("single rows of the embedding are trained", MERGE),
+    "use_bdlora": ("BD-LoRA: block-diagonal factors", MERGE),
+    "use_dora": ("DoRA: a magnitude for every output", MERGE),
+    "use_qalora": ("QALoRA: pools the inputs", MERGE),
 }
 
 # `init_lora_weights` that leave the base alone; with all others the base was changed before training.
@@ -81,7 +81,7 @@ _CONVERT = (
 # Other methods of PEFT by what could be done with an adapter of theirs.
 _OTHER_METHODS = (
     (
-        f"convert it to LoRA with PEFT (`peft.convert_to_lora`), or {_MERGE}",
+        f"convert it to LoRA with PEFT (`peft.convert_to_lora`), or {MERGE}",
         ("HIRA", "LOHA", "LOKR"),
     ),
     (
@@ -98,14 +98,14 @@ _OTHER_METHODS = (
     ),
     ("it routes among adapters; convert those one by one", ("POLY", "XLORA")),
     (
-        _MERGE,
+        MERGE,
         ("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HRA"),
     ),
     (
-        _MERGE,
+        MERGE,
         ("IA3", "LILY", "LN_TUNING", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW"),
     ),
-    (_MERGE, ("SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT")),
+    (MERGE, ("SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT")),
 )
 
 
@@ -126,7 +126,7 @@ def check_method(config: Mapping[str, Any], path: Path) -> None:
     method = config["peft_type"]
     if method == "LORA":
         return
-    cure = next((cure for cure, methods in _OTHER_METHODS if method in methods), f"a method not known here; {_MERGE}")
+    cure = next((cure for cure, methods in _OTHER_METHODS if method in methods), f"a method not known here; {MERGE}")
     raise UnsupportedAdapterError(f"peft_type must be LORA, and is {shown(method)}: {cure}", path=path)
 
 

@@ -64,6 +64,9 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = 
         from optimum.exporters.tasks import TasksManager
     with _quiet(), _translated(model, task):
         library = TasksManager.infer_library_from_model(str(model))
+        if library == "sentence_transformers":
+            # The same transformer in the same files; pooling is arithmetic without weights, and stays outside.
+            library = "transformers"
         chosen = task or _task_of(model, library)
         chosen = TasksManager.map_from_synonym(chosen)
         loaded = TasksManager.get_model_from_task(

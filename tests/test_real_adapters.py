@@ -1,0 +1,397 @@
+"""Every adapter of the test data on a base of its architecture: PEFT's numbers, or a refusal that says what to do.
+
+The verdicts must be what docs/real-adapters.md holds; with --write-docs they are written there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from onnx_lora import AdapterSession, BoundAdapter, OnnxLoraError, Package, fold, read_adapter
+from onnx_lora.adapters.formats.safetensors_file import read_safetensors
+from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
+from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
+from tests.support.bases import BASES, Answers, Base
+from tests.support.numbers import TOLERANCE, assert_close, assert_same_bits
+
+DOCS = Path(__file__).parent.parent / "docs" / "real-adapters.md"
+
+INTRO = """# Adapters that people published
+
+Each of these adapters was put on a base of its architecture with random weights, of exactly the dimensions that its
+tensors need. "Runs exactly" means that delta, fold and PEFT 0.21 in PyTorch give the same outputs: the largest
+difference, relative to the largest output (at least 1), is rounded up to a power of ten. All others are refused, with a
+message that names the file, what is wrong in it, and what to do. `make docs` writes this table.
+
+| folder | architecture | method | what it holds | verdict | largest difference | note |
+|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """An adapter that runs. `options`: for `export`, where a default package lacks what it needs."""
+
+    base: str
+    note: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refused_by_default: tuple[str, ...] = ()  # words of the message
+    by_peft: bool = True
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An adapter that is refused: the error, the file it is about, and words of its message, the cure among them."""
+
+    architecture: str
+    method: str
+    error: type[OnnxLoraError]
+    file: str
+    words: tuple[str, ...]
+    note: str = ""
+
+
+# Neighbours share their base.
+RUNS = {
+    "berttiny_vqa_rishabh": Runs(
+        "bert",
+        "never trained: every B is zero, the base's outputs stay; a CAUSAL_LM of BERT, "
+        "which Optimum exports as its twin for masked tokens",
+    ),
+    "distilbert_bin_sidkris": Runs("distilbert, 2 labels"),
+    "distilbert_hate_karan": Runs("distilbert, 2 labels"),
+    "distilbert_emotion6": Runs("distilbert, 6 labels"),
+    "distilbert_classifieronly_kuntya": Runs(
+        "distilbert, 6 labels",
+        'needs `targets=["classifier"]`; PEFT 0.21 itself finds no module to adapt, so it was compared with '
+        "W + alpha/r · B · A put into the head",
+        {"targets": ["classifier"]},
+        ("classifier", "export again with --targets including classifier"),
+        by_peft=False,
+    ),
+    "gemma3_270m_svg_0112LY": Runs("gemma3"),
+    "gpt2_chess_a": Runs("gpt2"),
+    "gpt2_chess_b": Runs("gpt2"),
+    "gpt2_pseudocode": Runs("gpt2, wide"),
+    "gpt2_seqcls6_anirudh": Runs("gpt2, 6 labels", "a head in the file, and no modules_to_save in the config"),
+    "gpt2_untrained_sukhmandhawan": Runs("gpt2, 10 labels", "every B is zero: only the head has an effect"),
+    "llama_desmason": Runs("llama"),
+    "opt125m_bf16_guilherme": Runs("opt", "bfloat16"),
+    "peft_regression/lora_mlp_modules_to_save_0.6.1": Runs(
+        "mlp",
+        'needs `targets=["lin0"], replaceable=["lin1"]`',
+        {"targets": ["lin0"], "replaceable": ["lin1"]},
+        ("lin1.weight", "export again with --replaceable lin1"),
+    ),
+    "pythia_r1_f16_bk7195": Runs("gpt_neox", "float16"),
+    "roberta_sidmahurkar": Runs("roberta"),
+    "t5small_bin_recommender": Runs("t5", "three graphs: encoder, decoder, decoder with past"),
+}
+SLOW = ("gemma3", "gpt2, wide", "gpt_neox", "llama")
+
+MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
+REFUSED = {
+    "bloom_bin_oldmerged_wujindou": Refused(
+        "BloomForCausalLM",
+        "LoRA, MergedLinear",
+        UnsupportedAdapterError,
+        "adapter_config.json",
+        ("enable_lora", "train again with a current PEFT"),
+    ),
+    "finegates_mrpc_peftPR": Refused(
+        "RobertaForSequenceClassification",
+        "FINEGATES",
+        UnsupportedAdapterError,
+        "adapter_config.json",
+        ("FINEGATES", MERGE),
+        "a pull request of PEFT, never merged",
+    ),
+    "gptneo_movies_sara": Refused(
+        "GPTNeoForCausalLM",
+        "LoRA",
+        AdapterFileError,
+        "",
+        ("'Copy of adapter_model.safetensors'", "rename it to adapter_model.safetensors"),
+        "renamed, it runs exactly",
+    ),
+    "lerobot_odd_inishpy": Refused(
+        "SmolVLA",
+        "unknown",
+        AdapterFileError,
+        "adapter_config.json",
+        ("peft_type", "convert the adapter to PEFT's format"),
+        "not PEFT's; holds no factor at all",
+    ),
+    "llama_truncated_sherry": Refused(
+        "LlamaForCausalLM", "LoRA", AdapterFileError, "adapter_model.bin", ("cut off", "get it again")
+    ),
+    "peft_regression/adalora_mlp_0.6.1": Refused(
+        "MLP",
+        "AdaLoRA",
+        UnsupportedAdapterError,
+        "adapter_config.json",
+        ("ADALORA", MERGE),
+        "merged, it runs exactly; PEFT 0.21 loads it when its config gets `total_step`",
+    ),
+    "peft_regression/lora_conv2d_0.6.1": Refused(
+        "ModelConv2D",
+        "LoRA",
+        UnsupportedAdapterError,
+        "adapter_model.bin",
+        ("conv2d.lora_A.weight", "convolution", MERGE),
+        "merged, it runs exactly",
+    ),
+    "peft_regression/lora_emb_conv1d_0.6.1": Refused(
+        "ModelEmbConv1D",
+        "LoRA",
+        UnsupportedAdapterError,
+        "adapter_model.bin",
+        ("emb.lora_embedding_A", "embedding", MERGE),
+        "merged, it runs exactly",
+    ),
+    "t5small_noconfig_rajpreet": Refused(
+        "T5ForConditionalGeneration",
+        "LoRA",
+        AdapterFileError,
+        "",
+        ("must hold adapter_config.json", "get it from where the adapter was trained"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Packages:
+    """Exports bases and keeps the last one only: together they would take 5 GB of disk."""
+
+    folder: Path
+    made: dict[str, Package] = field(default_factory=dict)
+
+    def get(self, base: str, **options: Any) -> Package:
+        key = repr((base, options))
+        if key not in self.made:
+            self.made.clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            self.made[key] = BASES[base].export(self.folder, **options)
+        return self.made[key]
+
+    def answers(self, base: str, change: Callable[[Any], object], package: Package) -> list[Answers]:
+        return BASES[base].answers(self.folder, package, change)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packages]:
+    folder = tmp_path_factory.mktemp("bases") / "one"
+    yield Packages(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def rows() -> dict[str, str]:
+    """The lines of the table, by folder."""
+    return {}
+
+
+def _run(session: Any, answers: Answers, **choice: Any) -> dict[str, Any]:
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(None, answers.feeds, **choice), strict=True))
+
+
+def _difference(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """The largest, as `assert_close` measures it."""
+    return max(
+        float(np.abs(value - expected[name]).max(initial=0.0))
+        / max(1.0, float(np.abs(expected[name]).max(initial=0.0)))
+        for name, value in actual.items()
+    )
+
+
+def _assert_runs(package: Package, answers: list[Answers], adapter: Path) -> tuple[float, BoundAdapter]:
+    """Delta and fold give what PyTorch gives; the largest difference, and the adapter as it was bound."""
+    largest = moved = 0.0
+    for case in answers:
+        session = AdapterSession(package, graph=case.graph)
+        bound = session.load_adapter("it", adapter)
+        base, delta = _run(session, case), _run(session, case, adapter="it")
+        del session  # the largest base has 1.6 GB, and a session two copies of it
+        folded = _run(fold(package, adapter, graph=case.graph), case)
+        for name, expected in case.changed.items():
+            if name in delta:
+                assert_close(base[name], case.base[name])
+                assert_close(delta[name], expected)
+                assert_close(folded[name], expected)
+        largest = max(largest, _difference(delta, case.changed), _difference(folded, case.changed))
+        moved = max(moved, _difference(delta, case.base))
+    if set(bound.coverage.silent) == set(bound.coverage.applied) and not bound.coverage.replaced:
+        for name, value in delta.items():
+            assert_same_bits(value, base[name])
+    else:
+        assert moved > 5 * TOLERANCE["float32"], "the adapter must be seen in the outputs, or nothing was compared"
+    return largest, bound
+
+
+def _load_by_hand(folder: Path) -> Callable[[torch.nn.Module], object]:
+    """LoRA on a head that was saved whole, as the PEFT that wrote it computed it: W + alpha/r · B · A."""
+
+    def change(model: torch.nn.Module) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        tensors = {
+            key.removeprefix("base_model.model."): value
+            for key, value in load_file(folder / "adapter_model.safetensors").items()
+        }
+        head = {key.replace(".base_layer", ""): value for key, value in tensors.items() if "lora_" not in key}
+        product = tensors["classifier.lora_B.weight"] @ tensors["classifier.lora_A.weight"]
+        head["classifier.weight"] = head["classifier.weight"] + config["lora_alpha"] / config["r"] * product
+        assert not model.load_state_dict(head, strict=False).unexpected_keys
+
+    return change
+
+
+def _load_by_peft(folder: Path) -> Callable[[torch.nn.Module], object]:
+    return lambda model: PeftModel.from_pretrained(model, folder)
+
+
+@pytest.mark.parametrize(
+    "folder", [pytest.param(name, marks=pytest.mark.slow if case.base in SLOW else ()) for name, case in RUNS.items()]
+)
+def test_a_published_adapter_runs_with_pefts_numbers(
+    folder: str, data: Path, bases: Packages, rows: dict[str, str]
+) -> None:
+    case, path = RUNS[folder], data / "adapters" / folder
+    package = bases.get(case.base, **case.options)
+    load = _load_by_peft if case.by_peft else _load_by_hand
+    answers = bases.answers(case.base, load(path), package)
+    gc.collect()  # PEFT's models hold themselves
+    largest, bound = _assert_runs(package, answers, path)
+    cells = [_architecture(BASES[case.base]), bound.origin.method, _holdings(path), "runs exactly"]
+    rows[folder] = _row(folder, *cells, f"1e{math.ceil(math.log10(largest))}", case.note)
+
+
+@pytest.mark.parametrize("folder", [name for name, case in RUNS.items() if not case.by_peft])
+def test_where_the_formula_was_used_peft_refuses_the_file(folder: str, data: Path) -> None:
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        PeftModel.from_pretrained(BASES[RUNS[folder].base].model(), data / "adapters" / folder)
+
+
+@pytest.mark.parametrize("folder", [name for name, case in RUNS.items() if case.refused_by_default])
+def test_what_a_default_package_lacks_is_said_with_the_cure(folder: str, data: Path, bases: Packages) -> None:
+    case, path = RUNS[folder], data / "adapters" / folder
+    with pytest.raises(BindError) as caught:
+        AdapterSession(bases.get(case.base)).load_adapter("it", path)
+    assert str(caught.value).startswith(str(path))
+    assert [word for word in case.refused_by_default if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("folder", REFUSED)
+def test_a_published_adapter_is_refused_with_file_tensor_and_cure(
+    folder: str, data: Path, rows: dict[str, str]
+) -> None:
+    case, path = REFUSED[folder], data / "adapters" / folder
+    with pytest.raises(case.error) as caught:
+        read_adapter(path)
+    error = caught.value
+    assert type(error) is case.error
+    assert str(error).startswith(f"{path / case.file}: ")
+    assert [word for word in case.words if word not in str(error)] == []
+    verdict = f"refused: {'; '.join([error.message, *error.problems[:1]])}"
+    rows[folder] = _row(folder, case.architecture, case.method, _tensors(path), verdict, "", case.note)
+
+
+def test_renamed_as_its_refusal_says_an_adapter_runs(data: Path, bases: Packages, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "Copy of adapter_model.safetensors"):
+        shutil.copyfile(data / "adapters" / "gptneo_movies_sara" / name, tmp_path / name.removeprefix("Copy of "))
+    package = bases.get("gpt_neo")
+    _assert_runs(package, bases.answers("gpt_neo", _load_by_peft(tmp_path), package), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method, base", [("adalora_mlp", "mlp"), ("lora_conv2d", "conv2d"), ("lora_emb_conv1d", "embedding")]
+)
+def test_merged_as_its_refusal_says_an_adapter_runs(method: str, base: str, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(data / "adapters" / "peft_regression" / f"{method}_0.6.1", folder, copy_function=shutil.copyfile)
+    if method == "adalora_mlp":
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"total_step": 1}), "utf-8")
+    tuned = PeftModel.from_pretrained(BASES[base].model(), folder).eval()
+    example = BASES[base].example
+    assert example is not None
+    with torch.inference_mode():
+        expected, plain = tuned(example()).numpy(), BASES[base].model()(example()).numpy()
+    Base(tuned.merge_and_unload, example).export(tmp_path)
+    session = AdapterSession(tmp_path / "package")
+    (actual,) = session.run(None, {session.get_inputs()[0].name: example().numpy()})
+    assert_close(actual, expected)
+    assert np.abs(actual - plain).max() > 1e-2
+
+
+def test_no_adapter_is_without_a_verdict(data: Path) -> None:
+    root = data / "adapters"
+    folders = {path.parent.relative_to(root).as_posix() for path in root.rglob("SOURCE.txt")}
+    assert folders == set(RUNS) | set(REFUSED)
+
+
+def test_the_table_in_the_docs_is_what_was_found(request: pytest.FixtureRequest, rows: dict[str, str]) -> None:
+    if missing := sorted((set(RUNS) | set(REFUSED)) - set(rows)):
+        pytest.skip(f"needs all verdicts of this file; {len(missing)} were not made, the first of {missing[0]}")
+    text = INTRO + "\n".join(rows[folder] for folder in sorted(rows)) + "\n"
+    if request.config.getoption("--write-docs"):
+        DOCS.write_text(text, "utf-8")
+    assert _agree(DOCS.read_text("utf-8"), text), "the table is another now: write it with `make docs`, and look at it"
+
+
+def _agree(written: str, found: str) -> bool:
+    """Equal, where a difference may be ten times another machine's."""
+    magnitude = re.compile(r"(?<=\| 1e-)\d+(?= \|)")
+    numbers = zip(magnitude.findall(written), magnitude.findall(found), strict=False)
+    return magnitude.sub("", written) == magnitude.sub("", found) and all(abs(int(a) - int(b)) <= 1 for a, b in numbers)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|').strip() for cell in cells)} |".replace("|  |", "| |")
+
+
+def _architecture(base: Base) -> str:
+    with torch.device("meta"):
+        return type(base.make()).__name__
+
+
+def _holdings(folder: Path) -> str:
+    """The modules by their last name, with rank and scale; the whole weights."""
+    adapter = read_adapter(folder)
+    kinds = Counter(
+        (module.rpartition(".")[2], delta.a.shape[0], delta.scale) for module, delta in adapter.deltas.items()
+    )
+    parts = [f"{count} × {name}, r = {rank}, scale {scale:g}" for (name, rank, scale), count in sorted(kinds.items())]
+    return "; ".join([*parts, *(f"whole {name}" for name in sorted(adapter.replacements))])
+
+
+def _tensors(folder: Path) -> str:
+    """What the file holds, as it is: how many tensors of what name and shape."""
+    try:
+        (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        tensors = read_safetensors(file).tensors if file.suffix == ".safetensors" else read_torch_pickle(file)
+    except AdapterFileError:
+        return "cannot be read"
+    kinds: dict[str, list[tuple[int, ...]]] = {}
+    for name, value in tensors.items():
+        kind = re.search(r"lora_.*|[^.]+$", name)
+        kinds.setdefault(kind[0] if kind else name, []).append(value.shape)
+    return "; ".join(
+        f"{len(shapes)} × {kind}" + (f" {list(shapes[0])}" if len(set(shapes)) == 1 else "")
+        for kind, shapes in sorted(kinds.items())
+    )
