@@ -20,8 +20,9 @@ from onnx_lora.exporter import attach
 from onnx_lora.points import Array
 from onnx_lora.runtime import AdapterSession, fold
 
-__all__ = ["Answer", "DemoResult", "DemoTask", "run_demo"]
+__all__ = ["MODEL", "Answer", "DemoResult", "DemoTask", "run_demo", "tokenize"]
 
+# The model and its adapters, as examples/train_demo.py made them.
 MODEL = Path(__file__).parent / "demo_model"
 
 # Timed calls of each kind; the median of so many is steady to a few per cent.
@@ -68,7 +69,7 @@ def run_demo(
     Raises MissingDependencyError: `tokenizers` is not installed. OutputExistsError: `keep` exists.
     """
     sentences = _sentences(texts)
-    feeds = _tokenize(sentences)
+    feeds = tokenize(sentences)
     with tempfile.TemporaryDirectory(prefix="onnx-lora-demo.") as scratch:
         folder = keep or Path(scratch) / "package"
         progress("attach", 0, 4)
@@ -118,7 +119,11 @@ def _sentences(texts: Sequence[str]) -> list[str]:
     return list(texts) or [example for facts in _tasks().values() for example in facts["examples"][:2]]
 
 
-def _tokenize(sentences: Sequence[str]) -> dict[str, Array]:
+def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
+    """Sentences as the model's inputs, padded to the longest: each `[sentences, tokens]`, int64.
+
+    Raises MissingDependencyError: `tokenizers` is not installed.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

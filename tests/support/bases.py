@@ -67,6 +67,7 @@ class Base:
             references = [reference(model, _names(package, "model")[1], (self.example(),))]
         else:
             model, task = load_model(folder / "checkpoint", task=None)
+            hf.set_seed(1)  # Optimum's inputs are random
             references = onnx_references(model, task)
         before = [(each.feeds(_names(package, each.graph)[0]), each.answer()) for each in references]
         change(model)
