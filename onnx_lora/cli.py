@@ -6,21 +6,22 @@ Results go to stdout (tables, or JSON with `--json`), progress and errors to std
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import click
 import numpy as np
 
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter, write_bound
-from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError
-from onnx_lora.package import MANIFEST, Package, staged
+from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
+from onnx_lora.package import MANIFEST, Package, storage_errors
 
 __all__ = ["main"]
 
@@ -28,6 +29,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _INTERRUPTED = 130
+
+AdapterFormat = Literal["safetensors", "onnx_adapter"]
+_FORMATS: dict[str, AdapterFormat] = {".safetensors": "safetensors", ".onnx_adapter": "onnx_adapter"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,21 +51,21 @@ def main() -> None:
         cli(standalone_mode=False)
     except OnnxLoraError as error:
         if as_json:
-            body = {
-                "error": type(error).__name__,
-                "message": error.message,
-                "path": error.path,
-                "problems": error.problems,
-            }
-            click.echo(json.dumps(body))
+            _echo_error(type(error).__name__, error.message, error.path, error.problems)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:
+        if as_json:
+            _echo_error("UsageError", error.format_message())
         error.show()
         sys.exit(error.exit_code)
+
+
+def _echo_error(kind: str, message: str, path: str | None = None, problems: Sequence[str] = ()) -> None:
+    click.echo(json.dumps({"error": kind, "message": message, "path": path, "problems": problems}))
 
 
 def _json_option(command: Callable[P, R]) -> Callable[P, R]:
@@ -158,19 +162,19 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["safetensors", "onnx_adapter"]),
+    type=click.Choice(list(_FORMATS.values())),
     help="Default: what OUT ends with.",
 )
 @_json_option
-def convert(adapter: Path, out: Path, package: Path, kind: str | None, as_json: bool) -> None:
+def convert(adapter: Path, out: Path, package: Path, kind: AdapterFormat | None, as_json: bool) -> None:
     """Check ADAPTER against a package and write it as one file OUT, ready to be fed.
 
     \b
     Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
     """
+    chosen = _format(out, kind)
     bound = bind(read_adapter(adapter), Package.open(package))
-    chosen = kind or ("onnx_adapter" if out.suffix == ".onnx_adapter" else "safetensors")
-    write_bound(bound, out, format="onnx_adapter" if chosen == "onnx_adapter" else "safetensors")
+    write_bound(bound, out, format=chosen)
     report.show(report.coverage_facts(bound) | {"written": str(out)}, as_json=as_json)
 
 
@@ -219,23 +223,21 @@ def run(
     """
     from onnx_lora.runtime import AdapterSession
 
-    session = AdapterSession(package, graph=graph)
-    weights: dict[str, float] = {}
-    for text in adapters:
-        name, equals, place = text.partition("=")
-        if not equals or not name or not place:
-            raise click.UsageError(f"--adapter must look like NAME=PATH or NAME=PATH:WEIGHT, and is {text!r}")
-        path, weights[name] = _weighted(place)
-        session.load_adapter(name, path)
+    parts = _named(adapters)
+    weights = {name: weight for name, (_, weight) in parts.items()}
     choice: Any = weights or None
     if rows is not None:
         names = [row.strip() for row in rows.split(",")]
         choice = [None if name == "-" else {name: weights.get(name, 1.0)} for name in names]
-    results = session.run(None, _read_feeds(feeds), adapter=choice)
-    names = [value.name for value in session.get_outputs()]
     with _new_file(output) as temporary:
-        np.savez(temporary, **dict(zip(names, results, strict=True)))
-    shapes = {name: list(value.shape) for name, value in zip(names, results, strict=True)}
+        session = AdapterSession(package, graph=graph)
+        for name, (path, _) in parts.items():
+            session.load_adapter(name, path)
+        values = session.run(None, _read_feeds(feeds), adapter=choice)
+        results = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
+        with storage_errors(output):
+            np.savez(temporary, **results)
+    shapes = {name: value.shape for name, value in results.items()}
     report.show({"outputs": shapes, "written": str(output)}, as_json=as_json)
 
 
@@ -300,6 +302,29 @@ def demo(text: Sequence[str], keep: Path | None, as_json: bool) -> None:
     report.show_demo(result, as_json=as_json)
 
 
+def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
+    """What to write to `out`: its suffix decides, or `kind` where the suffix is of neither format."""
+    meant = _FORMATS.get(out.suffix, kind)
+    if meant is None:
+        raise InputError(f"must end with {' or '.join(_FORMATS)}, or --format must say what to write", path=out)
+    if kind not in (None, meant):
+        raise InputError(f"--format {kind} contradicts the name, which says {meant}; change one of them", path=out)
+    return meant
+
+
+def _named(adapters: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """Paths and weights by name, of texts like `NAME=PATH:WEIGHT`."""
+    parts = {}
+    for text in adapters:
+        name, equals, place = text.partition("=")
+        if not equals or not name or not place:
+            raise click.UsageError(f"--adapter must look like NAME=PATH or NAME=PATH:WEIGHT, and is {text!r}")
+        if name in parts:
+            raise click.UsageError(f"--adapter must name every adapter differently, and names {name!r} twice")
+        parts[name] = _weighted(place)
+    return parts
+
+
 def _weighted(text: str) -> tuple[Path, float]:
     """`PATH` or `PATH:WEIGHT`. What follows the last colon is a weight only if it is a number."""
     place, colon, weight = text.rpartition(":")
@@ -307,7 +332,10 @@ def _weighted(text: str) -> tuple[Path, float]:
         try:
             return Path(place), float(weight)
         except ValueError:
-            pass
+            if not Path(text).exists():
+                raise InputError(
+                    f"--adapter must hold PATH or PATH:WEIGHT; {weight!r} is not a weight, and {text!r} is no path"
+                ) from None
     return Path(text), 1.0
 
 
@@ -323,13 +351,40 @@ def _read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends well."""
-    if path.exists():
-        raise OutputExistsError("exists already; remove it or choose another name", path=path)
+    """A temporary `.npz` file that becomes `path` when the block ends well; else nothing remains, nor new folders.
+
+    Raises InputError: `path` must not be had. StorageError: it cannot be written.
+    """
     if path.suffix != ".npz":
         raise InputError("the output must end with .npz", path=path)
-    with staged(path.with_name(f"{path.name}.folder")) as folder:
-        yield folder / path.name
-        (folder / path.name).rename(path)
-        # `staged` renames its folder at the end, which nobody needs.
-    path.with_name(f"{path.name}.folder").rmdir()
+    temporary = path.with_name(f".{secrets.token_hex(8)}.npz")
+    with storage_errors(path):
+        _refuse_taken(path)
+        new_folders = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with storage_errors(path):
+            _make_empty(temporary, path)
+        yield temporary
+        with storage_errors(path):
+            _refuse_taken(path)
+            temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            for folder in new_folders:
+                folder.rmdir()
+        raise
+
+
+def _make_empty(temporary: Path, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    except FileNotFoundError as error:
+        # Of a folder that is there: a file system that takes no files, like /proc.
+        raise StorageError("cannot be written: its folder takes no files; nothing was written", path=path) from error
+
+
+def _refuse_taken(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise OutputExistsError("exists already; remove it or choose another name", path=path)

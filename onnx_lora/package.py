@@ -11,7 +11,7 @@ import tempfile
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -121,13 +121,22 @@ class Package:
 
     @cached_property
     def points(self) -> Mapping[str, InjectionPoint]:
-        """Every injection point by module, over all graphs."""
-        return {point.module: point for graph in self.manifest.graphs for point in graph.points}
+        """Every injection point by module, over all graphs; `per_row` where every graph has it."""
+        points: dict[str, InjectionPoint] = {}
+        for point in (point for graph in self.manifest.graphs for point in graph.points):
+            known = points.get(point.module, point)
+            points[point.module] = replace(point, per_row=point.per_row and known.per_row)
+        return points
 
     @cached_property
     def replaceable(self) -> Mapping[str, Replaceable]:
-        """Every replaceable weight by torch parameter name, over all graphs."""
-        return {weight.name: weight for graph in self.manifest.graphs for weight in graph.replaceable}
+        """Every replaceable weight by torch parameter name, over all graphs; `per_row` where every graph has it."""
+        weights: dict[str, Replaceable] = {}
+        for weight in (weight for graph in self.manifest.graphs for weight in graph.replaceable):
+            known = weights.get(weight.name, weight)
+            free = weight.free_outputs and known.free_outputs
+            weights[weight.name] = replace(weight, per_row=weight.per_row and known.per_row, free_outputs=free)
+        return weights
 
     @cached_property
     def fingerprint(self) -> str:
@@ -148,7 +157,7 @@ class Package:
     def default(self, weight: Replaceable) -> Array:
         """The base's own value of a replaceable weight, as its graph input takes it."""
         part = weight.parts[0]
-        return weight.from_initializer(self.read(part.stored), part)
+        return weight.from_initializer(self.read(part.stored).astype(weight.dtype, copy=False), part)
 
 
 def _read_manifest(folder: Path) -> Manifest:

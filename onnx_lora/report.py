@@ -56,7 +56,7 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show(facts: Facts, *, as_json: bool) -> None:
-    """Facts as JSON, or as a table of two columns."""
+    """Facts as JSON, or as a table of two columns. Lists get a line for each item; tuples are shapes."""
     if as_json:
         click.echo(json.dumps(facts, default=str))
         return
@@ -79,7 +79,9 @@ def _text(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping):
         return "\n".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):
+        return _shape(value)
+    if isinstance(value, list):
         more = f"\n… and {len(value) - _LIST_LIMIT} more (--json has them all)" if len(value) > _LIST_LIMIT else ""
         return "\n".join(_text(item) for item in value[:_LIST_LIMIT]) + more or "none"
     return str(value)
@@ -94,7 +96,7 @@ def _size(count: float) -> str:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
+    return " × ".join(map(str, shape)) or "scalar"
 
 
 def _data_bytes(package: Package) -> int:

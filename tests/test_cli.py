@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import signal
@@ -25,6 +26,8 @@ from tests.support.numbers import assert_close
 Make = Callable[[str], Path]
 IDS = np.array([[5, 17, 42, 8], [3, 3, 60, 9]], np.int64)
 FEEDS = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "token_type_ids": np.zeros_like(IDS)}
+IN_OUT = ["--input", "feeds.npz", "--output", "o.npz"]
+ONNX = ["--format", "onnx_adapter"]
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,30 @@ def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
     [
         (["inspect", "nowhere"], 2, "nowhere"),
         (["run", "bert", "--input", "none.npz", "--output", "o.npz"], 2, "there is no such file"),
+        (["run", "bert", "--input", "none.npz", "--output", "new/folder/o.npz"], 2, "there is no such file"),
+        (["run", "nowhere", "--input", "feeds.npz", "--output", "o.txt"], 2, "must end with .npz"),
+        (["run", "nowhere", "--input", "feeds.npz", "--output", "feeds.npz"], 2, "exists already"),
+        (["run", "nowhere", "--input", "feeds.npz", "--output", "feeds.npz/o.npz"], 3, "cannot be written"),
+        (["run", "nowhere", "--input", "feeds.npz", "--output", "feeds.npz/new/o.npz"], 3, "cannot be written"),
+        (["run", "nowhere", "--input", "feeds.npz", "--output", f"{'o' * 300}.npz"], 3, "cannot be written"),
         (["run", "bert", "--input", "notes.txt", "--output", "o.npz"], 2, "must be an .npz file"),
         (["run", "bert", "--input", "feeds.npz", "--output", "o.txt"], 2, "must end with .npz"),
         (["run", "bert", "--input", "feeds.npz", "--output", "feeds.npz"], 2, "exists already"),
         (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--adapter", "head"], 2, "NAME=PATH"),
         (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--rows", "x,y"], 2, "'x'"),
-        (["convert", "head", "c", "--package", "head"], 2, "not a package"),
+        (["run", "bert", *IN_OUT, "--adapter", "a=head", "--adapter", "a=plain"], 2, "names 'a' twice"),
+        (["run", "bert", *IN_OUT, "--adapter", "a=head:x"], 2, "'x' is not a weight, and 'head:x' is no path"),
+        (["convert", "head", "c.safetensors", "--package", "head"], 2, "not a package"),
+        (["convert", "head", "c", "--package", "bert"], 2, "must end with .safetensors or .onnx_adapter"),
+        (["convert", "head", "c.bin", "--package", "bert"], 2, "must end with .safetensors or .onnx_adapter"),
+        (["convert", "head", "c.safetensors", "--package", "bert", *ONNX], 2, "contradicts the name"),
         (["fold", "bert", "head", "--adapter", "head"], 2, "exists already"),
         (["attach", "notes.txt", "out"], 2, "must be an ONNX model"),
         (["export", "nowhere-at-all", "out"], 2, "nowhere-at-all"),
         (["export", "bert", "out", "--targets", "a", "--targets-regex", "b"], 2, "exclude each other"),
         (["fold", "bert", "out", "--adapter", "head:0.5"], 2, "classifier"),
+        (["fold", "bert", "out", "--adapter", "ad:x"], 2, "'x' is not a weight, and 'ad:x' is no path"),
+        (["fold", "bert", "out", "--adapter", "head:"], 2, "'' is not a weight, and 'head:' is no path"),
     ],
 )
 def test_mistakes_get_a_message_and_an_exit_code(desk: Path, arguments: list[str], code: int, message: str) -> None:
@@ -162,6 +178,76 @@ def test_mistakes_get_a_message_and_an_exit_code(desk: Path, arguments: list[str
 def test_errors_are_json_for_machines(desk: Path) -> None:
     result = _call("inspect", "nowhere", "--json", folder=desk)
     assert json.loads(result.stdout)["error"] == "AdapterFileError"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "bert"], "Missing option '--input'"),
+        (["inspect", "bert", "--nonsense"], "--nonsense"),
+        (["export", "bert", "out", "--targets", "a", "--targets-regex", "b"], "exclude each other"),
+    ],
+)
+def test_usage_errors_are_json_for_machines(desk: Path, arguments: list[str], message: str) -> None:
+    result = _call(*arguments, "--json", folder=desk)
+    body = json.loads(result.stdout)
+    assert (result.returncode, body["error"]) == (2, "UsageError")
+    assert message in body["message"]
+    assert message in result.stderr
+
+
+def test_shapes_are_one_line_in_tables(desk: Path, tmp_path: Path) -> None:
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", tmp_path / "o.npz", folder=desk)
+    assert result.stdout.splitlines()[0].rstrip() == "outputs  logits: 2 × 2"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no files, like /proc")
+@pytest.mark.parametrize("target", ["/proc/x.npz", "/proc/new/x.npz"])
+def test_a_file_system_that_takes_no_files_is_named(desk: Path, target: str) -> None:
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", target, "--json", folder=desk)
+    assert result.returncode == 3, result.stderr
+    body = json.loads(result.stdout)
+    assert (body["error"], body["path"]) == ("StorageError", target)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "failure, code, message",
+    [
+        (KeyboardInterrupt(), 130, "nothing was written"),
+        (OSError(errno.ENOSPC, "No space left on device"), 3, "the disk is full"),
+    ],
+    ids=["interrupt", "full disk"],
+)
+def test_a_run_that_fails_as_it_writes_leaves_nothing_behind(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int, message: str
+) -> None:
+    def failing(file: Path, **values: object) -> None:
+        file.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(np, "savez", failing)
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", tmp_path / "new" / "o.npz", folder=desk)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_does_not_overwrite_what_appeared_meanwhile(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "o.npz"
+    monkeypatch.setattr(np, "savez", lambda file, **values: target.write_text("another's"))
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", target, folder=desk)
+    assert (result.returncode, target.read_text()) == (2, "another's")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_format_decides_where_the_name_does_not(desk: Path, tmp_path: Path) -> None:
+    from onnx_lora import read_adapter
+
+    _json("convert", "head", tmp_path / "c.bin", "--package", "bert", *ONNX, folder=desk)
+    assert read_adapter(tmp_path / "c.bin").deltas
 
 
 def test_an_interrupt_leaves_nothing_behind(desk: Path, tmp_path: Path, checkpoints: Make) -> None:

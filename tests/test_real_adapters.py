@@ -281,7 +281,7 @@ def test_a_published_adapter_runs_with_pefts_numbers(
     gc.collect()  # PEFT's models hold themselves
     largest, bound = _assert_runs(package, answers, path)
     cells = [_architecture(BASES[case.base]), bound.origin.method, _holdings(path), "runs exactly"]
-    rows[folder] = _row(folder, *cells, f"1e{math.ceil(math.log10(largest))}", case.note)
+    rows[folder] = _row(folder, *cells, f"1e{math.ceil(math.log10(max(largest, 1e-9)))}", case.note)
 
 
 @pytest.mark.parametrize("folder", [name for name, case in RUNS.items() if not case.by_peft])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable
 
-__all__ = ["blend", "stack_rows"]
+__all__ = ["blend", "is_weight", "stack_rows"]
 
 Tensors = Mapping[str, Array]  # by graph input name
 
@@ -29,7 +30,7 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     problems = [
         f"{part.name}: a weight must be a finite number, and is {weight!r}"
         for part, weight in parts
-        if not _is_weight(weight)
+        if not is_weight(weight)
     ]
     problems += _replaced_problems(parts)
     if problems:
@@ -44,11 +45,10 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     return tensors
 
 
-def _is_weight(weight: object) -> bool:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float, np.integer, np.floating)):
-        return False
+def is_weight(weight: object) -> bool:
+    """Whether an adapter can have this weight: a finite number, of Python's or of numpy's."""
     try:
-        return math.isfinite(weight)
+        return isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
     except OverflowError:
         return False
 

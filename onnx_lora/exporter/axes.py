@@ -84,6 +84,11 @@ class Shapes:
             value = source
         return None
 
+    def is_like(self, value: ir.Value, source: ir.Value, last: int) -> bool:
+        """Whether `value` has the axes of `source`, the last one `last` long: known, and equal."""
+        shape, expected = self._shape(value), self._shape(source)
+        return shape is not None and expected is not None and None not in shape and shape == (*expected[:-1], last)
+
     def _shape(self, value: ir.Value) -> Shape | None:
         return self.by_name.get(value.name or "")
 
@@ -94,11 +99,16 @@ def infer_shapes(model: ir.Model) -> Shapes:
     Raises MissingDependencyError: onnxruntime or sympy is not installed.
     """
     inferred, certain = _infer(_without_weights(ir.to_proto(model)))
-    by_name = {value.name: _read(value) for value in [*inferred.value_info, *inferred.input, *inferred.output]}
-    leading = {
-        by_name[value.name or ""][0] for value in model.graph.inputs if len(by_name.get(value.name or "", ())) > 1
-    }
-    symbols = frozenset(symbol for symbol in leading if isinstance(symbol, str))
+    by_name: dict[str, Shape] = {}
+    for value in [*inferred.value_info, *inferred.input, *inferred.output]:
+        known = _read(value)
+        if known is not None:
+            by_name[value.name] = known
+    inputs = [shape for value in model.graph.inputs if len(shape := by_name.get(value.name or "", ())) > 1]
+    leading = frozenset(shape[0] for shape in inputs if isinstance(shape[0], str))
+    # A symbol that stands for another axis too says nothing about the batch.
+    others = {dim for shape in inputs for dim in shape[1:]}
+    symbols = frozenset[str]() if leading & others else leading
     # Two symbols are two batches (texts and images): their rows need not belong to each other.
     return Shapes(by_name, symbols if certain and len(symbols) == 1 else frozenset())
 
@@ -116,7 +126,7 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred, certain = _infer(proto)
-    last = {value.name: _read(value)[-1:] for value in inferred.output}
+    last = {value.name: (_read(value) or ())[-1:] for value in inferred.output}
     return certain and all(last.get(name) == (_FREE,) for name in outputs)
 
 
@@ -152,7 +162,9 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def _read(value: onnx.ValueInfoProto) -> Shape:
+def _read(value: onnx.ValueInfoProto) -> Shape | None:
+    if not value.type.tensor_type.HasField("shape"):
+        return None
     return tuple(
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
         for dim in value.type.tensor_type.shape.dim

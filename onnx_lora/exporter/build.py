@@ -1,6 +1,6 @@
 """From ONNX files to a package: the order of the steps, and the manifest at the end.
 
-load –locate→ linear nodes –choose→ sites –own→ base graph on disk –infer, inject→ graph with points on disk."""
+load –locate, settle→ sites –choose, own→ base graph on disk –inject→ graph with points on disk."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,16 +18,20 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.describe import free_modules, points_of, replaceable_of
-from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, check_names, find_exposures
-from onnx_lora.exporter.inject import Placement, Site, inject
+from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, check_names, find_exposures
+from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
-from onnx_lora.exporter.locate import Linear, Located, locate
+from onnx_lora.exporter.locate import Stray, locate
 from onnx_lora.exporter.own import own_exposures, own_weights
+from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
+from onnx_lora.exporter.trial import check_opens
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
 from onnx_lora.points import InjectionPoint, Replaceable
+
+T = TypeVar("T")
 
 __all__ = ["Options", "Progress", "Source", "build"]
 
@@ -70,8 +75,8 @@ class _Graph:
 
     source: Source
     model: ir.Model
-    located: Located
-    exposures: tuple[Exposure, ...]
+    shapes: Shapes
+    sites: Sites
 
 
 def build(
@@ -93,28 +98,23 @@ def build(
     """
     from onnx_lora import __version__
 
+    store = WeightStore(folder, scratch=scratch)
     graphs: list[_Graph] = []
-    used: frozenset[str] = frozenset()
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
-        model = load(source.file)
-        located = _consistent(locate(model.graph, checkpoint))
-        exposures, names = find_exposures(model.graph, located.linears, options.replaceable)
-        used |= names
-        graphs.append(_Graph(source, model, located, exposures))
-    modules = list(dict.fromkeys(module for graph in graphs for module in graph.located.modules))
-    if not modules:
-        raise _nothing_found(graphs)
-    check_names(options.replaceable, used, modules)
-    chosen = _choose(modules, graphs, options, checkpoint)
-    store = WeightStore(folder, scratch=scratch)
+        graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint)))  # type: ignore[misc]
+    settled = settle([graph.sites for graph in graphs])
+    exposures = [
+        find_exposures(graph.model.graph, sites, options.replaceable)
+        for graph, sites in zip(graphs, settled, strict=True)
+    ]
+    chosen = _choose(graphs, settled, exposures, options, checkpoint)
     infos: list[GraphInfo] = []
-    for graph in graphs:
-        try:
-            infos.append(_write(graph, chosen, store, folder, options, len(graphs) > 1, progress))
-        except SerdeError as error:
-            raise ModelError(f"must be valid ONNX: {error.__cause__ or error}", path=graph.source.file) from error
-    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, tuple(infos))
+    for graph, sites, exposed in zip(graphs, settled, exposures, strict=True):
+        files = _Files(folder, graph.source, several=len(graphs) > 1)
+        write = _Writing(graph, sites, exposed.found, chosen, store, files, options, progress)
+        infos.append(_translated(graph.source, write.run))
+    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     for companion in companions:
         if not (folder / companion.name).exists():
@@ -122,157 +122,170 @@ def build(
     return Package.open(folder)
 
 
-def _consistent(located: Located) -> Located:
-    """Take out modules whose nodes do not hold one and the same weight: a name shared by accident."""
-    identity: dict[str, tuple[object, ...]] = {}
-    clashing: set[str] = set()
-    for linear in located.linears:
-        same = linear.in_features, linear.out_features, linear.start
-        known = identity.setdefault(linear.module, (linear, *same))
-        first = known[0]
-        assert isinstance(first, Linear)
-        if known[1:] != same or not (first.weight is linear.weight or np.array_equal(first.values(), linear.values())):
-            clashing.add(linear.module)
-    return Located(
-        tuple(linear for linear in located.linears if linear.module not in clashing),
-        (*located.unplaced, *(Unplaced(module, "its nodes hold different weights") for module in sorted(clashing))),
-    )
+def _translated(source: Source, step: Callable[[], T]) -> T:
+    try:
+        return step()
+    except SerdeError as error:
+        raise ModelError(f"must be valid ONNX: {error.__cause__ or error}", path=source.file) from error
 
 
-def _nothing_found(graphs: Sequence[_Graph]) -> ModelError:
-    problems = [f"{entry.node}: {entry.reason}" for graph in graphs for entry in graph.located.unplaced]
+def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None) -> _Graph:
+    model = load(source.file)
+    # First of all: from here on the weights are in a file, not in memory.
+    store.externalize(model.graph)
+    shapes = infer_shapes(model)
+    return _Graph(source, model, shapes, Sites.of(locate(model.graph, checkpoint), shapes))
+
+
+def _choose(
+    graphs: Sequence[_Graph],
+    settled: Sequence[Sites],
+    exposures: Sequence[Exposures],
+    options: Options,
+    checkpoint: Checkpoint | None,
+) -> frozenset[str]:
+    """The modules that get points. Raises ModelError: none can, of those that are asked for."""
+    modules = list(dict.fromkeys(name for sites in settled for site in sites.sites for name in site.modules))
+    before = dict.fromkeys(name for graph in graphs for site in graph.sites.sites for name in site.modules)
+    strays = [stray for sites in settled for stray in sites.strays]
+    if not modules:
+        raise _nothing("an injection point needs a linear node (MatMul or Gemm with a weight)", graphs, strays)
+    check_names(options.replaceable, exposures, modules)
+    heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
+    wanted = select(list(before), options.targets, heads=heads)
+    exposed = {found.linear.module for graph in exposures for found in graph.found if found.linear is not None}
+    if options.targets == ALL_LINEAR:
+        wanted -= exposed  # as PEFT leaves out what modules_to_save holds
+    chosen = wanted & set(modules)
+    if not chosen and not exposed:
+        raise _nothing(f"of targets {options.targets!r} one at least must get a point", graphs, strays)
+    return chosen
+
+
+def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> ModelError:
+    problems = [f"{stray.node}: {stray.reason}" for stray in strays]
     return ModelError(
-        "an injection point needs a linear node (MatMul or Gemm with a weight), and none could be placed",
+        f"{must}, and none could be placed",
         path=graphs[0].source.file,
         problems=problems[:20] or ["the graph has no MatMul or Gemm with a constant weight"],
     )
 
 
-def _choose(
-    modules: Sequence[str], graphs: Sequence[_Graph], options: Options, checkpoint: Checkpoint | None
-) -> frozenset[str]:
-    heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
-    chosen = select(modules, options.targets, heads=heads)
-    if options.targets == ALL_LINEAR:
-        # As PEFT leaves out what modules_to_save holds.
-        replaced = {exposure.linear.module for graph in graphs for exposure in graph.exposures if exposure.linear}
-        chosen -= replaced
-    return chosen
+def _agreeing(infos: Sequence[GraphInfo], path: Path) -> tuple[GraphInfo, ...]:
+    """Raises ModelError: two graphs mean different weights by one replaceable name."""
+    known: dict[str, Replaceable] = {}
+    for weight in (weight for info in infos for weight in info.replaceable):
+        first = known.setdefault(weight.name, weight)
+        if (first.role, first.shape, first.dtype, first.sha256) != (
+            *(weight.role, weight.shape, weight.dtype, weight.sha256),
+        ):
+            raise ModelError(
+                f"{weight.name} is another weight in another graph; attach the files one by one", path=path
+            )
+    return tuple(infos)
 
 
-def _sites(located: Located, chosen: frozenset[str], exposed: frozenset[str]) -> list[Site]:
-    """The nodes to work on. Where one packed module is chosen, its neighbours come along."""
-    by_node: dict[ir.Node, list[Linear]] = {}
-    for linear in located.linears:
-        by_node.setdefault(linear.node, []).append(linear)
-    return [
-        Site(tuple(sorted(linears, key=lambda linear: linear.start)))
-        for linears in by_node.values()
-        if any(linear.module in chosen or linear.module in exposed for linear in linears)
-    ]
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where one graph is written, with points and without."""
+
+    folder: Path
+    source: Source
+    several: bool
+
+    @property
+    def points(self) -> Path:
+        return self.folder / f"{self.source.name}.onnx"
+
+    @property
+    def base(self) -> Path:
+        return self.folder / (f"base.{self.source.name}.onnx" if self.several else "base.onnx")
 
 
-def _write(
-    graph: _Graph,
-    chosen: frozenset[str],
-    store: WeightStore,
-    folder: Path,
-    options: Options,
-    several: bool,
-    progress: Progress,
-) -> GraphInfo:
-    """Write one graph's base and its graph with points."""
-    surgeon = Surgeon(graph.model)
-    exposed = frozenset(exposure.linear.module for exposure in graph.exposures if exposure.linear is not None)
-    sites = own_weights(surgeon, _sites(graph.located, chosen, exposed))
-    linears = [linear for site in sites for linear in site.linears]
-    exposures = own_exposures(surgeon, graph.exposures, linears)
-    owned = {linear.weight.name or "" for linear in linears} | {exposure.value.name or "" for exposure in exposures}
-    store.externalize(graph.model.graph, owned)
-    file = f"{graph.source.name}.onnx"
-    base_file = f"base.{graph.source.name}.onnx" if several else "base.onnx"
-    ir.save(graph.model, folder / base_file)
-    shapes = infer_shapes(graph.model)
-    sites, unplaced = _placeable(sites, shapes)
-    pointed = [site for site in sites if any(linear.module in chosen for linear in site.linears)]
-    points = points_of(pointed, shapes)
-    free = free_modules(graph.model, exposures)
-    replaceable = tuple(replaceable_of(exposure, linears, shapes, free) for exposure in exposures)
-    _inject_all(surgeon, graph.source.name, sites, shapes, points, replaceable, exposures, options, progress)
-    ir.save(graph.model, folder / file)
-    check(folder / file)
-    placed = {point.module for point in points}
-    return GraphInfo(
-        name=graph.source.name,
-        file=file,
-        base_file=base_file,
-        points=points,
-        replaceable=replaceable,
-        untargeted=tuple(module for module in graph.located.modules if module not in placed),
-        unplaced=(*graph.located.unplaced, *unplaced),
-    )
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """Writes one graph's base and its graph with points."""
 
+    graph: _Graph
+    settled: Sites
+    exposures: tuple[Exposure, ...]
+    chosen: frozenset[str]
+    store: WeightStore
+    files: _Files
+    options: Options
+    progress: Progress
 
-def _placeable(sites: Sequence[Site], shapes: Shapes) -> tuple[list[Site], list[Unplaced]]:
-    """Sites whose input has a known number of axes, at least two."""
-    good: list[Site] = []
-    bad: list[Unplaced] = []
-    lost: set[str] = set()
-    for site in sites:
-        rank = shapes.rank(site.input) if site.node.op_type == "MatMul" else 2
-        if rank is None or rank < 2:
-            lost.update(linear.module for linear in site.linears)
-            found = "cannot be inferred" if rank is None else f"is {rank}"
-            bad.append(Unplaced(site.node.name or site.linears[0].module, f"the rank of its input {found}"))
-        else:
-            good.append(site)
-    # A module used by several nodes gets its point at all of them, or at none.
-    return [site for site in good if lost.isdisjoint(linear.module for linear in site.linears)], bad
-
-
-def _inject_all(
-    surgeon: Surgeon,
-    label: str,
-    sites: Sequence[Site],
-    shapes: Shapes,
-    points: Sequence[InjectionPoint],
-    replaceable: Sequence[Replaceable],
-    exposures: Sequence[Exposure],
-    options: Options,
-    progress: Progress,
-) -> None:
-    inputs: dict[str, ir.Value] = {}
-    for point in points:
-        rank, dtype = options.default_rank, np.dtype(point.dtype)
-        rows, symbol = f"{point.module}.rows", f"{point.module}.rank"
-        inputs[point.lora_a] = surgeon.optional_input(
-            point.lora_a, [rows, point.in_features, symbol], np.zeros((1, point.in_features, rank), dtype)
+    def run(self) -> GraphInfo:
+        model = self.graph.model
+        surgeon = Surgeon(model)
+        exposed = {exposure.site.node for exposure in self.exposures if exposure.site is not None}
+        # Where one packed module is chosen, its neighbours come along.
+        wanted = [site for site in self.settled.sites if site.node in exposed or self.chosen & set(site.modules)]
+        sites = own_weights(surgeon, wanted)
+        exposures = own_exposures(surgeon, self.exposures, sites)
+        owned = {linear.weight.name or "" for site in sites for linear in site.linears}
+        self.store.externalize(model.graph, owned | {exposure.value.name or "" for exposure in exposures})
+        ir.save(model, self.files.base)
+        points = points_of([site for site in sites if self.chosen & set(site.modules)])
+        heads = free_modules(model, exposures)
+        replaceable = [replaceable_of(exposure, heads) for exposure in exposures]
+        self._inject(surgeon, sites, points, replaceable, exposures)
+        self.store.externalize(model.graph)  # the defaults of large replaceable weights
+        ir.save(model, self.files.points)
+        for file in (self.files.base, self.files.points):
+            check(file, self.graph.source.file)
+            check_opens(file, self.graph.source.file)
+        placed = {point.module for point in points}
+        modules = dict.fromkeys(module for site in self.settled.sites for module in site.modules)
+        return GraphInfo(
+            name=self.graph.source.name,
+            file=self.files.points.name,
+            base_file=self.files.base.name,
+            points=points,
+            replaceable=tuple(replaceable),
+            untargeted=tuple(module for module in modules if module not in placed),
+            unplaced=tuple(Unplaced(stray.node, stray.reason) for stray in self.settled.strays),
         )
-        inputs[point.lora_b] = surgeon.optional_input(
-            point.lora_b, [rows, symbol, point.out_features], np.zeros((1, rank, point.out_features), dtype)
-        )
-    by_module = {point.module: point for point in points}
-    for weight, exposure in zip(replaceable, exposures, strict=True):
-        inputs[weight.name] = _expose(surgeon, weight, exposure)
-    placements = [Placement.of(site, shapes) for site in sites]
-    for index, (site, placement) in enumerate(zip(sites, placements, strict=True)):
-        progress(f"points of {label}", index, len(sites))
-        modules = {linear.module for linear in site.linears}
-        inject(
-            surgeon,
-            site,
-            placement,
-            shapes,
-            inputs,
-            {module: by_module[module] for module in modules if module in by_module},
-            {weight.name: weight for weight in replaceable if weight.role != "whole" and weight.module in modules},
-        )
+
+    def _inject(
+        self,
+        surgeon: Surgeon,
+        sites: Sequence[Site],
+        points: Sequence[InjectionPoint],
+        replaceable: Sequence[Replaceable],
+        exposures: Sequence[Exposure],
+    ) -> None:
+        inputs: dict[str, ir.Value] = {}
+        for point in points:
+            rank, dtype = self.options.default_rank, np.dtype(point.dtype)
+            rows, symbol = f"{point.module}.rows", f"{point.module}.rank"
+            inputs[point.lora_a] = surgeon.optional_input(
+                point.lora_a, [rows, point.in_features, symbol], np.zeros((1, point.in_features, rank), dtype)
+            )
+            inputs[point.lora_b] = surgeon.optional_input(
+                point.lora_b, [rows, symbol, point.out_features], np.zeros((1, rank, point.out_features), dtype)
+            )
+        by_module = {point.module: point for point in points}
+        for weight, exposure in zip(replaceable, exposures, strict=True):
+            inputs[weight.name] = _expose(surgeon, weight, exposure)
+        for index, site in enumerate(sites):
+            self.progress(f"points of {self.graph.source.name}", index, len(sites))
+            own_points = {module: by_module[module] for module in site.modules if module in by_module}
+            own_replaced = {
+                weight.name: weight
+                for weight in replaceable
+                if weight.role != "whole" and weight.module in site.modules
+            }
+            inject(surgeon, site, self.graph.shapes, inputs, own_points, own_replaced)
+        unused = [name for name, value in inputs.items() if not value.uses()]
+        assert not unused, f"adapter inputs that nothing reads: {unused}"
 
 
 def _expose(surgeon: Surgeon, weight: Replaceable, exposure: Exposure) -> ir.Value:
     """The optional input of a replaceable weight; a whole one takes its initializer's place at once."""
     assert exposure.value.const_value is not None
-    default = weight.from_initializer(exposure.value.const_value.numpy(), weight.parts[0])
+    stored = exposure.value.const_value.numpy().astype(weight.dtype, copy=False)
+    default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
     if weight.role != "whole":
         symbols[0] = f"{weight.name}.rows"

@@ -102,19 +102,18 @@ class Checkpoint:
         Compared in the graph's type, bit for bit. Usually one way; none where the graph's weight is
         not the checkpoint's; several where modules hold equal values.
         """
-        whole = [[match] for match in self._at(weight, 0) if match.outputs == weight.shape[1]]
-        return whole or [packed for packed in [self._packed(weight)] if packed]
+        whole = {match.module: [match] for match in self._at(weight, 0) if match.outputs == weight.shape[1]}
+        return list(whole.values()) or list(self._packed(weight, 0, ()))
 
-    def _packed(self, weight: Array) -> list[Match]:
-        pieces: list[Match] = []
-        start = 0
-        while start < weight.shape[1]:
-            piece = next(iter(self._at(weight, start)), None)
-            if piece is None:
-                return []
-            pieces.append(piece)
-            start += piece.outputs
-        return pieces
+    def _packed(self, weight: Array, start: int, before: tuple[Match, ...]) -> Iterator[list[Match]]:
+        """Every way to go on behind `before` with modules that were not used yet."""
+        if start == weight.shape[1]:
+            yield list(before)
+            return
+        used = {match.module for match in before}
+        for match in self._at(weight, start):
+            if match.module not in used:
+                yield from self._packed(weight, start + match.outputs, (*before, match))
 
     def _at(self, weight: Array, start: int) -> Iterator[Match]:
         """Modules whose weight is `weight[:, start : start + their outputs]`."""
@@ -146,8 +145,12 @@ class Checkpoint:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """By name, along the classes it inherits from: torch is not needed to attach points to a file."""
-    return any(kind.__name__ in ("Linear", "Conv1D") and hasattr(module, "weight") for kind in type(module).__mro__)
+    """By name, along the classes it inherits from: torch is not needed to attach points to a file.
+
+    MultiheadAttention reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
+    """
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return bool(kinds & {"Linear", "Conv1D"}) and "NonDynamicallyQuantizableLinear" not in kinds
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

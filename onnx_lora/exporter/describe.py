@@ -1,4 +1,4 @@
-"""What the manifest says of located modules: points and replaceable weights, as the contract has them."""
+"""What the manifest says of sites and exposures: points and replaceable weights, as the contract has them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,37 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.axes import Shapes, outputs_are_free
+from onnx_lora.exporter.axes import outputs_are_free
 from onnx_lora.exporter.expose import Exposure, outputs_behind
-from onnx_lora.exporter.inject import Placement, Site
 from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.weights import where
 from onnx_lora.points import InjectionPoint, Replaceable, WeightPart, digest
 
 __all__ = ["free_modules", "points_of", "replaceable_of"]
 
 
-def points_of(sites: Sequence[Site], shapes: Shapes) -> tuple[InjectionPoint, ...]:
+def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
     """One point per module, over all its nodes."""
-    nodes: dict[str, list[tuple[Site, Linear]]] = {}
+    uses: dict[str, list[tuple[Site, Linear]]] = {}
     for site in sites:
         for linear in site.linears:
-            nodes.setdefault(linear.module, []).append((site, linear))
-    return tuple(_point(module, uses, shapes) for module, uses in nodes.items())
+            uses.setdefault(linear.module, []).append((site, linear))
+    return tuple(_point(module, used) for module, used in uses.items())
 
 
-def _point(module: str, uses: Sequence[tuple[Site, Linear]], shapes: Shapes) -> InjectionPoint:
+def _point(module: str, uses: Sequence[tuple[Site, Linear]]) -> InjectionPoint:
     first = uses[0][1]
-    parts = {linear.weight.name: _part(linear) for _, linear in uses}
-    window = first.values()[:, first.start : first.start + first.out_features]
+    window = first.window()
     return InjectionPoint(
         module=module,
         in_features=first.in_features,
         out_features=first.out_features,
-        dtype=_dtype(first),
-        per_row=all(Placement.of(site, shapes).per_row for site, _ in uses),
+        dtype=first.dtype,
+        per_row=all(site.placement.per_row for site, _ in uses),
         sha256=digest(window if first.in_out else window.T),
-        parts=tuple(parts.values()),
+        parts=tuple({linear.weight.name: _part(linear) for _, linear in uses}.values()),
     )
-
-
-def _dtype(linear: Linear) -> str:
-    """The type the node computes in: behind a Cast another than the weight's."""
-    for wrapper in linear.wrappers:
-        if wrapper.op_type == "Cast":
-            return ir.DataType(wrapper.attributes.get_int("to")).numpy().name
-    assert linear.weight.dtype is not None
-    return linear.weight.dtype.numpy().name
 
 
 def _part(linear: Linear) -> WeightPart:
@@ -67,31 +57,26 @@ def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[st
     return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
 
 
-def replaceable_of(exposure: Exposure, linears: Sequence[Linear], shapes: Shapes, heads: frozenset[str]) -> Replaceable:
+def replaceable_of(exposure: Exposure, heads: frozenset[str]) -> Replaceable:
     assert exposure.value.name is not None
     assert exposure.value.const_value is not None
     stored = where(exposure.value)
     values = exposure.value.const_value.numpy()
-    linear = exposure.linear
-    if linear is None:
-        part = WeightPart(exposure.value.name, stored)
-        return Replaceable(
-            exposure.name, "whole", stored.shape, stored.dtype, False, False, digest(values), (part,), in_out=False
-        )
-    uses = [other for other in linears if other.module == linear.module]
-    rows = all(Placement.of(Site((use,)), shapes).per_row for use in uses)
-    free = linear.module in heads and len(uses) == 1
+    linear, site = exposure.linear, exposure.site
+    part = WeightPart(exposure.value.name, stored)
+    if linear is None or site is None:
+        return Replaceable(exposure.name, "whole", stored.shape, stored.dtype, False, False, digest(values), (part,))
+    rows, free = site.placement.per_row, linear.module in heads
     if exposure.is_bias:
-        part = WeightPart(exposure.value.name, stored)
         return Replaceable(
-            exposure.name, "linear_bias", stored.shape, _dtype(linear), free, rows, digest(values), (part,)
+            exposure.name, "linear_bias", stored.shape, linear.dtype, free, rows, digest(values), (part,)
         )
     weight = values if linear.transposed != linear.in_out else values.T
     return Replaceable(
         name=exposure.name,
         role="linear_weight",
         shape=tuple(weight.shape),
-        dtype=_dtype(linear),
+        dtype=linear.dtype,
         free_outputs=free,
         per_row=rows,
         sha256=digest(weight),

@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.locate import Linear, unwrap
+from onnx_lora.exporter.sites import Site, Sites
 from onnx_lora.points import FLOAT_TYPES, matches
 
-__all__ = ["HEADS_ONLY", "Exposure", "check_names", "find_exposures", "outputs_behind"]
+__all__ = ["HEADS_ONLY", "Exposure", "Exposures", "check_names", "find_exposures", "outputs_behind"]
 
 # The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
 HEADS_ONLY = "heads"
@@ -26,46 +27,81 @@ _WEIGHING = frozenset(["Conv", "Gemm", "LayerNormalization", "MatMul"])
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """A parameter to be made an input: of a linear node, or any initializer as it is."""
+    """A parameter to be made an input: of the one node of a linear module, or an initializer as it is.
+
+    `value` is the initializer, or the Identity that stands for it under the parameter's name.
+    """
 
     name: str
-    value: ir.Value  # the initializer
-    linear: Linear | None  # the node whose weight or bias it is
+    value: ir.Value
+    site: Site | None = None
     is_bias: bool = False
 
+    @property
+    def linear(self) -> Linear | None:
+        return None if self.site is None else self.site.linears[0]
 
-def find_exposures(
-    graph: ir.Graph, linears: Sequence[Linear], replaceable: str | Iterable[str]
-) -> tuple[tuple[Exposure, ...], frozenset[str]]:
-    """The parameters that `replaceable` names (modules, suffixes, or parameters), and the names used."""
-    wanted = (
-        _HEAD_NAMES if replaceable == HEADS_ONLY else (replaceable,) if isinstance(replaceable, str) else replaceable
-    )
-    names = tuple(wanted)
+
+@dataclass(frozen=True, slots=True)
+class Exposures:
+    """What one graph can expose of what was asked for; `refused` says of the rest why not."""
+
+    found: tuple[Exposure, ...]
+    refused: dict[str, str]
+
+
+def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[str]) -> Exposures:
+    """The parameters that `replaceable` names (modules, suffixes, or parameters)."""
+    names = _names(replaceable)
     found: dict[str, Exposure] = {}
-    for linear in linears:
-        if linear.start or linear.out_features != linear.values().shape[1]:
-            continue  # packed: its weight is not a whole initializer
-        exposures = _of_linear(linear)
-        if any(_asked(exposure.name, names) for exposure in exposures):
+    refused: dict[str, str] = {}
+    uses: dict[str, list[Site]] = {}
+    for site in sites.sites:
+        for module in site.modules:
+            uses.setdefault(module, []).append(site)
+    for module, used in uses.items():
+        exposures = _of_linear(used[0], module)
+        if not any(_asked(exposure.name, names) for exposure in exposures):
+            continue
+        if (reason := _not_whole(used, module)) is not None:
+            refused[module] = reason
+        else:
             found.update((exposure.name, exposure) for exposure in exposures)
+    nodes = {site.node for site in sites.sites}
+    taken = {exposure.value for exposure in found.values()}
     for name, value in _named_initializers(graph).items():
-        if name not in found and _asked(name, names):
-            found[name] = Exposure(name, value, None)
-    used = frozenset(name for name in names for parameter in found if _asked(parameter, (name,)))
-    return tuple(found.values()), used
+        users = own_users(value, nodes)  # none: a linear module's weight
+        if name in found or value in taken or not users or not _asked(name, names):
+            continue
+        if len(users) > 1:
+            refused[name] = f"it is used by {len(users)} nodes, and may stand for other parameters of equal value"
+        else:
+            found[name] = Exposure(name, value)
+    return Exposures(tuple(found.values()), refused)
 
 
-def check_names(replaceable: str | Iterable[str], used: frozenset[str], modules: Sequence[str]) -> None:
-    """Raises ModelError: one of the names given means no parameter of any graph."""
+def own_users(value: ir.Value, linear_nodes: set[ir.Node]) -> list[ir.Node]:
+    """The nodes that compute with a parameter as it is: no linear module's, which have weights of their own,
+    and nothing behind an Identity or a Transpose, which stand for another parameter."""
+    users = [use.node for use in value.uses() if use.node.op_type not in ("Cast", "Identity", "Transpose")]
+    return [node for node in dict.fromkeys(users) if node not in linear_nodes]
+
+
+def check_names(replaceable: str | Sequence[str], graphs: Sequence[Exposures], modules: Sequence[str]) -> None:
+    """Raises ModelError: one of the names given means nothing that can be replaced in any graph."""
     if replaceable == HEADS_ONLY:
         return
-    names = {replaceable} if isinstance(replaceable, str) else set(replaceable)
-    if missing := sorted(names - used):
-        raise ModelError(
-            "replaceable must name modules or parameters of the graph, and these are none: " + ", ".join(missing),
-            problems=[f"linear modules end with: {', '.join(sorted({name.rpartition('.')[2] for name in modules}))}"],
-        )
+    found = {exposure.name for graph in graphs for exposure in graph.found}
+    refused = {name: reason for graph in graphs for name, reason in graph.refused.items()}
+    problems: list[str] = []
+    for name in _names(replaceable):
+        reasons = [f"{what}: {why}" for what, why in refused.items() if what not in found and _asked_any(what, name)]
+        if reasons:
+            problems.extend(reasons)
+        elif not any(_asked(parameter, (name,)) for parameter in found):
+            problems.append(f"{name}: nothing of that name; linear modules end with {_suffixes(modules)}")
+    if problems:
+        raise ModelError("replaceable must name modules or parameters that can be replaced", problems=problems)
 
 
 def outputs_behind(exposure: Exposure) -> tuple[str, ...]:
@@ -89,18 +125,43 @@ def outputs_behind(exposure: Exposure) -> tuple[str, ...]:
     return tuple(reached)
 
 
-def _of_linear(linear: Linear) -> list[Exposure]:
-    exposures = [Exposure(f"{linear.module}.weight", linear.weight, linear)]
+def _names(replaceable: str | Iterable[str]) -> tuple[str, ...]:
+    if replaceable == HEADS_ONLY:
+        return _HEAD_NAMES
+    return (replaceable,) if isinstance(replaceable, str) else tuple(replaceable)
+
+
+def _suffixes(modules: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
+
+
+def _not_whole(used: Sequence[Site], module: str) -> str | None:
+    """Why a linear module's weight cannot be replaced, or None."""
+    if len(used) > 1:
+        return f"it is used by {len(used)} nodes, and only the weights of modules used once can be replaced"
+    if len(used[0].linears) > 1:
+        others = ", ".join(other for other in used[0].modules if other != module)
+        return f"it is packed into one weight with {others}"
+    return None
+
+
+def _of_linear(site: Site, module: str) -> list[Exposure]:
+    linear = next(linear for linear in site.linears if linear.module == module)
+    exposures = [Exposure(f"{module}.weight", linear.weight, site)]
     if linear.bias is not None:
         node, position = linear.bias
         bias, _ = unwrap(node.inputs[position])
-        if bias is not None:
-            exposures.append(Exposure(f"{linear.module}.bias", bias, linear, is_bias=True))
+        assert bias is not None  # what a bias is
+        exposures.append(Exposure(f"{module}.bias", bias, site, is_bias=True))
     return exposures
 
 
 def _asked(parameter: str, names: Sequence[str]) -> bool:
     return parameter in names or matches(parameter.rpartition(".")[0], names)
+
+
+def _asked_any(module_or_parameter: str, name: str) -> bool:
+    return _asked(module_or_parameter, (name,)) or matches(module_or_parameter, (name,))
 
 
 def _named_initializers(graph: ir.Graph) -> dict[str, ir.Value]:

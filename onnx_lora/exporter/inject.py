@@ -12,51 +12,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import Form, Shapes
-from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.points import InjectionPoint, Replaceable
 
-__all__ = ["Placement", "Site", "inject"]
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One node and the modules it computes, side by side in the order of their outputs."""
-
-    linears: tuple[Linear, ...]
-
-    @property
-    def node(self) -> ir.Node:
-        return self.linears[0].node
-
-    @property
-    def input(self) -> ir.Value:
-        return self.linears[0].input
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """How the batch lies in a site's input. Found before the first branch goes in: the shapes of values
-    that branches add are not known."""
-
-    form: Form
-    rank: int
-    flattened_by: ir.Node | None = None  # for Form.FLATTENED: the Reshape
-    source_rank: int = 0  # the number of axes of that Reshape's input
-
-    @staticmethod
-    def of(site: Site, shapes: Shapes) -> Placement:
-        form = shapes.form(site.input)
-        rank = shapes.rank(site.input) or 2
-        reshape = shapes.flattened_by(site.input) if form is Form.FLATTENED else None
-        if reshape is None or reshape.inputs[0] is None:
-            return Placement(form, rank)
-        return Placement(form, rank, reshape, shapes.rank(reshape.inputs[0]) or 3)
-
-    @property
-    def per_row(self) -> bool:
-        """Whether a different adapter for every row of the batch is possible here."""
-        return self.form is not Form.OTHER
+__all__ = ["inject"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +31,6 @@ class _View:
 def inject(
     surgeon: Surgeon,
     site: Site,
-    placement: Placement,
     shapes: Shapes,
     inputs: Mapping[str, ir.Value],
     points: Mapping[str, InjectionPoint],
@@ -84,7 +43,7 @@ def inject(
     """
     label = site.linears[0].module if len(site.linears) == 1 else site.node.name or site.linears[0].module
     surgeon.insert_after(site.node)
-    view = _view(surgeon, site, placement, label)
+    view = _view(surgeon, site, label)
     deltas = [_delta(surgeon, view, point, inputs) for linear in site.linears if (point := points.get(linear.module))]
     delta = None
     if deltas:
@@ -95,8 +54,8 @@ def inject(
         _add(surgeon, site, view, delta, shapes)
 
 
-def _view(surgeon: Surgeon, site: Site, placement: Placement, label: str) -> _View:
-    value, reshape = site.input, placement.flattened_by
+def _view(surgeon: Surgeon, site: Site, label: str) -> _View:
+    value, placement, reshape = site.input, site.placement, site.placement.flattened_by
     if reshape is not None:
         source = reshape.inputs[0]
         assert source is not None  # a Reshape's data
@@ -140,15 +99,15 @@ def _add(surgeon: Surgeon, site: Site, view: _View, delta: ir.Value, shapes: Sha
     """Add the delta to the node's output, or behind the Reshape that undoes the one before it."""
     label = site.linears[0].module
     output = site.node.outputs[0]
-    if view.undo is not None and view.undo[0] == "Flatten":
-        uses = list(output.uses())
-        if len(uses) == 1 and uses[0].node.op_type == "Reshape" and not output.is_graph_output():
-            reshaped = uses[0].node.outputs[0]
-            if shapes.form(reshaped) is Form.BATCHED and shapes.rank(reshaped) == view.rank:
-                surgeon.insert_after(_later(surgeon, uses[0].node, delta))
-                total = surgeon.op("Add", reshaped, delta, name=f"{label}.lora_add")
-                surgeon.replace(reshaped, total, but=total.producer())
-                return
+    uses = list(output.uses())
+    if view.undo is not None and view.undo[0] == "Flatten" and len(uses) == 1 and not output.is_graph_output():
+        reshaped = uses[0].node.outputs[0]
+        outputs = sum(linear.out_features for linear in site.linears)
+        if uses[0].node.op_type == "Reshape" and shapes.is_like(reshaped, view.value, outputs):
+            surgeon.insert_after(_later(surgeon, uses[0].node, delta))
+            total = surgeon.op("Add", reshaped, delta, name=f"{label}.lora_add")
+            surgeon.replace(reshaped, total, but=total.producer())
+            return
     total = surgeon.op("Add", output, _undo(surgeon, view, delta, label), name=f"{label}.lora_add")
     surgeon.replace(output, total, but=total.producer())
 
@@ -185,6 +144,9 @@ def _replace_weight(
         )
         last = linear.bias[0]
     total = _undo(surgeon, view, total, linear.module)
+    constant = site.node.inputs[2] if site.node.op_type == "Gemm" and len(site.node.inputs) > 2 else None
+    if constant is not None and last is site.node and bias is None:
+        total = surgeon.op("Add", total, constant, name=f"{linear.module}.constant_add")  # a Gemm's C that is no bias
     surgeon.replace(last.outputs[0], total)
     surgeon.drop_dead(last)
     if replaced[f"{linear.module}.weight"].free_outputs:

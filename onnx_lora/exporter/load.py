@@ -8,7 +8,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveInitializersFromInputsPass,
+)
 from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
@@ -38,7 +43,9 @@ def load(file: Path) -> ir.Model:
                 value.const_value.numpy()  # a view of the file's bytes
             except (ValueError, TypeError) as error:
                 raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
-    check(file)
+    check(file, file)
+    InlinePass()(model)
+    LiftSubgraphInitializersToMainGraphPass()(model)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
@@ -46,15 +53,15 @@ def load(file: Path) -> ir.Model:
     return model
 
 
-def check(file: Path) -> None:
-    """Raises ModelError: `file` is not valid ONNX."""
+def check(file: Path, source: Path) -> None:
+    """Raises ModelError: `file`, which is or was made from `source`, is not valid ONNX."""
     try:
         onnx.checker.check_model(str(file))
     except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
         # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
         # stops at the first.
         if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
-            raise ModelError(f"must be valid ONNX: {error}", path=file) from error
+            raise ModelError(f"must be valid ONNX: {error}", path=source) from error
 
 
 def _names(graph: ir.Graph) -> Iterator[object]:

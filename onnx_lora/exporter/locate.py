@@ -12,10 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.checkpoint import Checkpoint, Match
-from onnx_lora.package import Unplaced
 from onnx_lora.points import FLOAT_TYPES, Array
 
-__all__ = ["Linear", "Located", "locate", "unwrap"]
+__all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight", "unwrap"]
 
 # torch.onnx (dynamo) writes the module path of every node here.
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -26,27 +25,18 @@ _NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?")
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
 
+_FLOATS = ("FLOAT", "FLOAT16", "DOUBLE")
+
 # Operators between an initializer and the node that multiplies with it.
 _WRAPPERS = ("Cast", "Identity", "Transpose")
 
-# Operators that hold weights an adapter may mean, and that get no point yet.
-_WEIGHTED = (
-    "Conv",
-    "ConvTranspose",
-    "DynamicQuantizeMatMul",
-    "GatherBlockQuantized",
-    "MatMulBnb4",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "MatMulNBits",
-    "QGemm",
-    "QLinearMatMul",
-)
+# Operators whose weights an adapter may mean, and that get no point yet: Conv, FusedMatMul, MatMulNBits, LSTM, ...
+_WEIGHTED = re.compile(r".*(Attention|BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*")
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A node that computes `x · W0` (and a bias, in a Gemm) for one module.
+    """A node that computes `x · W0` (and a bias, in a Gemm) for one module; `guess` is the name the graph gives it.
 
     `wrappers` lead from the node back to the initializer `weight`, nearest first. `transposed`:
     the initializer is stored `[out, in]`. `start`: the first output that is the module's own, in a
@@ -58,6 +48,7 @@ class Linear:
     wrappers: tuple[ir.Node, ...]
     transposed: bool
     module: str
+    guess: str
     in_features: int
     out_features: int
     start: int = 0
@@ -73,15 +64,23 @@ class Linear:
     def bias(self) -> tuple[ir.Node, int] | None:
         """The node and input position of the bias added to the product, if one is."""
         if self.node.op_type == "Gemm":
-            return (self.node, 2) if len(self.node.inputs) > 2 and self.node.inputs[2] is not None else None
-        uses = list(self.node.outputs[0].uses())
-        if len(uses) != 1 or uses[0].node.op_type != "Add":
+            return (self.node, 2) if len(self.node.inputs) > 2 and self._is_bias(self.node.inputs[2]) else None
+        output = self.node.outputs[0]
+        uses = list(output.uses())
+        if len(uses) != 1 or output.is_graph_output():
+            return None
+        add = uses[0].node
+        if add.op_type != "Add" or add.graph is not self.node.graph:
             return None
         position = 1 - uses[0].idx
-        initializer, _ = unwrap(uses[0].node.inputs[position])
-        if initializer is None or initializer.shape is None or initializer.shape.rank() != 1:
-            return None
-        return uses[0].node, position
+        return (add, position) if self._is_bias(add.inputs[position]) else None
+
+    def _is_bias(self, value: ir.Value | None) -> bool:
+        """One number for each output of the node; anything else is added, and is no bias of a module."""
+        initializer, _ = unwrap(value)
+        if initializer is None or initializer.shape is None:
+            return False
+        return tuple(initializer.shape.numpy()) == (self.values().shape[1],)
 
     def values(self) -> Array:
         """The node's whole weight `[in, outputs]`, of which the module's is a window."""
@@ -89,17 +88,31 @@ class Linear:
         stored = self.weight.const_value.numpy()
         return stored.T if self.transposed else stored
 
+    def window(self) -> Array:
+        """The module's own weight `[in, out]`."""
+        return self.values()[:, self.start : self.start + self.out_features]
+
+    @property
+    def dtype(self) -> str:
+        """The type the node computes in: behind a Cast another than the weight's."""
+        return _computed(self.weight, self.wrappers)
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A node with a weight that gets no point, why, and the modules it may belong to: they get none either."""
+
+    node: str
+    reason: str
+    modules: tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What `locate` found: linear nodes by module, in graph order, and what has no place."""
+    """What `locate` found in one graph, in its order: linear nodes by module, and nodes without a place."""
 
     linears: tuple[Linear, ...]
-    unplaced: tuple[Unplaced, ...]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(linear.module for linear in self.linears))
+    strays: tuple[Stray, ...]
 
 
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
@@ -110,28 +123,51 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     initializer's name.
     """
     found: list[Linear] = []
-    unplaced: list[Unplaced] = []
+    strays: list[Stray] = []
     for node in ir.traversal.RecursiveGraphIterator(graph):
         linear = _candidate(node)
-        if linear is None:
-            continue
-        if isinstance(linear, str):
-            unplaced.append(Unplaced(_label(node), linear))
-        elif node.graph is not graph:
-            unplaced.append(Unplaced(_label(node), "it lies in a branch or loop body, where inputs cannot be optional"))
-        else:
+        if isinstance(linear, Stray):
+            strays.append(linear)
+        elif linear is not None and node.graph is not graph:
+            reason = "it lies in a branch or loop body, where inputs cannot be optional"
+            strays.append(Stray(label_of(node), reason, _possible(linear.guess, checkpoint)))
+        elif linear is not None:
             found.append(linear)
     if checkpoint is None:
-        return Located(tuple(_merge_calls(found)), tuple(unplaced))
+        return Located(tuple(_merge_calls(found)), tuple(strays))
     placed: list[Linear] = []
     embedded = _embedded(graph, checkpoint) if checkpoint.heads is None else frozenset[str]()
     for linear in found:
         result = _identify(linear, checkpoint, embedded)
         if isinstance(result, str):
-            unplaced.append(Unplaced(_label(linear.node), result))
+            strays.append(Stray(label_of(linear.node), result, _possible(linear.guess, checkpoint)))
         else:
             placed.extend(result)
-    return Located(tuple(placed), tuple(unplaced))
+    kept, others = _without_tied(placed)
+    return Located(tuple(kept), (*strays, *others))
+
+
+def _possible(guess: str, checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    """The modules a node may be of, by its name."""
+    known = () if checkpoint is None else (module for module in checkpoint.modules if _agrees(guess, module))
+    return tuple(dict.fromkeys([guess, *known]))
+
+
+def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
+    """Of nodes with one module's weight under several names, only those with the module's own name are its."""
+    guesses: dict[str, set[str]] = {}
+    for linear in linears:
+        guesses.setdefault(linear.module, set()).add(linear.guess)
+    kept: list[Linear] = []
+    strays: list[Stray] = []
+    for linear in linears:
+        several = len(guesses[linear.module]) > 1
+        if not several or linear.out_features != linear.values().shape[1] or _agrees(linear.guess, linear.module):
+            kept.append(linear)
+        else:
+            reason = f"its weight is that of {linear.module}, to which it may only be tied"
+            strays.append(Stray(label_of(linear.node), reason, (linear.guess,)))
+    return kept, strays
 
 
 def unwrap(value: ir.Value | None) -> tuple[ir.Value | None, tuple[ir.Node, ...]]:
@@ -144,48 +180,74 @@ def unwrap(value: ir.Value | None) -> tuple[ir.Value | None, tuple[ir.Node, ...]
     return (value if constant else None), tuple(wrappers)
 
 
-def _candidate(node: ir.Node) -> Linear | str | None:
-    """A linear node by its form alone (named by its best guess), a reason why not, or None."""
-    if node.op_type in _WEIGHTED:
-        return f"{node.op_type} gets no point yet"
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
+def _candidate(node: ir.Node) -> Linear | Stray | None:
+    """A linear node by its form alone (named by its best guess), one that has no place, or None."""
+    plain = node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx") and len(node.inputs) > 1
+    if not plain:
+        weights = [value for value in node.inputs if _rank(unwrap(value)[0]) not in (None, 0, 1)]
+        if weights and _WEIGHTED.fullmatch(node.op_type):
+            return Stray(label_of(node), f"{node.op_type} gets no point yet", (_name(node, unwrap(weights[0])[0]),))
         return None
     weight, wrappers = unwrap(node.inputs[1])
     if weight is None:
         left, _ = unwrap(node.inputs[0])
-        return "the weight is the left factor" if left is not None and _rank(left) == 2 else None
-    if _rank(weight) != 2:
-        return f"the weight has {_rank(weight)} axes, not 2"
-    if weight.dtype is None or weight.dtype.name not in ("FLOAT", "FLOAT16", "DOUBLE"):
-        return f"the weight is {weight.dtype.name if weight.dtype else 'of unknown type'}, not one of {FLOAT_TYPES}"
-    transposes = sum(wrapper.op_type == "Transpose" for wrapper in wrappers)
-    if node.op_type == "Gemm":
-        transposes += node.attributes.get_int("transB", 0)
-        if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
-            return "a Gemm with transA or alpha is no linear module"
-        if node.attributes.get_float("beta", 1.0) != 1.0:
-            return "a Gemm with beta scales its bias, and is no linear module"
+        if _rank(left) != 2:
+            return None
+        return Stray(label_of(node), "the weight is the left factor", (_name(node, left),))
+    guess = _name(node, weight)
+    if (reason := _unfit(node, weight, wrappers)) is not None:
+        return Stray(label_of(node), reason, (guess,))
+    transposes = sum(_swaps(wrapper) for wrapper in wrappers) + node.attributes.get_int("transB", 0)
     transposed = bool(transposes % 2)
     assert weight.shape is not None
     rows, columns = (int(size) for size in weight.shape.numpy())
-    if 0 in (rows, columns):
-        return "the weight is empty"
     inputs, outputs = (columns, rows) if transposed else (rows, columns)
-    module = _name(node, weight)
     # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
-    in_out = weight.name == f"{module}.weight" and not transposed
-    return Linear(node, weight, wrappers, transposed, module, inputs, outputs, in_out=in_out)
+    in_out = weight.name == f"{guess}.weight" and not transposed and node.op_type == "Gemm"
+    return Linear(node, weight, wrappers, transposed, guess, guess, inputs, outputs, in_out=in_out)
 
 
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else value.shape.rank()
+def _unfit(node: ir.Node, weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str | None:
+    """Why a product with a constant is no linear module, or None."""
+    if _rank(weight) != 2 or weight.shape is None:
+        return f"the weight has {_rank(weight)} axes, not 2"
+    if 0 in weight.shape.numpy():
+        return "the weight is empty"
+    stored = "of unknown type" if weight.dtype is None else weight.dtype.name
+    if stored not in _FLOATS:
+        return f"the weight is {stored}, not one of {', '.join(FLOAT_TYPES)}"
+    computed = _computed(weight, wrappers)
+    if computed not in FLOAT_TYPES:
+        return f"it computes in {computed}, not one of {', '.join(FLOAT_TYPES)}"
+    if node.op_type != "Gemm":
+        return None
+    if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
+        return "a Gemm with transA or alpha is no linear module"
+    return None if node.attributes.get_float("beta", 1.0) == 1.0 else "a Gemm with beta is no linear module"
 
 
-def _label(node: ir.Node) -> str:
+def _swaps(wrapper: ir.Node) -> bool:
+    """Whether it turns `[in, out]` into `[out, in]`. Without `perm` a Transpose reverses the axes."""
+    return wrapper.op_type == "Transpose" and list(wrapper.attributes.get_ints("perm", [1, 0])) == [1, 0]
+
+
+def _computed(weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str:
+    for wrapper in wrappers:
+        if wrapper.op_type == "Cast":
+            return ir.DataType(wrapper.attributes.get_int("to")).numpy().name
+    return weight.dtype.numpy().name if weight.dtype is not None else "unknown"
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else value.shape.rank()
+
+
+def label_of(node: ir.Node) -> str:
+    """A node's name, or what stands for it."""
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
 
 
-def _name(node: ir.Node, weight: ir.Value) -> str:
+def _name(node: ir.Node, weight: ir.Value | None) -> str:
     """The module's name by what the exporter wrote: scopes, the node's path, the weight's name."""
     scopes = node.metadata_props.get(_NAME_SCOPES)
     if scopes is not None:
@@ -197,22 +259,33 @@ def _name(node: ir.Node, weight: ir.Value) -> str:
             return around[-2]
     match = _NODE_NAME.fullmatch(node.name or "")
     path = match["path"].replace("/", ".") if match else None
-    stem = weight.name.removesuffix(".weight") if weight.name and weight.name.endswith(".weight") else None
+    name = (weight.name if weight is not None else None) or ""
+    stem = name.removesuffix(".weight") if name.endswith(".weight") else None
     # Of a tied weight the name is the other module's; of a part exported alone the path lacks its beginning.
     if path is None or (stem is not None and stem.endswith(f".{path}")):
-        return stem or path or _label(node)
+        return stem or path or label_of(node)
     return path
 
 
 def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:
     """Give later calls of a module (`query_1`) the module's own name, if the weight is the same."""
-    weights = {linear.module: linear.weight for linear in linears}
+    first: dict[str, Linear] = {}
+    for linear in linears:
+        first.setdefault(linear.module, linear)
     for linear in linears:
         again = _CALLED_AGAIN.fullmatch(linear.module)
-        if again and weights.get(again["path"]) is linear.weight:
-            yield replace(linear, module=again["path"])
+        original = first.get(again["path"]) if again else None
+        if original is not None and same_weight(original, linear):
+            yield replace(linear, module=original.module)
         else:
             yield linear
+
+
+def same_weight(one: Linear, other: Linear) -> bool:
+    """Whether two nodes multiply with the same values for their module."""
+    if one.weight is other.weight and (one.transposed, one.start) == (other.transposed, other.start):
+        return one.out_features == other.out_features
+    return np.array_equal(one.window(), other.window())
 
 
 def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
@@ -234,8 +307,7 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
 
 def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str:
     """The checkpoint's modules that this node computes, or why that cannot be said."""
-    weight = np.asarray(linear.values())
-    ways = checkpoint.find(weight)
+    ways = checkpoint.find(np.asarray(linear.values()))
     own = [way for way in ways if not (len(way) == 1 and way[0].module in embedded)]
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:
@@ -245,11 +317,19 @@ def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) 
             return f"its weight is not the checkpoint's {linear.module}.weight"
         return "no weight of the checkpoint equals its weight"
     if len(own) > 1:
-        named = [way for way in own if len(way) == 1 and _agrees(linear.module, way[0].module)]
+        named = [way for way in own if _named(linear.guess, way)]
         if len(named) != 1:
-            return f"its weight is that of several modules: {', '.join(sorted(way[0].module for way in own)[:8])}"
+            modules = sorted({match.module for way in own for match in way})
+            return f"its weight is that of several modules: {', '.join(modules[:8])}"
         own = named
     return [_placed(linear, match) for match in own[0]]
+
+
+def _named(guess: str, way: list[Match]) -> bool:
+    """Whether a node's name speaks for one way of several: the module's name, or of a packed node its numbers."""
+    if len(way) == 1:
+        return _agrees(guess, way[0].module)
+    return all(re.findall(r"\d+", match.module) == re.findall(r"\d+", guess) for match in way)
 
 
 def _agrees(guess: str, module: str) -> bool:

@@ -1,6 +1,6 @@
 """Give every weight that may be folded or replaced an initializer that nothing else uses.
 
-Requires: located nodes of an unchanged graph. Ensures: the same computation, in which tied weights
+Requires: settled sites of an unchanged graph. Ensures: the same computation, in which tied weights
 (embeddings and head, values that an exporter found equal and shared) are two names for the same
 bytes, so that changing the one never changes the other."""
 
@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.expose import Exposure
-from onnx_lora.exporter.inject import Site
-from onnx_lora.exporter.locate import Linear, unwrap
+from onnx_lora.exporter.expose import Exposure, own_users
+from onnx_lora.exporter.locate import unwrap
+from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
 
 __all__ = ["own_exposures", "own_weights"]
@@ -22,40 +22,40 @@ __all__ = ["own_exposures", "own_weights"]
 def own_weights(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
     """The sites, each module's weight in an initializer of its own."""
     owned: list[Site] = []
-    copies: dict[tuple[tuple[str, ...], str], ir.Value] = {}
+    copies: dict[tuple[tuple[str, ...], ir.Value], ir.Value] = {}
     for site in sites:
-        modules = tuple(linear.module for linear in site.linears)
-        own_nodes = {other.node for other in sites if tuple(linear.module for linear in other.linears) == modules}
+        own_nodes = {other.node for other in sites if other.modules == site.modules}
         first = site.linears[0]
         if set(_users(first.weight)) <= own_nodes:
             owned.append(site)
             continue
-        key = modules, first.weight.name or ""
+        key = site.modules, first.weight
         if key not in copies:
             copies[key] = surgeon.own_copy(first.weight, f"{first.module}.weight")
         wrappers = _rewire(surgeon, site.node, 1, copies[key], first.wrappers)
         linears = [replace(linear, weight=copies[key], wrappers=wrappers) for linear in site.linears]
-        owned.append(Site(tuple(linears)))
+        owned.append(replace(site, linears=tuple(linears)))
     return owned
 
 
-def own_exposures(surgeon: Surgeon, exposures: Sequence[Exposure], linears: Sequence[Linear]) -> list[Exposure]:
-    """The exposures, each value in an initializer of its own. The weights of linear nodes must be owned already."""
-    weights = {linear.module: linear for linear in linears}
+def own_exposures(surgeon: Surgeon, exposures: Sequence[Exposure], sites: Sequence[Site]) -> list[Exposure]:
+    """The exposures, each value in an initializer of its own. The sites' weights must be owned already."""
+    by_node = {site.node: site for site in sites}
     owned: list[Exposure] = []
     for exposure in exposures:
-        if exposure.linear is None:
-            owned.append(replace(exposure, value=_own_value(surgeon, exposure)))
+        if exposure.site is None:
+            owned.append(replace(exposure, value=_own_value(surgeon, exposure, set(by_node))))
             continue
-        linear = weights[exposure.linear.module]
-        value = _own_bias(surgeon, exposure, linear) if exposure.is_bias else linear.weight
-        owned.append(replace(exposure, value=value, linear=linear))
+        site = by_node[exposure.site.node]
+        value = _own_bias(surgeon, exposure, site) if exposure.is_bias else site.linears[0].weight
+        owned.append(replace(exposure, value=value, site=site))
     return owned
 
 
-def _own_bias(surgeon: Surgeon, exposure: Exposure, linear: Linear) -> ir.Value:
-    assert linear.bias is not None  # an exposed bias is there
-    node, position = linear.bias
+def _own_bias(surgeon: Surgeon, exposure: Exposure, site: Site) -> ir.Value:
+    found = site.linears[0].bias
+    assert found is not None  # an exposed bias is there
+    node, position = found
     initializer, wrappers = unwrap(node.inputs[position])
     assert initializer is not None
     if set(_users(initializer)) <= {node}:
@@ -65,16 +65,18 @@ def _own_bias(surgeon: Surgeon, exposure: Exposure, linear: Linear) -> ir.Value:
     return copy
 
 
-def _own_value(surgeon: Surgeon, exposure: Exposure) -> ir.Value:
-    """Every direct use is the parameter's own; an Identity or a Transpose stands for another one."""
+def _own_value(surgeon: Surgeon, exposure: Exposure, linear_nodes: set[ir.Node]) -> ir.Value:
     initializer, _ = unwrap(exposure.value)
     assert initializer is not None
-    own_uses = [use for use in exposure.value.uses() if use.node.op_type not in ("Identity", "Transpose")]
-    if exposure.value is initializer and len(own_uses) == len(initializer.uses()):
+    (user,) = own_users(exposure.value, linear_nodes)
+    if set(_users(initializer)) <= {user}:
         return initializer
-    copy = surgeon.own_copy(initializer, exposure.name)
-    for use in own_uses:
-        use.node.replace_input_with(use.idx, copy)
+    copy = surgeon.own_copy(initializer, f"{exposure.name}.own")
+    for use in [use for use in exposure.value.uses() if use.node is user]:
+        user.replace_input_with(use.idx, copy)
+    producer = exposure.value.producer()
+    if producer is not None:
+        surgeon.drop_dead(producer)
     return copy
 
 
@@ -100,14 +102,13 @@ def _rewire(
     return tuple(copies)
 
 
-def _users(value: ir.Value) -> Iterator[ir.Node]:
-    """The nodes that compute with an initializer, looking through its wrappers."""
+def _users(value: ir.Value) -> Iterator[ir.Node | None]:
+    """The nodes that compute with an initializer, looking through its wrappers; None for the graph's caller,
+    who gets it, or what a wrapper made of it, as an output."""
+    if value.is_graph_output():
+        yield None
     for use in value.uses():
         if use.node.op_type in ("Cast", "Identity", "Transpose"):
             yield from _users(use.node.outputs[0])
         else:
             yield use.node
-    if value.is_graph_output():
-        producer = value.producer()
-        if producer is not None:
-            yield producer

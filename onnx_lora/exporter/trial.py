@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.points import Array
 
-__all__ = ["native_failures", "open_graph", "run_graph"]
+__all__ = ["check_opens", "native_failures", "open_graph", "run_graph"]
 
 
 def native_failures() -> tuple[type[Exception], ...]:
@@ -22,19 +22,39 @@ def native_failures() -> tuple[type[Exception], ...]:
     return tuple(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception))
 
 
+def check_opens(file: Path, source: Path) -> None:
+    """Raises ModelError: ONNX Runtime refuses `file`, which was made from `source`.
+
+    Nothing is optimised and nothing packed for speed: the weights stay in their file.
+    """
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    failures: tuple[type[Exception], ...] = (*native_failures(), RuntimeError)
+    try:
+        _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise ModelError(f"ONNX Runtime cannot open {file.name}, made from it: {error}", path=source) from error
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("trying a graph needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
+    return onnxruntime
+
+
 def open_graph(file: Path) -> Any:
     """A plain session on the CPU.
 
     Raises MissingDependencyError: no onnxruntime. ExportError: it cannot open the file.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("verifying needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
-    options = onnxruntime.SessionOptions()
+    options = _onnxruntime().SessionOptions()
     options.log_severity_level = 4  # its errors come back as exceptions
     with _translated(file):
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -39,13 +39,14 @@ class WeightStore:
         self._file: str | None = None
         self._end = 0
 
-    def externalize(self, graph: ir.Graph, always: Collection[str]) -> None:
+    def externalize(self, graph: ir.Graph, always: Collection[str] = ()) -> None:
         """Give every large initializer, and those named in `always`, a place in a file of the folder."""
         inline: list[ir.Value] = []
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = self._adopt(tensor)
+                if Path(tensor.base_dir) != self._folder:
+                    value.const_value = self._adopt(tensor)
             elif tensor is not None and tensor.dtype != ir.DataType.STRING:
                 inline.append(value)
         for value in inline:

@@ -3,13 +3,12 @@ argument into names and weights; it knows no tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from numbers import Real
 from typing import TypeAlias, cast
 
+from onnx_lora.adapters.compose import is_weight
 from onnx_lora.errors import SelectionError
 
 __all__ = ["AdapterChoice", "Choice", "Selection", "parse", "unknown"]
@@ -78,15 +77,8 @@ def _choice(asked: object, loaded: Collection[str], where: str, problems: list[s
             problems.append(f"{where}: adapters are chosen by name, not by a {type(name).__name__}")
         elif name not in loaded:
             problems.append(f"{where}: {unknown(name, loaded)}")
-        elif not _is_weight(weight):
+        elif not is_weight(weight):
             problems.append(f"{where}: the weight of {name!r} must be a finite number, and is {weight!r}")
         else:
             choice.append((name, float(cast(float, weight))))
     return tuple(sorted(choice))
-
-
-def _is_weight(weight: object) -> bool:
-    try:
-        return isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
-    except OverflowError:
-        return False

@@ -78,7 +78,7 @@ _CONVERT = (
     "path_initial_model_for_weight_conversion=...)`, which makes it a plain LoRA"
 )
 
-# Other methods of PEFT by what could be done with an adapter of theirs.
+# Other methods of PEFT by what could be done with an adapter of theirs, where merging it is not the only cure.
 _OTHER_METHODS = (
     (
         f"convert it to LoRA with PEFT (`peft.convert_to_lora`), or {MERGE}",
@@ -97,15 +97,6 @@ _OTHER_METHODS = (
         ),
     ),
     ("it routes among adapters; convert those one by one", ("POLY", "XLORA")),
-    (
-        MERGE,
-        ("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HRA"),
-    ),
-    (
-        MERGE,
-        ("IA3", "LILY", "LN_TUNING", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW"),
-    ),
-    (MERGE, ("SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT")),
 )
 
 
@@ -126,7 +117,7 @@ def check_method(config: Mapping[str, Any], path: Path) -> None:
     method = config["peft_type"]
     if method == "LORA":
         return
-    cure = next((cure for cure, methods in _OTHER_METHODS if method in methods), f"a method not known here; {MERGE}")
+    cure = next((cure for cure, methods in _OTHER_METHODS if method in methods), MERGE)
     raise UnsupportedAdapterError(f"peft_type must be LORA, and is {shown(method)}: {cure}", path=path)
 
 
