@@ -296,5 +296,6 @@ def storage_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError("the disk is full; nothing was written", path=target) from error
         if error.errno in _NOT_WRITABLE:
-            raise StorageError(f"cannot be written ({error.strerror}); nothing was written", path=target) from error
+            what = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+            raise StorageError(f"cannot be written ({what}); nothing was written", path=target) from error
         raise

@@ -259,7 +259,9 @@ def test_an_interrupt_leaves_nothing_behind(desk: Path, tmp_path: Path, checkpoi
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    # Interrupted within `exec`, CPython 3.11 ends by the signal itself, whatever exit code it is given; a shell says
+    # 130 of both.
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert "interrupted; nothing was written" in errors
     assert list(tmp_path.iterdir()) == []
 

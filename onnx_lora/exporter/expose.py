@@ -29,13 +29,15 @@ _WEIGHING = frozenset(["Conv", "Gemm", "LayerNormalization", "MatMul"])
 class Exposure:
     """A parameter to be made an input: of the one node of a linear module, or an initializer as it is.
 
-    `value` is the initializer, or the Identity that stands for it under the parameter's name.
+    `value` is the initializer, or the Identity that stands for it under the parameter's name; `user` the node
+    that computes with it, where it is no linear module's.
     """
 
     name: str
     value: ir.Value
     site: Site | None = None
     is_bias: bool = False
+    user: ir.Node | None = None
 
     @property
     def linear(self) -> Linear | None:
@@ -70,17 +72,17 @@ def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[st
     nodes = {site.node for site in sites.sites}
     taken = {exposure.value for exposure in found.values()}
     for name, value in _named_initializers(graph).items():
-        users = own_users(value, nodes)  # none: a linear module's weight
+        users = _own_users(value, nodes)  # none: a linear module's weight
         if name in found or value in taken or not users or not _asked(name, names):
             continue
         if len(users) > 1:
             refused[name] = f"it is used by {len(users)} nodes, and may stand for other parameters of equal value"
         else:
-            found[name] = Exposure(name, value)
+            found[name] = Exposure(name, value, user=users[0])
     return Exposures(tuple(found.values()), refused)
 
 
-def own_users(value: ir.Value, linear_nodes: set[ir.Node]) -> list[ir.Node]:
+def _own_users(value: ir.Value, linear_nodes: set[ir.Node]) -> list[ir.Node]:
     """The nodes that compute with a parameter as it is: no linear module's, which have weights of their own,
     and nothing behind an Identity or a Transpose, which stand for another parameter."""
     users = [use.node for use in value.uses() if use.node.op_type not in ("Cast", "Identity", "Transpose")]
@@ -106,7 +108,7 @@ def check_names(replaceable: str | Sequence[str], graphs: Sequence[Exposures], m
 
 def outputs_behind(exposure: Exposure) -> tuple[str, ...]:
     """The graph outputs that a head's result reaches without meeting another weight; none for other weights."""
-    if exposure.linear is None:
+    if exposure.linear is None or exposure.linear.adds_more:
         return ()
     last = exposure.linear.bias[0] if exposure.linear.bias is not None else exposure.linear.node
     reached: dict[str, None] = {}

@@ -82,6 +82,11 @@ class Linear:
             return False
         return tuple(initializer.shape.numpy()) == (self.values().shape[1],)
 
+    @property
+    def adds_more(self) -> bool:
+        """Whether a Gemm adds what is no bias: computed, or of another shape."""
+        return self.node.op_type == "Gemm" and self.bias is None and len(self.node.inputs) > 2
+
     def values(self) -> Array:
         """The node's whole weight `[in, outputs]`, of which the module's is a window."""
         assert self.weight.const_value is not None
@@ -148,9 +153,11 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
 
 
 def _possible(guess: str, checkpoint: Checkpoint | None) -> tuple[str, ...]:
-    """The modules a node may be of, by its name."""
+    """The modules a node may be of, by its name: `query_1` may be a later call of `query`."""
+    again = _CALLED_AGAIN.fullmatch(guess)
+    guesses = [guess] if again is None else [guess, again["path"]]
     known = () if checkpoint is None else (module for module in checkpoint.modules if _agrees(guess, module))
-    return tuple(dict.fromkeys([guess, *known]))
+    return tuple(dict.fromkeys([*guesses, *known]))
 
 
 def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
@@ -186,17 +193,18 @@ def _candidate(node: ir.Node) -> Linear | Stray | None:
     if not plain:
         weights = [value for value in node.inputs if _rank(unwrap(value)[0]) not in (None, 0, 1)]
         if weights and _WEIGHTED.fullmatch(node.op_type):
-            return Stray(label_of(node), f"{node.op_type} gets no point yet", (_name(node, unwrap(weights[0])[0]),))
+            guess = _name(node, unwrap(weights[0])[0])
+            return Stray(label_of(node), f"{node.op_type} gets no point yet", _possible(guess, None))
         return None
     weight, wrappers = unwrap(node.inputs[1])
     if weight is None:
         left, _ = unwrap(node.inputs[0])
         if _rank(left) != 2:
             return None
-        return Stray(label_of(node), "the weight is the left factor", (_name(node, left),))
+        return Stray(label_of(node), "the weight is the left factor", _possible(_name(node, left), None))
     guess = _name(node, weight)
     if (reason := _unfit(node, weight, wrappers)) is not None:
-        return Stray(label_of(node), reason, (guess,))
+        return Stray(label_of(node), reason, _possible(guess, None))
     transposes = sum(_swaps(wrapper) for wrapper in wrappers) + node.attributes.get_int("transB", 0)
     transposed = bool(transposes % 2)
     assert weight.shape is not None
@@ -216,9 +224,9 @@ def _unfit(node: ir.Node, weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> st
     stored = "of unknown type" if weight.dtype is None else weight.dtype.name
     if stored not in _FLOATS:
         return f"the weight is {stored}, not one of {', '.join(FLOAT_TYPES)}"
-    computed = _computed(weight, wrappers)
-    if computed not in FLOAT_TYPES:
-        return f"it computes in {computed}, not one of {', '.join(FLOAT_TYPES)}"
+    casts = [ir.DataType(wrapper.attributes.get_int("to")) for wrapper in wrappers if wrapper.op_type == "Cast"]
+    if odd := [kind.name for kind in casts if kind.name not in _FLOATS]:
+        return f"the weight is cast to {odd[0]}, not one of {', '.join(FLOAT_TYPES)}"
     if node.op_type != "Gemm":
         return None
     if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.expose import Exposure, own_users
+from onnx_lora.exporter.expose import Exposure
 from onnx_lora.exporter.locate import unwrap
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
@@ -44,7 +44,7 @@ def own_exposures(surgeon: Surgeon, exposures: Sequence[Exposure], sites: Sequen
     owned: list[Exposure] = []
     for exposure in exposures:
         if exposure.site is None:
-            owned.append(replace(exposure, value=_own_value(surgeon, exposure, set(by_node))))
+            owned.append(replace(exposure, value=_own_value(surgeon, exposure)))
             continue
         site = by_node[exposure.site.node]
         value = _own_bias(surgeon, exposure, site) if exposure.is_bias else site.linears[0].weight
@@ -65,10 +65,11 @@ def _own_bias(surgeon: Surgeon, exposure: Exposure, site: Site) -> ir.Value:
     return copy
 
 
-def _own_value(surgeon: Surgeon, exposure: Exposure, linear_nodes: set[ir.Node]) -> ir.Value:
+def _own_value(surgeon: Surgeon, exposure: Exposure) -> ir.Value:
     initializer, _ = unwrap(exposure.value)
+    user = exposure.user
     assert initializer is not None
-    (user,) = own_users(exposure.value, linear_nodes)
+    assert user is not None  # what is no linear module's has one
     if set(_users(initializer)) <= {user}:
         return initializer
     copy = surgeon.own_copy(initializer, f"{exposure.name}.own")

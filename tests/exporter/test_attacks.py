@@ -159,6 +159,8 @@ def test_a_head_keeps_a_bias_that_is_a_constant_node(tmp_path: Path) -> None:
     file = save(tmp_path / "m.onnx", nodes, {"classifier.weight": weight}, inputs=X2, outputs={"y": ["batch", 3]})
     package, x, other = _attach(file), random(2, 8), random(3, 8, seed=3)
     assert_close(_base(package, {"x": x})[0], x @ weight.T + bias)
+    # A bias that cannot grow with the weight lets the weight not grow either.
+    assert package.replaceable["classifier.weight"].free_outputs == ("classifier.bias" in package.replaceable)
     replaced = _outputs(package, _adapter(replaced={"classifier.weight": other}), {"x": x})[0]
     assert_close(replaced, x @ other.T + bias)
 
@@ -183,6 +185,7 @@ def test_a_gemm_head_with_a_bias_that_broadcasts(tmp_path: Path, shape: tuple[in
     file = save(tmp_path / "m.onnx", nodes, weights, inputs=X2, outputs={"y": ["batch", 3]})
     package, x = _attach(file), random(batch, 8)
     assert_close(_base(package, {"x": x})[0], x @ weights["classifier.weight"].T + weights["b"])
+    assert package.replaceable["classifier.weight"].free_outputs is False
 
 
 def _called_twice(path: Path, module: str) -> Path:

@@ -193,6 +193,11 @@ def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[Non
     except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk, not the model
+        if not Path(model).exists():
+            message = str(error).strip().split("\n")[0]
+            raise ModelError(
+                f"there is no such folder, and no model of this name could be had from the hub: {message}", path=model
+            ) from error
         wanted = f" for task {task!r}" if task else ""
         raise ModelError(f"cannot be exported by Optimum{wanted}: {error}", path=model) from error
     except failures as error:

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,21 @@ def reference(model: nn.Module, outputs: Sequence[str], example_inputs: Any) -> 
 
     def answer() -> dict[str, Array]:
         with torch.inference_mode():
-            answers = model(*positional, **keywords)
-        if isinstance(answers, Mapping):
-            answers = tuple(answers.values())
-        flat = answers if isinstance(answers, list | tuple) else (answers,)
+            flat = list(_flatten(model(*positional, **keywords)))
         return {name: value.numpy() for name, value in zip(outputs, flat, strict=True)}
 
     return Reference("model", feeds, answer)
+
+
+def _flatten(answer: Any) -> Iterator[Any]:
+    """Tensors in the order in which torch.onnx makes outputs of them."""
+    if isinstance(answer, Mapping):
+        answer = list(answer.values())
+    if isinstance(answer, list | tuple):
+        for entry in answer:
+            yield from _flatten(entry)
+    elif answer is not None:
+        yield answer
 
 
 def _first_lines(error: BaseException) -> str:
