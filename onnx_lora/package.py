@@ -39,7 +39,10 @@ MANIFEST = "onnx_lora.json"
 FORMAT_VERSION = 1
 
 # What a place says that cannot be written to. EEXIST: a file where a folder must be.
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_NOT_WRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    errno.ENOENT,  # a file system without folders of ours: /proc
+)
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 _MANIFEST_LIMIT = 64 * 2**20  # bytes

@@ -197,6 +197,12 @@ def _candidate(node: ir.Node) -> Linear | Stray | None:
             return Stray(label_of(node), f"{node.op_type} gets no point yet", _possible(guess, None))
         return None
     weight, wrappers = unwrap(node.inputs[1])
+    maker = None if node.inputs[1] is None else node.inputs[1].producer()
+    if weight is None and maker is not None and "Dequantize" in maker.op_type:
+        quantised, _ = unwrap(maker.inputs[0])
+        return Stray(
+            label_of(node), "its weight is quantised, and gets no point yet", _possible(_name(node, quantised), None)
+        )
     if weight is None:
         left, _ = unwrap(node.inputs[0])
         if _rank(left) != 2:

@@ -208,6 +208,20 @@ def test_default_rank_one_is_a_zero_column(tmp_path: Path) -> None:
     assert {arg.name: arg.shape for arg in session.get_overridable_initializers()}["m.q.lora_A.weight"][1] == 8
 
 
+def test_a_quantised_weight_is_listed(tmp_path: Path) -> None:
+    nodes = [
+        node("DequantizeLinear", ["codes", "scale"], ["w"]),
+        node("MatMul", ["x", "w"], ["h"], name="/m/q/MatMul"),
+        node("MatMul", ["h", "v"], ["y"], name="/m/p/MatMul"),
+    ]
+    weights = {"codes": np.ones((8, 6), np.int8), "scale": np.float32(0.5).reshape(()), "v": random(6, 4)}
+    package = attach(
+        save(tmp_path / "m.onnx", nodes, weights, inputs=X3, outputs={"y": ["batch", "seq", 4]}), tmp_path / "out"
+    )
+    assert list(package.points) == ["m.p"]
+    assert [(entry.node, "quantised" in entry.reason) for entry in package.graph().unplaced] == [("/m/q/MatMul", True)]
+
+
 def test_what_has_no_place_is_listed_with_its_reason(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", ["x", "w"], ["h"], name="/m/q/MatMul"),
