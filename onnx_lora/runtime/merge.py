@@ -123,7 +123,7 @@ def _add(values: Array, low: Low) -> None:
         # In the order in which the weight lies in memory: a third of the time of the other.
         delta = (b[:, columns].T @ a[rows].T).T if low.part.transposed else a[rows] @ b[:, columns]
         with np.errstate(over="ignore"):
-            window[rows, columns] += delta
+            np.add(window[rows, columns], delta, out=window[rows, columns], casting="same_kind")
         if not np.isfinite(window[rows, columns]).all():
             raise BindError(
                 f"{low.module}: the folded weight must fit {values.dtype}, and its change reaches "
