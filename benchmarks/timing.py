@@ -19,12 +19,17 @@ _SAMPLE = 0.005  # seconds
 
 
 def in_turns(calls: Mapping[str, Callable[[int], object]], *, turns: int, warm_up: int = 3) -> dict[str, float]:
-    """Median seconds of each call. They take turns, so that a slow moment of the machine hits all of them."""
+    """Median seconds of each call. They take turns, so that a slow moment of the machine hits all of them.
+
+    Before a call is timed it is made once: the threads of the session that ran before spin on for a while,
+    and would slow it by half.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + warm_up):
         for name, call in calls.items():
+            call(2 * turn)
             start = time.perf_counter()
-            call(turn)
+            call(2 * turn + 1)
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}

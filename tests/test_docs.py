@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -110,6 +111,14 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
     named = set(re.findall(r"(\w+\.py)", tree))
     existing = {file.name for file in (ROOT / "onnx_lora").rglob("*.py")}
     assert named <= existing, f"the tree names {sorted(named - existing)}"
+
+
+def test_the_ratios_in_the_docs_are_the_measured_ones() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "main.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for kind, ratio in results["decode"]["ratio"].items():
+        assert f"| {ratio:.2f} | {results['prefill']['ratio'][kind]:.2f} |" in page, f"{kind}: not what was measured"
+    assert f"| {results['starting']['fold / plain session']:.2f} |" in page
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))

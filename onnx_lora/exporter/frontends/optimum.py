@@ -120,13 +120,17 @@ def _heads(model: Any) -> frozenset[str]:
 def references(model: Any, task: str) -> list[Reference]:
     """For every graph that Optimum makes of `model`: inputs, and what the model answers to them."""
     with _quiet(), _translated(type(model).__name__, task):
+        import torch
         from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
 
         dtype = "fp16" if "float16" in str(model.dtype) else "fp32"
         _, parts = _get_submodels_and_onnx_configs(
             model, task, False, {}, False, "default", "transformers", float_dtype=dtype
         )
-        return [_reference(name, part, config) for name, (part, config) in parts.items()]
+        # The same inputs every time, and the caller's random numbers left alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [_reference(name, part, config) for name, (part, config) in parts.items()]
 
 
 def _reference(name: str, part: Any, config: Any) -> Reference:
@@ -201,4 +205,6 @@ def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[Non
         wanted = f" for task {task!r}" if task else ""
         raise ModelError(f"cannot be exported by Optimum{wanted}: {error}", path=model) from error
     except failures as error:
-        raise ExportError(f"torch.onnx failed, or wrote what ONNX Runtime refuses: {error}", path=model) from error
+        raise ExportError(
+            f"torch.onnx failed, or wrote what ONNX Runtime refuses (in fp16 often: try fp32): {error}", path=model
+        ) from error
