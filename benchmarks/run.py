@@ -31,7 +31,7 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 
 _THREADS = 2
 _CONTEXT = 128  # tokens
-_TURNS = {"decode": 60, "prefill": 12, "start": 4, "switch": 100}
+_TURNS = {"decode": 60, "prefill": 30, "start": 4, "switch": 100}
 
 
 @click.command()
