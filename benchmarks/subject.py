@@ -12,7 +12,7 @@ __all__ = ["Q_AND_V", "make_adapter", "make_checkpoint"]
 
 Q_AND_V = ["q_proj", "v_proj"]
 
-# https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json
+# config.json of HuggingFaceTB/SmolLM2-135M
 _SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
