@@ -17,7 +17,7 @@ def main() -> None:
 
         from onnx_lora.exporter import export
 
-        facts = peak_memory(lambda: export(source, out, verify=False))
+        facts = peak_memory(lambda: export(source, out, via="optimum", verify=False))
     elif step == "optimum":
         from optimum.exporters.onnx import main_export
 

@@ -14,14 +14,17 @@ from onnx_lora.errors import OnnxLoraError
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
-    from onnx_lora.runtime import AdapterSession, fold, fold_to
+    from onnx_lora.runtime import AdapterSession, Chat, Sampling, TextGenerator, fold, fold_to
 
 __all__ = [
     "Adapter",
     "AdapterSession",
     "BoundAdapter",
+    "Chat",
     "OnnxLoraError",
     "Package",
+    "Sampling",
+    "TextGenerator",
     "__version__",
     "bind",
     "fold",
@@ -33,7 +36,10 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+_RUNTIME = frozenset(["AdapterSession", "Chat", "Sampling", "TextGenerator", "fold", "fold_to"])
+
+
 def __getattr__(name: str) -> Any:
-    if name in {"AdapterSession", "fold", "fold_to"}:
+    if name in _RUNTIME:
         return getattr(import_module("onnx_lora.runtime"), name)
     raise AttributeError(f"module 'onnx_lora' has no attribute {name!r}")

@@ -9,19 +9,23 @@ import json
 import secrets
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
 import numpy as np
 
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter, write_bound
+from onnx_lora.adapters.compose import blended
 from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
 from onnx_lora.package import MANIFEST, Package, storage_errors
+
+if TYPE_CHECKING:
+    from onnx_lora.runtime import Sampling
 
 __all__ = ["main"]
 
@@ -117,22 +121,51 @@ def _point_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--task", help="What to export it for, as Optimum names it (default: what its config says).")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16"]), default="fp32", help="Of the weights.", show_default=True)
+@click.option(
+    "--via",
+    type=click.Choice(["optimum", "genai"]),
+    help="What makes the graph (default: ONNX Runtime GenAI's builder where it is installed and right for the model).",
+)
+@click.option(
+    "--precision",
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    default="fp32",
+    help="Of the weights; int8 and int4 need the GenAI builder.",
+    show_default=True,
+)
+@click.option("--block-size", type=int, help="Weights of int8 and int4 that share a scale (default 32).")
+@click.option(
+    "--accuracy-level",
+    type=int,
+    help="Arithmetic of int8 and int4: 4 multiplies in int8, the fastest and the default; 1 in float32.",
+)
 @click.option("--verify/--no-verify", default=True, help="Compare with PyTorch at the end.", show_default=True)
 @_point_options
 @_json_option
 def export(
-    model: str, out: Path, task: str | None, dtype: str, verify: bool, options: dict[str, Any], as_json: bool
+    model: str,
+    out: Path,
+    task: str | None,
+    via: str | None,
+    precision: str,
+    block_size: int | None,
+    accuracy_level: int | None,
+    verify: bool,
+    options: dict[str, Any],
+    as_json: bool,
 ) -> None:
     """Export a checkpoint folder or hub id MODEL to a package OUT.
 
     \b
-    Example:  onnx-lora export ./SmolLM2-135M smollm
+    Example:  onnx-lora export ./SmolLM2-135M smollm --precision int4
     """
     from onnx_lora.exporter import export as run_export
 
+    options |= {"task": task, "via": via, "precision": precision, "verify": verify}
+    options |= {"block_size": block_size, "accuracy_level": accuracy_level}
     with report.progress("exporting") as progress:
-        package = run_export(model, out, task=task, dtype=dtype, verify=verify, progress=progress, **options)
+        package = run_export(model, out, progress=progress, **options)
     report.show(report.package_facts(package), as_json=as_json)
 
 
@@ -156,8 +189,11 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path), nargs=-1, metavar="[ADAPTER]")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="Instead of ADAPTER; several are blended."
+)
 @click.option("--package", type=click.Path(path_type=Path), required=True, help="The package to bind it to.")
 @click.option(
     "--format",
@@ -166,14 +202,26 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
     help="Default: what OUT ends with.",
 )
 @_json_option
-def convert(adapter: Path, out: Path, package: Path, kind: AdapterFormat | None, as_json: bool) -> None:
-    """Check ADAPTER against a package and write it as one file OUT, ready to be fed.
+def convert(
+    adapter: Sequence[Path],
+    out: Path,
+    adapters: Sequence[str],
+    package: Path,
+    kind: AdapterFormat | None,
+    as_json: bool,
+) -> None:
+    """Check ADAPTER, or a blend of several, against a package and write it as one file OUT, ready to be fed.
 
     \b
     Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
+              onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.onnx_adapter --package smollm
     """
+    if len(adapter) + bool(adapters) != 1:
+        raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
     chosen = _format(out, kind)
-    bound = bind(read_adapter(adapter), Package.open(package))
+    opened = Package.open(package)
+    weighted = [(path, 1.0) for path in adapter] or list(map(_weighted, adapters))
+    bound = blended([(bind(read_adapter(path), opened), weight) for path, weight in weighted], name=out.stem)
     write_bound(bound, out, format=chosen)
     report.show(report.coverage_facts(bound) | {"written": str(out)}, as_json=as_json)
 
@@ -224,11 +272,7 @@ def run(
     from onnx_lora.runtime import AdapterSession
 
     parts = _named(adapters)
-    weights = {name: weight for name, (_, weight) in parts.items()}
-    choice: Any = weights or None
-    if rows is not None:
-        names = [row.strip() for row in rows.split(",")]
-        choice = [None if name == "-" else {name: weights.get(name, 1.0)} for name in names]
+    choice = _choice(parts, rows)
     with _new_file(output) as temporary:
         session = AdapterSession(package, graph=graph)
         for name, (path, _) in parts.items():
@@ -241,6 +285,77 @@ def run(
     report.show({"outputs": shapes, "written": str(output)}, as_json=as_json)
 
 
+def _sampling_options(command: Callable[P, R]) -> Callable[..., R]:
+    """How tokens are chosen, and when to stop, as `generate` takes it."""
+
+    @click.option("--max-tokens", type=int, default=128, help="Of each text.", show_default=True)
+    @click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token.", show_default=True)
+    @click.option("--top-k", type=int, default=0, help="Draw from so many; 0: from all.", show_default=True)
+    @click.option("--top-p", type=float, default=1.0, help="Draw from so much probability.", show_default=True)
+    @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 repeats less.", show_default=True)
+    @click.option("--seed", type=int, help="The same seed draws the same text.")
+    @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; several times.")
+    @wraps(command)
+    def wrapped(
+        *args: Any,
+        max_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        repetition_penalty: float,
+        seed: int | None,
+        stop: Sequence[str],
+        **kwargs: Any,
+    ) -> R:
+        from onnx_lora.runtime import Sampling
+
+        sampling = Sampling(max_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop)
+        return command(*args, sampling=sampling, **kwargs)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT", help="Several make one batch.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH[:WEIGHT]", help="Several are blended.")
+@click.option("--rows", metavar="NAME,NAME,...", help='One adapter per prompt; "-" is the base.')
+@click.option("--chat", is_flag=True, help="A prompt is what a user says: apply the package's chat template.")
+@click.option("--graph", help="Which graph, where the package has several.")
+@_sampling_options
+@_json_option
+def generate(
+    package: Path,
+    prompts: Sequence[str],
+    adapters: Sequence[str],
+    rows: str | None,
+    chat: bool,
+    graph: str | None,
+    sampling: Sampling,
+    as_json: bool,
+) -> None:
+    """Write on behind prompts. One prompt's text comes as it is written; several are one batch.
+
+    \b
+    Example:  onnx-lora generate smollm --prompt "Once upon a time" --adapter sql=adapters/sql --max-tokens 64
+    """
+    from onnx_lora.runtime import Chat, TextGenerator
+
+    parts = _named(adapters)
+    choice = _choice(parts, rows)
+    given = [Chat([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
+    generator = TextGenerator(package, graph=graph)
+    for name, (path, _) in parts.items():
+        generator.load_adapter(name, path)
+    clock = report.Clock()
+    with generator.stream(given, adapter=choice, sampling=sampling) as stream:
+        for piece in stream:
+            clock.tick()
+            if len(prompts) == 1 and not as_json:
+                click.echo(piece.text, nl=False)
+    report.show_generations(prompts, stream.results, clock, as_json=as_json)
+
+
 @cli.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -248,21 +363,78 @@ def run(
     "--adapter", "adapters", multiple=True, required=True, metavar="PATH[:WEIGHT]", help="Several are blended."
 )
 @click.option("--graph", help="Which graph, where the package has several (default: all).")
+@click.option("--requantize", is_flag=True, help="Fold into quantised weights too, and say what rounding cost.")
+@click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantised from.")
 @_json_option
-def fold(package: Path, out: Path, adapters: Sequence[str], graph: str | None, as_json: bool) -> None:
+def fold(
+    package: Path,
+    out: Path,
+    adapters: Sequence[str],
+    graph: str | None,
+    requantize: bool,
+    source: Path | None,
+    as_json: bool,
+) -> None:
     """Fold adapters into PACKAGE's weights and write an ordinary model folder OUT.
 
     \b
     Example:  onnx-lora fold smollm sql-model --adapter adapters/sql
     """
-    from onnx_lora.runtime import fold_to
+    from onnx_lora.runtime import Requantize, fold_to
 
+    if source is not None and not requantize:
+        raise click.UsageError("--source says where --requantize finds the float weights; give both")
+    leave = Requantize(None if source is None else Package.open(source)) if requantize else None
     opened = Package.open(package)
     parts = [(bind(read_adapter(path), opened), weight) for path, weight in map(_weighted, adapters)]
     blend(parts)  # says what cannot be blended before anything is copied
     with report.progress("folding") as progress:
-        fold_to(opened, parts, out, graph=graph, progress=lambda done, total: progress("fold", done, total))
-    report.show({"folded": [bound.name for bound, _ in parts], "written": str(out)}, as_json=as_json)
+        fold_to(
+            opened,
+            parts,
+            out,
+            graph=graph,
+            requantize=leave,
+            progress=lambda done, total: progress("fold", done, total),
+        )
+    facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "written": str(out)}
+    report.show(facts | report.rounding_facts(leave), as_json=as_json)
+
+
+@cli.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--bits", type=click.IntRange(2, 8), default=4, help="4 or 8.", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["blocks", "dynamic"]),
+    default="blocks",
+    help="Scales by block (MatMulNBits), or 8 bits with one scale a weight (MatMulInteger).",
+    show_default=True,
+)
+@click.option("--block-size", type=int, default=32, help="Weights that share a scale.", show_default=True)
+@click.option("--accuracy-level", type=int, default=4, help="4 multiplies in int8, 1 in float32.", show_default=True)
+@_json_option
+def quantize(
+    package: Path,
+    out: Path,
+    bits: int,
+    method: Literal["blocks", "dynamic"],
+    block_size: int,
+    accuracy_level: int,
+    as_json: bool,
+) -> None:
+    """Quantise the weights of the float package PACKAGE; OUT has the same points, and takes the same adapters.
+
+    \b
+    Example:  onnx-lora quantize smollm smollm-int4 --bits 4
+    """
+    from onnx_lora.exporter.quantize import Method
+    from onnx_lora.exporter.quantize import quantize as run_quantize
+
+    with report.progress("quantising") as progress:
+        result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
+    report.show(report.package_facts(result), as_json=as_json)
 
 
 @cli.command()
@@ -323,6 +495,15 @@ def _named(adapters: Sequence[str]) -> dict[str, tuple[Path, float]]:
             raise click.UsageError(f"--adapter must name every adapter differently, and names {name!r} twice")
         parts[name] = _weighted(place)
     return parts
+
+
+def _choice(parts: Mapping[str, tuple[Path, float]], rows: str | None) -> Any:
+    """What `--adapter` and `--rows` ask for together."""
+    weights = {name: weight for name, (_, weight) in parts.items()}
+    if rows is None:
+        return weights or None
+    names = [row.strip() for row in rows.split(",")]
+    return [None if name == "-" else {name: weights.get(name, 1.0)} for name in names]
 
 
 def _weighted(text: str) -> tuple[Path, float]:

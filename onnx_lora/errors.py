@@ -10,6 +10,9 @@
     │   │   └── BindError                it does not fit this package
     │   ├── SelectionError           a call asks for an adapter, blend or row that cannot be had
     │   ├── FeedError                a call's inputs or outputs do not fit the graph
+    │   ├── PromptError              a prompt that no text can be generated from
+    │   ├── SamplingError            settings of a generation that contradict themselves
+    │   ├── CacheError               a kept cache that this call must not go on with
     │   └── OutputExistsError        the output's place is taken
     └── OutsideError                 the world failed; trying again may help
         ├── MissingDependencyError   an optional package is not installed
@@ -31,6 +34,7 @@ __all__ = [
     "AdapterError",
     "AdapterFileError",
     "BindError",
+    "CacheError",
     "ExportError",
     "FeedError",
     "InputError",
@@ -40,7 +44,9 @@ __all__ = [
     "OutputExistsError",
     "OutsideError",
     "PackageError",
+    "PromptError",
     "RunError",
+    "SamplingError",
     "SelectionError",
     "StorageError",
     "UnsupportedAdapterError",
@@ -103,6 +109,18 @@ class SelectionError(InputError):
 
 class FeedError(InputError):
     """A call's inputs or outputs do not fit the graph."""
+
+
+class PromptError(InputError):
+    """A prompt is empty, too long, or cannot become tokens."""
+
+
+class SamplingError(InputError):
+    """Settings of a generation are out of range."""
+
+
+class CacheError(InputError):
+    """A kept cache is used up, or another adapter's, or another generator's."""
 
 
 class OutputExistsError(InputError):

@@ -20,7 +20,18 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from onnx_lora.errors import InputError, OutputExistsError, PackageError, StorageError
-from onnx_lora.points import FLOAT_TYPES, Array, InjectionPoint, Replaceable, StoredTensor
+from onnx_lora.points import (
+    FLOAT_TYPES,
+    NIBBLES,
+    QUANTISED_TYPES,
+    Array,
+    Branch,
+    InjectionPoint,
+    Replaceable,
+    StoredTensor,
+    WeightPart,
+)
+from onnx_lora.quantised import dequantise
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,7 +47,7 @@ __all__ = [
 MANIFEST = "onnx_lora.json"
 
 # Raised when a reader of the old version would misread the new one.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # What a place says that cannot be written to. EEXIST: a file where a folder must be.
 _NOT_WRITABLE = (
@@ -60,16 +71,33 @@ class Unplaced:
 class GraphInfo:
     """One graph of a package: `file` has the injection points, `base_file` has none.
 
-    `untargeted` are modules that were found, but not asked for when the points were made.
+    `branches` say through which inputs the points' tensors enter. `untargeted` are modules that were found,
+    but not asked for when the points were made.
     """
 
     name: str
     file: str
     base_file: str
     points: tuple[InjectionPoint, ...]
+    branches: tuple[Branch, ...] = ()
     replaceable: tuple[Replaceable, ...] = ()
     untargeted: tuple[str, ...] = ()
     unplaced: tuple[Unplaced, ...] = ()
+
+    @property
+    def adapter_inputs(self) -> frozenset[str]:
+        """The graph inputs that adapters fill."""
+        factors = [name for branch in self.branches for name in (branch.lora_a, branch.lora_b)]
+        return frozenset([*factors, *(weight.name for weight in self.replaceable)])
+
+    def inputs(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
+        """An adapter's tensors, by point and parameter, as the inputs of this graph; what it has no place for
+        stays out."""
+        points = {point.module: point for point in self.points}
+        inputs = {weight.name: tensors[weight.name] for weight in self.replaceable if weight.name in tensors}
+        for branch in self.branches:
+            inputs.update(branch.inputs(tensors, points))
+        return inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +176,9 @@ class Package:
         return sha256("".join(lines).encode()).hexdigest()
 
     def read(self, stored: StoredTensor) -> Array:
-        """A stored weight, mapped from disk, read-only."""
+        """A stored tensor, read-only: mapped from disk; 4-bit numbers as 8-bit ones, in memory."""
+        if stored.dtype in NIBBLES:
+            return self._read_nibbles(stored)
         return np.memmap(
             self.path / stored.file,
             dtype=np.dtype(stored.dtype).newbyteorder("<"),
@@ -156,6 +186,32 @@ class Package:
             offset=stored.offset,
             shape=stored.shape,
         )
+
+    def _read_nibbles(self, stored: StoredTensor) -> Array:
+        data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
+        numbers = np.stack([data & 15, data >> 4], axis=-1).reshape(-1)[: int(np.prod(stored.shape))]
+        signed = numbers.astype(np.int8) - ((numbers & 8) << 1).astype(np.int8)
+        return (signed if stored.dtype == "int4" else numbers).reshape(stored.shape)
+
+    def weight(self, part: WeightPart) -> Array:
+        """The values of a part's whole initializer; of a quantised one in float32, `[rows, columns]`."""
+        values = self.read(part.stored)
+        for quantised in part.quantised:
+            zeros = [self.read(zero.stored) for zero in quantised.zero_point]
+            return dequantise(quantised.scheme, values, self.read(quantised.scale.stored), zeros[0] if zeros else None)
+        return values
+
+    def module_weight(self, point: InjectionPoint) -> Array:
+        """W0 of a point as the graph computes with it, `[in, out]`; dequantised where it is quantised."""
+        weight = np.zeros((point.in_features, point.out_features), np.float32 if self.quantised else point.dtype)
+        for part in point.parts:
+            weight[:, part.first : part.first + part.outputs] = part.window(self.weight(part))
+        return weight
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any point lies on a quantised weight."""
+        return any(part.quantised for point in self.points.values() for part in point.parts)
 
     def default(self, weight: Replaceable) -> Array:
         """The base's own value of a replaceable weight, as its graph input takes it."""
@@ -182,6 +238,12 @@ def _read_manifest(folder: Path) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
         raise PackageError("must hold a format_version; this is not a manifest of onnx-lora", path=file)
+    if version < FORMAT_VERSION:
+        raise PackageError(
+            f"format version {version}, and this onnx-lora reads {FORMAT_VERSION}: points are laid out otherwise "
+            "since; make the package again with `onnx-lora export` or `attach`",
+            path=file,
+        )
     if version > FORMAT_VERSION:
         raise PackageError(
             f"format version {version}, and this onnx-lora reads up to {FORMAT_VERSION}; upgrade onnx-lora",
@@ -239,13 +301,13 @@ def _check_files(package: Package) -> None:
             if owner.dtype not in FLOAT_TYPES:
                 problems.append(f"{owner.dtype} is no type of weights known here; known are {FLOAT_TYPES}")
                 continue
-            for part in owner.parts:
-                stored = part.stored
-                if stored.dtype not in FLOAT_TYPES or stored.offset < 0 or min(stored.shape, default=1) < 0:
-                    problems.append(f"{part.initializer}: impossible offset, shape or type")
+            for name, stored, allowed in (entry for part in owner.parts for entry in _tensors(part)):
+                if stored.dtype not in allowed or stored.offset < 0 or min(stored.shape, default=1) < 0:
+                    problems.append(f"{name}: impossible offset, shape or type")
                     continue
                 end = stored.offset + stored.size
                 needed[stored.file] = max(needed.get(stored.file, 0), end)
+        problems += _branch_problems(graph)
     for file, length in sorted(needed.items()):
         if Path(file).name != file:
             problems.append(f"{file!r}: files must lie in the package folder itself")
@@ -263,6 +325,26 @@ def _check_files(package: Package) -> None:
             path=package.path,
             problems=sorted(set(problems)),
         )
+
+
+def _tensors(part: WeightPart) -> Iterator[tuple[str, StoredTensor, tuple[str, ...]]]:
+    """Every tensor a part is made of: name, place, and the types it may have."""
+    yield part.initializer, part.stored, QUANTISED_TYPES if part.quantised else FLOAT_TYPES
+    for quantised in part.quantised:
+        yield quantised.scale.initializer, quantised.scale.stored, FLOAT_TYPES
+        for zero in quantised.zero_point:
+            yield zero.initializer, zero.stored, (*QUANTISED_TYPES, *FLOAT_TYPES)
+
+
+def _branch_problems(graph: GraphInfo) -> list[str]:
+    """A point without a branch would take adapters and do nothing."""
+    points, entered = {point.module for point in graph.points}, [set(branch.modules) for branch in graph.branches]
+    all_entered = set().union(*entered)
+    return [
+        *(f"{module}: a point that no branch leads to" for module in sorted(points - all_entered)),
+        *(f"{module}: a branch to what is no point" for module in sorted(all_entered - points)),
+        *(f"graph {graph.name}: a branch without modules" for modules in entered if not modules),
+    ]
 
 
 @contextmanager

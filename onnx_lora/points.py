@@ -3,7 +3,7 @@ weight are, and how their tensors are laid out. It knows no file, no graph and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -11,10 +11,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lora.quantised import Scheme
+
 __all__ = [
     "FLOAT_TYPES",
+    "NIBBLES",
+    "QUANTISED_TYPES",
     "Array",
+    "Branch",
     "InjectionPoint",
+    "NamedTensor",
+    "Quantisation",
     "Replaceable",
     "StoredTensor",
     "WeightPart",
@@ -26,6 +33,10 @@ Array = NDArray[np.generic]
 
 # What a point's tensors may be made of. ONNX Runtime's CPU provider multiplies no bfloat16.
 FLOAT_TYPES = ("float32", "float16", "float64")
+
+# What quantised weights and their zero points may be made of.
+NIBBLES = ("int4", "uint4")
+QUANTISED_TYPES = ("int8", "uint8", *NIBBLES)
 
 
 def digest(weight: Array) -> str:
@@ -49,7 +60,8 @@ def matches(module: str, names: Sequence[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where the bytes of one initializer lie in a package: little-endian, C order."""
+    """Where the bytes of one initializer lie in a package: little-endian, C order; of 4-bit types two
+    numbers in a byte, the first in its low bits."""
 
     file: str
     offset: int  # bytes
@@ -62,36 +74,60 @@ class StoredTensor:
         count = 1
         for dim in self.shape:
             count *= dim
+        if self.dtype in NIBBLES:
+            return -(-count // 2)
         return count * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
+class NamedTensor:
+    """An initializer of the base graph, and where it lies."""
+
+    initializer: str
+    stored: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """What stands beside a quantised initializer; `zero_point` holds one or none."""
+
+    scheme: Scheme
+    scale: NamedTensor
+    zero_point: tuple[NamedTensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WeightPart:
-    """A module's weight inside one initializer of the base graph.
+    """A module's weight, or outputs of it, inside one initializer of the base graph.
 
     `transposed`: the initializer is stored `[out, in]`, as torch keeps a Linear weight; else
     `[in, out]`. A packed projection (q, k and v in one initializer) has one part per module:
-    outputs `start` to `start + out` are the module's own.
+    the initializer's outputs `start` to `start + outputs` are the module's. A module that was cut up
+    (gate and up of one weight, in two initializers) has one part per piece: they are the module's
+    outputs `first` to `first + outputs`. `quantised` holds one entry or none.
     """
 
     initializer: str
     stored: StoredTensor
+    outputs: int
     transposed: bool = False
     start: int = 0
+    first: int = 0
+    quantised: tuple[Quantisation, ...] = ()
 
-    def window(self, values: Array, outputs: int) -> Array:
-        """The module's part of the initializer's values, as a view `[in, out]`."""
+    def window(self, values: Array) -> Array:
+        """The module's part of the initializer's values, as a view `[in, outputs]`."""
         by_output = values.T if self.transposed else values
-        return by_output[:, self.start : self.start + outputs]
+        return by_output[:, self.start : self.start + self.outputs]
 
 
 @dataclass(frozen=True, slots=True)
 class InjectionPoint:
     """A place where an adapter enters a graph: `y' = y + (x · lora_A) · lora_B`.
 
-    The graph inputs, with their shapes: `lora_a` `[rows, in, rank]` and `lora_b`
-    `[rows, rank, out]`, of type `dtype`. `parts` say where W0 lies in the base graph: usually
-    once, more often where a module is used by several nodes with a copy each.
+    An adapter's tensors for it: `lora_a` `[rows, in, rank]` and `lora_b` `[rows, rank, out]`, of type
+    `dtype`. `parts` say where W0 lies in the base graph: usually once, more often where a module is
+    used by several nodes with a copy each. `sha256` is W0's before it was quantised, where that is known.
     """
 
     module: str
@@ -105,13 +141,65 @@ class InjectionPoint:
 
     @property
     def lora_a(self) -> str:
-        """The graph input `[rows, in, rank]`."""
+        """`[rows, in, rank]`."""
         return f"{self.module}.lora_A.weight"
 
     @property
     def lora_b(self) -> str:
-        """The graph input `[rows, rank, out]`, the scale multiplied in."""
+        """`[rows, rank, out]`, the scale multiplied in."""
         return f"{self.module}.lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A pair of graph inputs, through which the adapters of `modules` enter: those whose outputs one place
+    computes side by side.
+
+    One module: the inputs are the module's own tensors. Several (packed q, k and v): A side by side and B
+    block-diagonal, so that one pair of products serves them all. Measured on an int4 graph of 30 layers
+    against a pair for each and a Concat: half the cost without an adapter, 0.4 ms less a token with one.
+    """
+
+    modules: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The module's, or `model.layers.0.self_attn.q_proj+k_proj+v_proj`."""
+        parents = {module.rpartition(".")[0] for module in self.modules}
+        if len(parents) > 1:
+            return "+".join(self.modules)
+        parent, dot, _ = self.modules[0].rpartition(".")
+        return f"{parent}{dot}{'+'.join(module.rpartition('.')[2] for module in self.modules)}"
+
+    @property
+    def lora_a(self) -> str:
+        """The graph input `[rows, in, ranks]`."""
+        return f"{self.name}.lora_A.weight"
+
+    @property
+    def lora_b(self) -> str:
+        """The graph input `[rows, ranks, outputs]`."""
+        return f"{self.name}.lora_B.weight"
+
+    def inputs(self, tensors: Mapping[str, Array], points: Mapping[str, InjectionPoint]) -> dict[str, Array]:
+        """The two graph inputs, made of an adapter's tensors by point; none where it touches no module."""
+        having = [points[module] for module in self.modules if points[module].lora_a in tensors]
+        if len(self.modules) == 1 or not having:
+            return {name: tensors[name] for point in having for name in (point.lora_a, point.lora_b)}
+        a = [tensors[point.lora_a] for point in having]
+        rows = max(len(factor) for factor in a)
+        joined = np.concatenate([np.broadcast_to(factor, (rows, *factor.shape[1:])) for factor in a], axis=2)
+        outputs = sum(points[module].out_features for module in self.modules)
+        blocks = np.zeros((rows, joined.shape[2], outputs), a[0].dtype)
+        rank = start = 0
+        for module in self.modules:
+            point = points[module]
+            if point in having:
+                b = tensors[point.lora_b]
+                blocks[:, rank : rank + b.shape[1], start : start + point.out_features] = b
+                rank += b.shape[1]
+            start += point.out_features
+        return {self.lora_a: np.ascontiguousarray(joined), self.lora_b: blocks}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from rich.console import Console
@@ -22,14 +23,17 @@ from onnx_lora.package import Package
 if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
     from onnx_lora.exporter.verify import Comparison
+    from onnx_lora.runtime import Requantize
 
 __all__ = [
+    "Clock",
     "adapter_facts",
     "coverage_facts",
     "package_facts",
     "progress",
     "show",
     "show_demo",
+    "show_generations",
     "verification_facts",
 ]
 
@@ -170,6 +174,17 @@ def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts
     return facts
 
 
+def rounding_facts(leave: Requantize | None) -> Facts:
+    """What folding into quantised weights cost, the worst modules first."""
+    if leave is None:
+        return {}
+    ordered = sorted(leave.rounding.items(), key=lambda entry: -entry[1].of_change)
+    return {
+        "error of weights": {module: rounding.of_weight for module, rounding in ordered},
+        "error of the change": {module: rounding.of_change for module, rounding in ordered},
+    }
+
+
 def verification_facts(comparisons: Sequence[Comparison]) -> Facts:
     """The largest difference by case and graph, then each output."""
     worst: dict[str, float] = {}
@@ -184,6 +199,69 @@ def verification_facts(comparisons: Sequence[Comparison]) -> Facts:
             for entry in comparisons
         ],
     }
+
+
+class Written(Protocol):
+    """A text that was generated, as the runtime gives it."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+class Clock:
+    """Counts tokens against the time since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first = 0.0  # seconds until the first token
+        self._last = 0.0  # seconds until the last one
+        self.tokens = 0
+
+    def tick(self) -> None:
+        self._last = time.perf_counter() - self._start
+        self._first = self._first or self._last
+        self.tokens += 1
+
+    def facts(self) -> Facts:
+        """The prompt's share is left out of the rate: it belongs to the first token."""
+        writing = self._last - self._first
+        rate = (self.tokens - 1) / writing if writing > 0 else 0.0
+        return {"tokens": self.tokens, "first_token_seconds": self._first, "tokens_per_second": rate}
+
+
+def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: Clock, *, as_json: bool) -> None:
+    """The texts behind their prompts. A single prompt's was shown as it came, and lacks the end of its line."""
+    facts = clock.facts()
+    if as_json:
+        texts = [
+            {
+                "prompt": prompt,
+                "text": result.text,
+                "tokens": list(result.tokens),
+                "prompt_tokens": result.prompt_tokens,
+                "reason": result.reason,
+            }
+            for prompt, result in zip(prompts, results, strict=True)
+        ]
+        click.echo(json.dumps({"generations": texts} | facts))
+        return
+    if len(results) == 1:
+        click.echo()
+    else:
+        for index, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
+            click.echo(f"=== {index}: {prompt}\n{result.text}\n")
+    reasons = ", ".join(str(result.reason) for result in results)
+    click.echo(
+        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} a second, "
+        f"the first after {facts['first_token_seconds']:.2f} s; ended by {reasons}",
+        err=True,
+    )
 
 
 def show_demo(result: DemoResult, *, as_json: bool) -> None:

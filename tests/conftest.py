@@ -57,7 +57,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[st
             from onnx_lora.exporter import export
 
             folder = tmp_path_factory.mktemp("packages") / name
-            export(checkpoints(name), folder, verify=False)
+            export(checkpoints(name), folder, via="optimum", verify=False)
             made[name] = folder
         return made[name]
 

@@ -108,6 +108,26 @@ def test_convert_then_run_the_converted_file(desk: Path) -> None:
         assert_close(np.load(desk / out)["logits"], np.load(desk / f"p{out}")["logits"])
 
 
+@pytest.mark.parametrize("name", ["blend.safetensors", "blend.onnx_adapter"])
+def test_convert_writes_a_blend_as_one_file(desk: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    _json("convert", "--adapter", "head", "--adapter", "plain:0.5", file, "--package", "bert", folder=desk)
+    for out, adapters in (("one.npz", [f"a={file}"]), ("two.npz", ["a=head", "b=plain:0.5"])):
+        options = [option for adapter in adapters for option in ("--adapter", adapter)]
+        _json("run", "bert", "--input", "feeds.npz", "--output", tmp_path / out, *options, folder=desk)
+    assert_close(np.load(tmp_path / "one.npz")["logits"], np.load(tmp_path / "two.npz")["logits"])
+    method = _json("inspect", file, folder=desk)["method"]
+    assert method == ("blend of head:1, plain:0.5" if name.endswith("safetensors") else "")
+
+
+def test_convert_writes_one_adapter_weaker(desk: Path, tmp_path: Path) -> None:
+    file = tmp_path / "half.safetensors"
+    _json("convert", file, "--package", "bert", "--adapter", "plain:0.5", folder=desk)
+    for out, adapter in (("one.npz", f"a={file}"), ("two.npz", "a=plain:0.5")):
+        _json("run", "bert", *IN_OUT[:2], "--output", tmp_path / out, "--adapter", adapter, folder=desk)
+    assert_close(np.load(tmp_path / "one.npz")["logits"], np.load(tmp_path / "two.npz")["logits"])
+
+
 def test_fold_writes_a_model_that_answers_as_the_adapter(desk: Path) -> None:
     import onnxruntime as ort
 
@@ -156,6 +176,11 @@ def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
         (["convert", "head", "c", "--package", "bert"], 2, "must end with .safetensors or .onnx_adapter"),
         (["convert", "head", "c.bin", "--package", "bert"], 2, "must end with .safetensors or .onnx_adapter"),
         (["convert", "head", "c.safetensors", "--package", "bert", *ONNX], 2, "contradicts the name"),
+        (["convert", "c.safetensors", "--package", "bert"], 2, "give one ADAPTER before OUT, or --adapter"),
+        (["convert", "head", "plain", "c.safetensors", "--package", "bert"], 2, "give one ADAPTER before OUT"),
+        (["convert", "head", "c.safetensors", "--package", "bert", "--adapter", "plain"], 2, "give one ADAPTER"),
+        (["convert", "c.safetensors", "--package", "bert", "--adapter", "head:0.5"], 2, "classifier"),
+        (["convert", "c.safetensors", "--package", "bert", "--adapter", "plain:nan"], 2, "must be a finite number"),
         (["fold", "bert", "head", "--adapter", "head"], 2, "exists already"),
         (["attach", "notes.txt", "out"], 2, "must be an ONNX model"),
         (["export", "nowhere-at-all", "out"], 2, "nowhere-at-all"),

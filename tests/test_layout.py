@@ -17,12 +17,13 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
-    "points": {"errors"},
-    "package": {"errors", "points"},
+    "quantised": set(),
+    "points": {"errors", "quantised"},
+    "package": {"errors", "points", "quantised"},
     "adapters": {"errors", "points", "package"},
-    "exporter": {"errors", "points", "package"},
-    "runtime": {"errors", "points", "package", "adapters"},
-    "report": {"errors", "points", "package", "adapters", "demo", "exporter"},
+    "exporter": {"errors", "points", "package", "quantised"},
+    "runtime": {"errors", "points", "package", "adapters", "quantised"},
+    "report": {"errors", "points", "package", "adapters", "demo", "exporter", "runtime"},
     "demo": {"errors", "points", "package", "adapters", "exporter", "runtime"},
     "cli": {"errors", "points", "package", "adapters", "exporter", "runtime", "demo", "report"},
     "__main__": {"cli"},

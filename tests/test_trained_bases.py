@@ -66,7 +66,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
         package = attach(base / "model.onnx", folder / "package")
     else:
         model().save_pretrained(folder / "checkpoint")
-        package = export(folder / "checkpoint", folder / "package", verify=False)
+        package = export(folder / "checkpoint", folder / "package", via="optimum", verify=False)
     return Trained(model, package, make_adapter(model(), folder / "adapter", **_lora(first)), text)
 
 

@@ -4,7 +4,8 @@ It knows points and replaceable weights, and no file format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
+    adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
     binder = _Binder(adapter, package, notes=list(adapter.notes))
     binder.bind_deltas()
     binder.bind_replacements()
@@ -39,7 +41,28 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
             path=adapter.origin.path,
             problems=binder.problems,
         )
-    return BoundAdapter(adapter.name, binder.tensors, binder.coverage(), adapter.origin, binder.digests)
+    graphs = package.manifest.graphs
+    return BoundAdapter(adapter.name, binder.tensors, binder.coverage(), adapter.origin, binder.digests, graphs)
+
+
+def _by_module(deltas: Mapping[str, Delta], package: Package) -> dict[str, Delta]:
+    """The deltas, those of a packed branch (from an `.onnx_adapter`) taken apart: a module's are the outputs of B
+    that are its own, and the ranks that reach them."""
+    branches = {branch.name: branch for graph in package.manifest.graphs for branch in graph.branches}
+    apart: dict[str, Delta] = {}
+    for name, delta in deltas.items():
+        modules = branches[name].modules if name in branches else ()
+        sizes = [package.points[module].out_features for module in modules]
+        if len(modules) < 2 or delta.b.ndim != 2 or delta.a.ndim != 2 or delta.b.shape != (sum(sizes), len(delta.a)):
+            apart[name] = delta
+            continue
+        ends = np.cumsum(sizes)
+        for module, end, size in zip(modules, ends, sizes, strict=True):
+            b = delta.b[end - size : end]
+            used = np.flatnonzero(b.any(axis=0))
+            if used.size:
+                apart[module] = Delta(delta.a[used], b[:, used], delta.scale)
+    return apart
 
 
 @dataclass

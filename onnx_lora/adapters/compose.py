@@ -7,15 +7,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from pathlib import PurePath
 
 import numpy as np
 
-from onnx_lora.adapters.model import BoundAdapter
+from onnx_lora.adapters.model import BoundAdapter, Coverage, Origin
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable
 
-__all__ = ["blend", "is_weight", "stack_rows"]
+__all__ = ["blend", "blended", "is_weight", "stack_rows"]
 
 Tensors = Mapping[str, Array]  # by graph input name
 
@@ -43,6 +44,60 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     for module in dict.fromkeys(module for part, _ in parts for module in part.coverage.applied):
         tensors.update(_blend_point(module, parts))
     return tensors
+
+
+def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundAdapter:
+    """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
+
+    Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name. Raises SelectionError:
+    as `blend`, and no part, or parts bound to different bases.
+    """
+    if not parts:
+        raise SelectionError("a blend must have an adapter at least, and has none")
+    if len(parts) == 1 and is_weight(parts[0][1]) and parts[0][1] == 1.0:
+        return parts[0][0]
+    tensors = dict(blend(parts))
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
+    adapters = [part for part, _ in parts]
+    origins = [part.origin for part in adapters]
+    origin = Origin(
+        path=", ".join(PurePath(origin.path).name for origin in origins),
+        sha256=", ".join(origin.sha256 for origin in origins),
+        format=", ".join(dict.fromkeys(origin.format for origin in origins)),
+        method="blend of " + ", ".join(f"{part.name}:{float(weight):g}" for part, weight in parts),
+        base_model=", ".join(dict.fromkeys(origin.base_model for origin in origins if origin.base_model)),
+    )
+    coverage = _merged_coverage(adapters, tensors)
+    return BoundAdapter(name, tensors, coverage, origin, _merged_digests(adapters), adapters[0].graphs)
+
+
+def _merged_coverage(adapters: Sequence[BoundAdapter], tensors: Tensors) -> Coverage:
+    covers = [part.coverage for part in adapters]
+    touched = {module: None for cover in covers for module in cover.applied}
+    # In the package's order, which no part's list need have whole.
+    order = {point.module: None for graph in adapters[0].graphs for point in graph.points}
+    applied = tuple(module for module in order | touched if module in touched)
+    return Coverage(
+        applied=applied,
+        replaced=tuple(parameter for cover in covers for parameter in cover.replaced),
+        at_base=tuple(module for module in covers[0].at_base if all(module in cover.at_base for cover in covers)),
+        silent=tuple(module for module in applied if not tensors[f"{module}.lora_B.weight"].any()),
+        ranks={module: tensors[f"{module}.lora_A.weight"].shape[2] for module in applied},
+        notes=tuple(f"{part.name}: {note}" for part in adapters for note in part.coverage.notes),
+    )
+
+
+def _merged_digests(adapters: Sequence[BoundAdapter]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    problems = []
+    for part in adapters:
+        other = [name for name, value in part.base_digests.items() if digests.setdefault(name, value) != value]
+        if other:
+            problems.append(f"{part.name}: {len(other)} of its base weights are others, the first is {other[0]}")
+    if problems:
+        raise SelectionError("adapters of one blend must be bound to one base", problems=problems)
+    return digests
 
 
 def is_weight(weight: object) -> bool:

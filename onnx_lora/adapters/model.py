@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from onnx_lora.package import GraphInfo
 from onnx_lora.points import Array
 
 __all__ = ["Adapter", "BoundAdapter", "Coverage", "Delta", "Origin", "Replacement"]
@@ -75,11 +76,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter checked against one package, laid out by graph input name: nothing left to check.
+    """An adapter checked against one package, laid out by point and parameter: nothing left to check.
 
     `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, replaced weights
     as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
-    what the adapter touches.
+    what the adapter touches. `graphs`: the package's, for `graph_inputs`.
     """
 
     name: str
@@ -87,3 +88,10 @@ class BoundAdapter:
     coverage: Coverage
     origin: Origin
     base_digests: Mapping[str, str]
+    graphs: tuple[GraphInfo, ...] = ()
+
+    @property
+    def graph_inputs(self) -> dict[str, Array]:
+        """What to feed the package's graphs: as `tensors`, the modules of packed projections put together."""
+        inputs = [graph.inputs(self.tensors) for graph in self.graphs]
+        return {name: value for one in inputs for name, value in one.items()} if inputs else dict(self.tensors)

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Options, Progress, build
 from onnx_lora.exporter.expose import HEADS_ONLY
+from onnx_lora.exporter.frontends.choice import choose
+from onnx_lora.exporter.frontends.genai import build_checkpoint
 from onnx_lora.exporter.frontends.onnx_file import load_onnx
 from onnx_lora.exporter.frontends.optimum import export_checkpoint
-from onnx_lora.exporter.frontends.source import Loaded
+from onnx_lora.exporter.frontends.source import Loaded, Precision
 from onnx_lora.exporter.frontends.torch_module import export_module
 from onnx_lora.exporter.targets import ALL_LINEAR
 from onnx_lora.package import Package, staged
@@ -29,7 +32,10 @@ def export(
     out: str | os.PathLike[str],
     *,
     task: str | None = None,
-    dtype: str = "fp32",
+    via: str | None = None,
+    precision: str = "fp32",
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
     replaceable: str | Iterable[str] = HEADS_ONLY,
     default_rank: int = 0,
@@ -42,9 +48,14 @@ def export(
 ) -> Package:
     """Export a base model to a package: ONNX graphs with LoRA injection points.
 
-    model: a folder as `save_pretrained` writes it or a hub id, exported by Optimum for `task`
-        (default: what its config says, decoders with their cache) in `dtype` ("fp32", "fp16"); or a
-        `torch.nn.Module` with `example_inputs`, exported by `torch.onnx`.
+    model: a folder as `save_pretrained` writes it or a hub id, exported for `task` (default: what its config
+        says, decoders with their cache); or a `torch.nn.Module` with `example_inputs`, exported by `torch.onnx`.
+    via: which exporter makes a checkpoint a graph: "genai" (ONNX Runtime GenAI's builder; its packages run in
+        onnxruntime_genai too) or "optimum". Default: the builder for the language models it is known to be
+        right for, if onnxruntime-genai is installed, and for what only it can write; else Optimum.
+    precision: "fp32", "fp16", and from the builder "int8" and "int4": symmetric, in blocks of `block_size`
+        inputs (default 32). `accuracy_level`: the arithmetic of quantised products, 4 (the default) for int8,
+        which rounds activations too and is the fastest, 1 for float32.
     targets: what gets points, as PEFT's `target_modules`: "all-linear", a regular expression, or names.
     replaceable: whole weights that an adapter may replace, as PEFT's `modules_to_save`; by default the
         heads of classification models, which PEFT always saves.
@@ -55,11 +66,14 @@ def export(
     MissingDependencyError.
     """
     options = Options.of(targets, replaceable, default_rank)
+    kept = Precision.of(precision, block_size=block_size, accuracy_level=accuracy_level)
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         progress("export", 0, 1)
         if isinstance(model, str | os.PathLike):
-            loaded, module = export_checkpoint(model, Path(scratch), task=task, dtype=dtype)
+            loaded, module = _exported(model, Path(scratch), via, task, kept, progress)
         else:
+            if via is not None or kept != Precision():
+                raise ModelError("a torch module is exported as it is: via and precision are for checkpoints")
             module = model
             loaded = export_module(
                 model,
@@ -103,12 +117,26 @@ def attach(
     return Package.open(out)
 
 
+def _exported(
+    model: str | os.PathLike[str],
+    scratch: Path,
+    via: str | None,
+    task: str | None,
+    precision: Precision,
+    progress: Progress,
+) -> tuple[Loaded, nn.Module]:
+    if choose(model, via=via, task=task, precision=precision) == "genai":
+        return build_checkpoint(model, scratch, precision=precision, progress=progress)
+    return export_checkpoint(model, scratch, task=task, precision=precision)
+
+
 def _build(folder: Path, loaded: Loaded, options: Options, progress: Progress) -> Package:
     return build(
         folder,
         loaded.sources,
         options=options,
         checkpoint=loaded.checkpoint,
+        names=loaded.names,
         origin=loaded.origin,
         companions=loaded.companions,
         scratch=loaded.scratch,

@@ -159,7 +159,22 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in external:
         proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         proto.graph.initializer.remove(tensor)
+    for node in proto.graph.node:
+        if node.op_type == "GatherBlockQuantized":
+            _unpack_table(proto.graph, node, {tensor.name: tensor.dims for tensor in external})
     return proto
+
+
+def _unpack_table(graph: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[str, Sequence[int]]) -> None:
+    """Let a quantised Gather read a table of floats: the tool takes its packed bytes for features."""
+    size = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 128)
+    scales = list(weights.get(node.input[2], ()))
+    if len(scales) == 2:
+        name = f"{node.input[0]}.onnx_lora_unpacked"
+        graph.input.append(onnx.helper.make_tensor_value_info(name, 1, [scales[0], scales[1] * size]))
+        node.op_type, node.domain = "Gather", ""
+        del node.attribute[:]
+        node.input[:] = [name, node.input[1]]
 
 
 def _read(value: onnx.ValueInfoProto) -> Shape | None:

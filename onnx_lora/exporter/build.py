@@ -17,11 +17,12 @@ from onnx_ir.serde import SerdeError
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.describe import free_modules, points_of, replaceable_of
+from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, check_names, find_exposures
+from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
-from onnx_lora.exporter.locate import Stray, locate
+from onnx_lora.exporter.locate import Linear, Located, Stray, label_of, locate
 from onnx_lora.exporter.own import own_exposures, own_weights
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
@@ -29,7 +30,7 @@ from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
 from onnx_lora.exporter.trial import check_opens
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import InjectionPoint, Replaceable
+from onnx_lora.points import Branch, InjectionPoint, Replaceable
 
 T = TypeVar("T")
 
@@ -85,6 +86,7 @@ def build(
     *,
     options: Options,
     checkpoint: Checkpoint | None,
+    names: GenaiNames | None = None,
     origin: dict[str, str],
     companions: Iterable[Path] = (),
     scratch: Path | None = None,
@@ -102,7 +104,7 @@ def build(
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
-        graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint)))  # type: ignore[misc]
+        graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint, names)))  # type: ignore[misc]
     settled = settle([graph.sites for graph in graphs])
     exposures = [
         find_exposures(graph.model.graph, sites, options.replaceable)
@@ -129,12 +131,27 @@ def _translated(source: Source, step: Callable[[], T]) -> T:
         raise ModelError(f"must be valid ONNX: {error.__cause__ or error}", path=source.file) from error
 
 
-def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None) -> _Graph:
+def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
     model = load(source.file)
     # First of all: from here on the weights are in a file, not in memory.
     store.externalize(model.graph)
     shapes = infer_shapes(model)
-    return _Graph(source, model, shapes, Sites.of(locate(model.graph, checkpoint), shapes))
+    located = locate(model.graph, checkpoint)
+    if checkpoint is None and names is not None:
+        located = _renamed(located, names)
+    return _Graph(source, model, shapes, Sites.of(located, shapes))
+
+
+def _renamed(located: Located, names: GenaiNames) -> Located:
+    linears: list[Linear] = []
+    strays = list(located.strays)
+    for linear in located.linears:
+        modules = names.modules(linear)
+        if isinstance(modules, str):
+            strays.append(Stray(label_of(linear.node), modules, (linear.module,)))
+        else:
+            linears.extend(modules)
+    return Located(tuple(linears), tuple(strays))
 
 
 def _choose(
@@ -223,13 +240,15 @@ class _Writing:
         wanted = [site for site in self.settled.sites if site.node in exposed or self.chosen & set(site.modules)]
         sites = own_weights(surgeon, wanted)
         exposures = own_exposures(surgeon, self.exposures, sites)
-        owned = {linear.weight.name or "" for site in sites for linear in site.linears}
+        operands = [operand for site in sites for product in site.products for operand in product.operands]
+        owned = {operand.value.name or "" for operand in operands}
         self.store.externalize(model.graph, owned | {exposure.value.name or "" for exposure in exposures})
         ir.save(model, self.files.base)
-        points = points_of([site for site in sites if self.chosen & set(site.modules)])
+        given = [site for site in sites if self.chosen & set(site.modules)]
+        points, branches = points_of(given), branches_of(given)
         heads = free_modules(model, exposures)
         replaceable = [replaceable_of(exposure, heads) for exposure in exposures]
-        self._inject(surgeon, sites, points, replaceable, exposures)
+        self._inject(surgeon, sites, points, branches, replaceable, exposures)
         self.store.externalize(model.graph)  # the defaults of large replaceable weights
         ir.save(model, self.files.points)
         # Both graphs hold the same nodes, so what the base could get wrong shows here too.
@@ -242,6 +261,7 @@ class _Writing:
             file=self.files.points.name,
             base_file=self.files.base.name,
             points=points,
+            branches=branches,
             replaceable=tuple(replaceable),
             untargeted=tuple(module for module in modules if module not in placed),
             unplaced=tuple(Unplaced(stray.node, stray.reason) for stray in self.settled.strays),
@@ -252,31 +272,33 @@ class _Writing:
         surgeon: Surgeon,
         sites: Sequence[Site],
         points: Sequence[InjectionPoint],
+        branches: Sequence[Branch],
         replaceable: Sequence[Replaceable],
         exposures: Sequence[Exposure],
     ) -> None:
-        inputs: dict[str, ir.Value] = {}
-        for point in points:
-            rank, dtype = self.options.default_rank, np.dtype(point.dtype)
-            rows, symbol = f"{point.module}.rows", f"{point.module}.rank"
-            inputs[point.lora_a] = surgeon.optional_input(
-                point.lora_a, [rows, point.in_features, symbol], np.zeros((1, point.in_features, rank), dtype)
-            )
-            inputs[point.lora_b] = surgeon.optional_input(
-                point.lora_b, [rows, symbol, point.out_features], np.zeros((1, rank, point.out_features), dtype)
-            )
         by_module = {point.module: point for point in points}
+        inputs: dict[str, ir.Value] = {}
+        for branch in branches:
+            own = [by_module[module] for module in branch.modules]
+            rank, dtype, outputs = self.options.default_rank, np.dtype(own[0].dtype), sum(p.out_features for p in own)
+            rows, symbol = f"{branch.name}.rows", f"{branch.name}.rank"
+            inputs[branch.lora_a] = surgeon.optional_input(
+                branch.lora_a, [rows, own[0].in_features, symbol], np.zeros((1, own[0].in_features, rank), dtype)
+            )
+            inputs[branch.lora_b] = surgeon.optional_input(
+                branch.lora_b, [rows, symbol, outputs], np.zeros((1, rank, outputs), dtype)
+            )
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
+        by_modules = {branch.modules: branch for branch in branches}
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own_points = {module: by_module[module] for module in site.modules if module in by_module}
             own_replaced = {
                 weight.name: weight
                 for weight in replaceable
                 if weight.role != "whole" and weight.module in site.modules
             }
-            inject(surgeon, site, self.graph.shapes, inputs, own_points, own_replaced)
+            inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
         unused = [name for name, value in inputs.items() if not value.uses()]
         assert not unused, f"adapter inputs that nothing reads: {unused}"
 

@@ -4,6 +4,7 @@ its values. It reads a torch model or a folder of safetensors; it knows no graph
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from onnx_lora.errors import ModelError
-from onnx_lora.points import Array
+from onnx_lora.package import Package
+from onnx_lora.points import Array, InjectionPoint, Replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -28,18 +30,26 @@ _ALL = (slice(None), slice(None))
 _FIRST_ROW = (slice(0, 1), slice(None))
 _FIRST_COLUMN = (slice(None), slice(0, 1))
 
+# How far a quantised weight may be from the checkpoint's, relative to its norm. Rounding to 4 bits in blocks
+# of 32 moves a normal weight by 0.08, to 2 bits by 0.4; another module's is 1.4 away.
+_NEAR = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A checkpoint's module whose weight a graph holds: outputs `start` to `start + outputs`.
+    """A checkpoint's module whose weight a graph holds: its outputs `start` to `start + outputs` are the
+    module's from `first` on, of `size` in all.
 
-    `in_out`: torch keeps this weight `[in, out]` (transformers' Conv1D), not `[out, in]`.
+    `in_out`: torch keeps this weight `[in, out]` (transformers' Conv1D), not `[out, in]`. `read` gives it whole.
     """
 
     module: str
     start: int
     outputs: int
     in_out: bool
+    first: int
+    size: int
+    read: Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -96,35 +106,84 @@ class Checkpoint:
                 raise ModelError(f"must be a safetensors file: {error}", path=file) from error
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights))
 
-    def find(self, weight: Array) -> list[list[Match]]:
+    @staticmethod
+    def of_package(package: Package) -> Checkpoint:
+        """The weights of a package's points, and those that it lets adapters replace."""
+        weights = [
+            _Weight(name, (point.out_features, point.in_features), partial(_read_point, package, point))
+            for name, point in package.points.items()
+        ]
+        for weight in package.replaceable.values():
+            if weight.role == "linear_weight" and weight.module not in package.points:
+                outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
+                weights.append(_Weight(weight.module, (outputs, inputs), partial(_read_replaceable, package, weight)))
+        # Not None: the modules are known to be linear, whatever else reads an equal weight.
+        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), frozenset())
+
+    def find(self, weight: Array, *, exact: bool = True) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as one module's, or several packed side by side.
 
-        Compared in the graph's type, bit for bit. Usually one way; none where the graph's weight is
-        not the checkpoint's; several where modules hold equal values.
+        Compared in the graph's type, bit for bit; not `exact`, for a quantised weight: nearer than any
+        other module's can be by chance. Usually one way; none where the graph's weight is not the
+        checkpoint's; several where modules hold equal values.
         """
-        whole = {match.module: [match] for match in self._at(weight, 0) if match.outputs == weight.shape[1]}
-        return list(whole.values()) or list(self._packed(weight, 0, ()))
+        same = _equal if exact else _near
+        whole = {match.module: [match] for match in self._at(weight, 0, same) if match.outputs == weight.shape[1]}
+        return list(whole.values()) or list(self._packed(weight, 0, (), same))
 
-    def _packed(self, weight: Array, start: int, before: tuple[Match, ...]) -> Iterator[list[Match]]:
+    def find_piece(self, weight: Array, guess: str, *, exact: bool = True) -> list[list[Match]]:
+        """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
+
+        Looked for among modules of the layer that the node's name `guess` counts.
+        """
+        same = _equal if exact else _near
+        first, last = weight[:, 0], weight[:, -1]
+        found: list[list[Match]] = []
+        for candidate in self.weights:
+            if re.findall(r"\d+", candidate.module) != re.findall(r"\d+", guess):
+                continue
+            for in_out in (False, True):
+                inputs, outputs = candidate.shape if in_out else candidate.shape[::-1]
+                if inputs != weight.shape[0] or outputs <= weight.shape[1]:
+                    continue
+                values = _by_output(candidate, in_out, weight.dtype)
+                for begin in range(outputs - weight.shape[1] + 1):
+                    end = begin + weight.shape[1]
+                    ends = same(values[begin], first) and same(values[end - 1], last)
+                    if ends and same(values[begin:end], weight.T):
+                        read = partial(candidate.read, _ALL)
+                        found.append([Match(candidate.module, 0, weight.shape[1], in_out, begin, outputs, read)])
+        return found
+
+    def _packed(self, weight: Array, start: int, before: tuple[Match, ...], same: _Same) -> Iterator[list[Match]]:
         """Every way to go on behind `before` with modules that were not used yet."""
         if start == weight.shape[1]:
             yield list(before)
             return
         used = {match.module for match in before}
-        for match in self._at(weight, start):
+        for match in self._at(weight, start, same):
             if match.module not in used:
-                yield from self._packed(weight, start + match.outputs, (*before, match))
+                yield from self._packed(weight, start + match.outputs, (*before, match), same)
 
-    def _at(self, weight: Array, start: int) -> Iterator[Match]:
+    def _at(self, weight: Array, start: int, same: _Same) -> Iterator[Match]:
         """Modules whose weight is `weight[:, start : start + their outputs]`."""
         first = np.ascontiguousarray(weight[:, start])
-        for candidate, in_out in self._index(first.dtype).get((first.size, first.tobytes()), ()):
+        for candidate, in_out in self._starting_with(first, same):
             outputs = candidate.shape[1 if in_out else 0]
             if start + outputs > weight.shape[1]:
                 continue
-            values = candidate.read(_ALL).astype(weight.dtype, copy=False)
-            if np.array_equal(values if in_out else values.T, weight[:, start : start + outputs]):
-                yield Match(candidate.module, start, outputs, in_out)
+            if same(_by_output(candidate, in_out, weight.dtype), weight[:, start : start + outputs].T):
+                yield Match(candidate.module, start, outputs, in_out, 0, outputs, partial(candidate.read, _ALL))
+
+    def _starting_with(self, first: Array, same: _Same) -> Iterator[tuple[_Weight, bool]]:
+        """Weights whose first output's weights are `first`, and whether they are kept `[in, out]`."""
+        index = self._index(first.dtype)
+        if same is _equal:
+            yield from index.get((first.size, first.tobytes()), ())
+            return
+        for (size, data), candidates in index.items():
+            if size == first.size and same(np.frombuffer(data, first.dtype), first):
+                yield from candidates
 
     def _index(self, dtype: np.dtype[np.generic]) -> Mapping[tuple[int, bytes], list[tuple[_Weight, bool]]]:
         """Weights by the weights of their first output, for both of torch's layouts."""
@@ -142,6 +201,25 @@ class Checkpoint:
     @cached_property
     def _indices(self) -> dict[str, dict[tuple[int, bytes], list[tuple[_Weight, bool]]]]:
         return {}
+
+
+def _equal(values: Array, weight: Array) -> bool:
+    return np.array_equal(values, weight)
+
+
+def _near(values: Array, weight: Array) -> bool:
+    wanted, found = values.astype(np.float32, copy=False), weight.astype(np.float32, copy=False)
+    return bool(np.linalg.norm(wanted - found) <= _NEAR * np.linalg.norm(wanted))
+
+
+# Whether a checkpoint's weights are those of a graph.
+_Same = Callable[[Array, Array], bool]
+
+
+def _by_output(weight: _Weight, in_out: bool, dtype: np.dtype[np.generic]) -> Array:
+    """The whole weight as `[out, in]`."""
+    values = weight.read(_ALL).astype(dtype, copy=False)
+    return values.T if in_out else values
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -176,6 +254,16 @@ def _read_tensor(tensor: torch.Tensor, part: tuple[slice, slice]) -> Array:
     # numpy has no bfloat16; float32 holds each of its values exactly.
     array: Array = (values.float() if str(values.dtype) == "torch.bfloat16" else values).cpu().numpy()
     return array
+
+
+def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slice]) -> Array:
+    weight: Array = package.module_weight(point).T[part]
+    return weight
+
+
+def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, slice]) -> Array:
+    values: Array = package.default(weight)[0].T[part]
+    return values
 
 
 def _read_file(file: Path, key: str, part: tuple[slice, slice]) -> Array:

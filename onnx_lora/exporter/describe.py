@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import outputs_are_free
@@ -11,9 +12,14 @@ from onnx_lora.exporter.expose import Exposure, outputs_behind
 from onnx_lora.exporter.locate import Linear
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.weights import where
-from onnx_lora.points import InjectionPoint, Replaceable, WeightPart, digest
+from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantisation, Replaceable, WeightPart, digest
 
-__all__ = ["free_modules", "points_of", "replaceable_of"]
+__all__ = ["branches_of", "free_modules", "points_of", "replaceable_of"]
+
+
+def branches_of(sites: Sequence[Site]) -> tuple[Branch, ...]:
+    """One per set of modules that places compute together."""
+    return tuple(dict.fromkeys(Branch(site.modules) for site in sites))
 
 
 def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
@@ -27,21 +33,48 @@ def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
 
 def _point(module: str, uses: Sequence[tuple[Site, Linear]]) -> InjectionPoint:
     first = uses[0][1]
-    window = first.window()
     return InjectionPoint(
         module=module,
         in_features=first.in_features,
-        out_features=first.out_features,
+        out_features=first.size,
         dtype=first.dtype,
         per_row=all(site.placement.per_row for site, _ in uses),
-        sha256=digest(window if first.in_out else window.T),
+        sha256=_digest(first),
         parts=tuple({linear.weight.name: _part(linear) for _, linear in uses}.values()),
     )
 
 
+def _digest(linear: Linear) -> str:
+    """Of the checkpoint's weight in float32 where the graph's own is rounded, so that every package of one base
+    has the same."""
+    if linear.reference is not None and (linear.product.quantised is not None or linear.outputs < linear.size):
+        return digest(linear.reference().astype(np.float32, copy=False))
+    window = linear.window()
+    return digest(window if linear.in_out else window.T)
+
+
 def _part(linear: Linear) -> WeightPart:
-    assert linear.weight.name is not None
-    return WeightPart(linear.weight.name, where(linear.weight), linear.transposed, linear.start)
+    product = linear.product
+    quantised: tuple[Quantisation, ...] = ()
+    if product.quantised is not None:
+        zero = product.quantised.zero_point
+        zeros = () if zero is None else (_named(zero.value),)
+        quantised = (Quantisation(product.quantised.scheme, _named(product.quantised.scale.value), zeros),)
+    weight = _named(linear.weight)
+    return WeightPart(
+        initializer=weight.initializer,
+        stored=weight.stored,
+        outputs=linear.outputs,
+        transposed=product.transposed,
+        start=linear.start,
+        first=linear.first,
+        quantised=quantised,
+    )
+
+
+def _named(value: ir.Value) -> NamedTensor:
+    assert value.name is not None
+    return NamedTensor(value.name, where(value))
 
 
 def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[str]:
@@ -51,7 +84,7 @@ def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[st
     for exposure in exposures:
         if exposure.linear is not None and (outputs := outputs_behind(exposure)):
             module = exposure.linear.module
-            axis = 0 if exposure.is_bias or exposure.linear.transposed else 1
+            axis = 0 if exposure.is_bias or exposure.linear.product.transposed else 1
             heads.setdefault(module, {})[exposure.value.name or ""] = axis
             behind[module] = outputs
     return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
@@ -63,7 +96,7 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str]) -> Replaceable:
     stored = where(exposure.value)
     values = exposure.value.const_value.numpy()
     linear, site = exposure.linear, exposure.site
-    part = WeightPart(exposure.value.name, stored)
+    part = WeightPart(exposure.value.name, stored, outputs=stored.shape[-1] if stored.shape else 1)
     if linear is None or site is None:
         return Replaceable(exposure.name, "whole", stored.shape, stored.dtype, False, False, digest(values), (part,))
     rows, free = site.placement.per_row, linear.module in heads
@@ -71,7 +104,7 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str]) -> Replaceable:
         return Replaceable(
             exposure.name, "linear_bias", stored.shape, linear.dtype, free, rows, digest(values), (part,)
         )
-    weight = values if linear.transposed != linear.in_out else values.T
+    weight = values if linear.product.transposed != linear.in_out else values.T
     return Replaceable(
         name=exposure.name,
         role="linear_weight",

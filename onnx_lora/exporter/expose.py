@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.locate import Linear, unwrap
+from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
 from onnx_lora.points import FLOAT_TYPES, matches
 
@@ -69,7 +70,8 @@ def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[st
             refused[module] = reason
         else:
             found.update((exposure.name, exposure) for exposure in exposures)
-    nodes = {site.node for site in sites.sites}
+    nodes = {operand.node for site in sites.sites for product in site.products for operand in product.operands}
+    nodes |= {product.node for site in sites.sites for product in site.products}
     taken = {exposure.value for exposure in found.values()}
     for name, value in _named_initializers(graph).items():
         users = _own_users(value, nodes)  # none: a linear module's weight
@@ -143,7 +145,9 @@ def _not_whole(used: Sequence[Site], module: str) -> str | None:
         return f"it is used by {len(used)} nodes, and only the weights of modules used once can be replaced"
     if len(used[0].linears) > 1:
         others = ", ".join(other for other in used[0].modules if other != module)
-        return f"it is packed into one weight with {others}"
+        return f"it is packed into one weight with {others}" if others else "its weight is cut into several"
+    if used[0].linears[0].product.quantised is not None:
+        return "its weight is quantised; quantise the model without it"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The branch: `y' = y + (x · lora_A) · lora_B` beside every node of a chosen module, and whole weights
+"""The branch: `y' = y + (x · lora_A) · lora_B` beside every product of a chosen module, and whole weights
 as inputs in place of a node's own. It needs located nodes and inferred shapes; it leaves every
 value that it does not name as it was.
 
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import Form, Shapes
+from onnx_lora.exporter.products import Product
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.points import InjectionPoint, Replaceable
+from onnx_lora.points import Branch, Replaceable
 
 __all__ = ["inject"]
 
@@ -33,25 +34,25 @@ def inject(
     site: Site,
     shapes: Shapes,
     inputs: Mapping[str, ir.Value],
-    points: Mapping[str, InjectionPoint],
+    branch: Branch | None,
     replaced: Mapping[str, Replaceable],
 ) -> None:
-    """Give one node its branch, and its weight and bias as inputs where they are `replaced`.
+    """Give one place its branch, and its weight and bias as inputs where they are `replaced`.
 
-    `inputs` holds the graph inputs by name; `points` and `replaced` those that concern this site, by
-    module and by parameter name.
+    `inputs` holds the graph inputs by name; `branch` and `replaced` those that concern this site.
     """
-    label = site.linears[0].module if len(site.linears) == 1 else site.node.name or site.linears[0].module
     surgeon.insert_after(site.node)
-    view = _view(surgeon, site, label)
-    deltas = [_delta(surgeon, view, point, inputs) for linear in site.linears if (point := points.get(linear.module))]
-    delta = None
-    if deltas:
-        delta = deltas[0] if len(deltas) == 1 else surgeon.op("Concat", *deltas, name=f"{label}.lora", axis=-1)
+    view = _view(surgeon, site, site.label)
+    delta = None if branch is None else _delta(surgeon, view, branch, inputs)
     if replaced:
         _replace_weight(surgeon, site, view, delta, inputs, replaced)
+    elif delta is not None and len(site.products) == 1:
+        _add(surgeon, site.products[0], view, delta, shapes, site.label)
     elif delta is not None:
-        _add(surgeon, site, view, delta, shapes)
+        sizes = surgeon.integers([product.outputs for product in site.products])
+        pieces = surgeon.split(delta, sizes, len(site.products), name=f"{site.label}.lora_pieces")
+        for product, piece in zip(site.products, pieces, strict=True):
+            _add(surgeon, product, view, piece, shapes, product.node.name or site.label)
 
 
 def _view(surgeon: Surgeon, site: Site, label: str) -> _View:
@@ -72,11 +73,11 @@ def _view(surgeon: Surgeon, site: Site, label: str) -> _View:
     return _View(surgeon.unsqueeze(value, [axis], name=f"{label}.batched"), 3, ("Squeeze", axis))
 
 
-def _delta(surgeon: Surgeon, view: _View, point: InjectionPoint, inputs: Mapping[str, ir.Value]) -> ir.Value:
+def _delta(surgeon: Surgeon, view: _View, branch: Branch, inputs: Mapping[str, ir.Value]) -> ir.Value:
     """(x · A) · B, in the view's axes."""
-    a, b = (_broadcast(surgeon, inputs[name], view.rank) for name in (point.lora_a, point.lora_b))
-    low = surgeon.op("MatMul", view.value, a, name=f"{point.module}.lora_A")
-    return surgeon.op("MatMul", low, b, name=f"{point.module}.lora_B")
+    a, b = (_broadcast(surgeon, inputs[name], view.rank) for name in (branch.lora_a, branch.lora_b))
+    low = surgeon.op("MatMul", view.value, a, name=f"{branch.name}.lora_A")
+    return surgeon.op("MatMul", low, b, name=f"{branch.name}.lora_B")
 
 
 def _broadcast(surgeon: Surgeon, factor: ir.Value, rank: int) -> ir.Value:
@@ -95,15 +96,16 @@ def _undo(surgeon: Surgeon, view: _View, value: ir.Value, label: str) -> ir.Valu
     return surgeon.squeeze(value, [axis], name=f"{label}.pooled")
 
 
-def _add(surgeon: Surgeon, site: Site, view: _View, delta: ir.Value, shapes: Shapes) -> None:
-    """Add the delta to the node's output, or behind the Reshape that undoes the one before it."""
-    label = site.linears[0].module
-    output = site.node.outputs[0]
+def _add(surgeon: Surgeon, product: Product, view: _View, delta: ir.Value, shapes: Shapes, label: str) -> None:
+    """Add the delta to the product, or behind the Reshape that undoes the one before it."""
+    output = product.output
+    maker = output.producer()
+    assert maker is not None
+    surgeon.insert_after(_later(surgeon, maker, delta))
     uses = list(output.uses())
     if view.undo is not None and view.undo[0] == "Flatten" and len(uses) == 1 and not output.is_graph_output():
         reshaped = uses[0].node.outputs[0]
-        outputs = sum(linear.out_features for linear in site.linears)
-        if uses[0].node.op_type == "Reshape" and shapes.is_like(reshaped, view.value, outputs):
+        if uses[0].node.op_type == "Reshape" and shapes.is_like(reshaped, view.value, product.outputs):
             surgeon.insert_after(_later(surgeon, uses[0].node, delta))
             total = surgeon.op("Add", reshaped, delta, name=f"{label}.lora_add")
             surgeon.replace(reshaped, total, but=total.producer())

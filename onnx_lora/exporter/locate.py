@@ -5,72 +5,90 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.checkpoint import Checkpoint, Match
+from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
 from onnx_lora.points import FLOAT_TYPES, Array
 
-__all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight", "unwrap"]
+__all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight"]
 
 # torch.onnx (dynamo) writes the module path of every node here.
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
-# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`.
-_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?")
+# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
+# `_Q4`, `_matmul_Q4` or `_quant`.
+_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?((_matmul)?_Q\d+|_quant)?")
 
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
 
-_FLOATS = ("FLOAT", "FLOAT16", "DOUBLE")
-
-# Operators between an initializer and the node that multiplies with it.
-_WRAPPERS = ("Cast", "Identity", "Transpose")
-
-# Operators whose weights an adapter may mean, and that get no point yet: Conv, FusedMatMul, MatMulNBits, LSTM, ...
-_WEIGHTED = re.compile(r".*(Attention|BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*")
+# Operators whose weights an adapter may mean, and that get no point yet: Conv, FusedMatMul, LSTM, ... Of the
+# attentions only those that hold projections: the others have caches and tables at most.
+_WEIGHTED = re.compile(
+    r"(Decoder|Longformer|Packed|Q)?Attention|.*(BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A node that computes `x · W0` (and a bias, in a Gemm) for one module; `guess` is the name the graph gives it.
+    """What a product computes of one module; `guess` is the name the graph gives it.
 
-    `wrappers` lead from the node back to the initializer `weight`, nearest first. `transposed`:
-    the initializer is stored `[out, in]`. `start`: the first output that is the module's own, in a
-    packed projection. `in_out`: torch keeps the weight `[in, out]`.
+    The product's outputs `start` to `start + outputs` are the module's: fewer than all in a packed
+    projection. They are the module's outputs from `first` on, of `size` in all: some of them where the
+    module was cut up.
+    `in_out`: torch keeps the weight `[in, out]`. `reference` reads the checkpoint's weight, as torch
+    keeps it, where the checkpoint said which module this is.
     """
 
-    node: ir.Node
-    weight: ir.Value
-    wrappers: tuple[ir.Node, ...]
-    transposed: bool
+    product: Product
     module: str
     guess: str
-    in_features: int
-    out_features: int
+    outputs: int
+    size: int
     start: int = 0
+    first: int = 0
     in_out: bool = False
+    reference: Callable[[], Array] | None = field(default=None, compare=False)
 
     @property
-    def input(self) -> ir.Value:
-        value = self.node.inputs[0]
-        assert value is not None  # _candidate checked it
-        return value
+    def node(self) -> ir.Node:
+        return self.product.node
+
+    @property
+    def weight(self) -> ir.Value:
+        """The initializer."""
+        return self.product.weight.value
+
+    @property
+    def in_features(self) -> int:
+        return self.product.inputs
+
+    @property
+    def dtype(self) -> str:
+        """The type the node computes in."""
+        return self.product.dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the product computes this module alone."""
+        return self.outputs == self.product.outputs
 
     @property
     def bias(self) -> tuple[ir.Node, int] | None:
         """The node and input position of the bias added to the product, if one is."""
-        if self.node.op_type == "Gemm":
-            return (self.node, 2) if len(self.node.inputs) > 2 and self._is_bias(self.node.inputs[2]) else None
-        output = self.node.outputs[0]
+        node, output = self.node, self.product.output
+        if node.op_type == "Gemm":
+            return (node, 2) if len(node.inputs) > 2 and self._is_bias(node.inputs[2]) else None
         uses = list(output.uses())
         if len(uses) != 1 or output.is_graph_output():
             return None
         add = uses[0].node
-        if add.op_type != "Add" or add.graph is not self.node.graph:
+        if add.op_type != "Add" or add.graph is not node.graph:
             return None
         position = 1 - uses[0].idx
         return (add, position) if self._is_bias(add.inputs[position]) else None
@@ -80,27 +98,16 @@ class Linear:
         initializer, _ = unwrap(value)
         if initializer is None or initializer.shape is None:
             return False
-        return tuple(initializer.shape.numpy()) == (self.values().shape[1],)
+        return tuple(initializer.shape.numpy()) == (self.product.outputs,)
 
     @property
     def adds_more(self) -> bool:
         """Whether a Gemm adds what is no bias: computed, or of another shape."""
         return self.node.op_type == "Gemm" and self.bias is None and len(self.node.inputs) > 2
 
-    def values(self) -> Array:
-        """The node's whole weight `[in, outputs]`, of which the module's is a window."""
-        assert self.weight.const_value is not None
-        stored = self.weight.const_value.numpy()
-        return stored.T if self.transposed else stored
-
     def window(self) -> Array:
-        """The module's own weight `[in, out]`."""
-        return self.values()[:, self.start : self.start + self.out_features]
-
-    @property
-    def dtype(self) -> str:
-        """The type the node computes in: behind a Cast another than the weight's."""
-        return _computed(self.weight, self.wrappers)
+        """The module's own weight `[in, outputs]`."""
+        return self.product.values()[:, self.start : self.start + self.outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +130,9 @@ class Located:
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     """Find the modules behind the nodes.
 
-    With a checkpoint a node's weight must be one of the checkpoint's, value for value, and its name
-    decides between equals. Without, the name alone does: dynamo's scopes, the node's path, the
-    initializer's name.
+    With a checkpoint a node's weight must be one of the checkpoint's (value for value; of a quantised
+    one the nearest), and its name decides between equals. Without, the name alone does: dynamo's
+    scopes, the node's path, the initializer's name.
     """
     found: list[Linear] = []
     strays: list[Stray] = []
@@ -162,14 +169,14 @@ def _possible(guess: str, checkpoint: Checkpoint | None) -> tuple[str, ...]:
 
 def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
     """Of nodes with one module's weight under several names, only those with the module's own name are its."""
-    guesses: dict[str, set[str]] = {}
+    guesses: dict[tuple[str, int], set[str]] = {}
     for linear in linears:
-        guesses.setdefault(linear.module, set()).add(linear.guess)
+        guesses.setdefault((linear.module, linear.first), set()).add(linear.guess)
     kept: list[Linear] = []
     strays: list[Stray] = []
     for linear in linears:
-        several = len(guesses[linear.module]) > 1
-        if not several or linear.out_features != linear.values().shape[1] or _agrees(linear.guess, linear.module):
+        several = len(guesses[linear.module, linear.first]) > 1
+        if not several or not linear.is_whole or _agrees(linear.guess, linear.module):
             kept.append(linear)
         else:
             reason = f"its weight is that of {linear.module}, to which it may only be tied"
@@ -177,83 +184,22 @@ def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
     return kept, strays
 
 
-def unwrap(value: ir.Value | None) -> tuple[ir.Value | None, tuple[ir.Node, ...]]:
-    """The initializer behind Transpose, Cast and Identity nodes, and those nodes; or None."""
-    wrappers: list[ir.Node] = []
-    while value is not None and (node := value.producer()) is not None and node.op_type in _WRAPPERS:
-        wrappers.append(node)
-        value = node.inputs[0]
-    constant = value is not None and value.is_initializer() and not value.is_graph_input()
-    return (value if constant else None), tuple(wrappers)
-
-
 def _candidate(node: ir.Node) -> Linear | Stray | None:
     """A linear node by its form alone (named by its best guess), one that has no place, or None."""
-    plain = node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx") and len(node.inputs) > 1
-    if not plain:
-        weights = [value for value in node.inputs if _rank(unwrap(value)[0]) not in (None, 0, 1)]
-        if weights and _WEIGHTED.fullmatch(node.op_type):
-            guess = _name(node, unwrap(weights[0])[0])
-            return Stray(label_of(node), f"{node.op_type} gets no point yet", _possible(guess, None))
+    product = product_of(node)
+    if isinstance(product, Product):
+        guess = _name(node, product.weight.value)
+        # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
+        plain = node.op_type == "Gemm" and not product.transposed
+        in_out = plain and product.weight.value.name == f"{guess}.weight"
+        return Linear(product, guess, guess, product.outputs, product.outputs, in_out=in_out)
+    if isinstance(product, Unfit):
+        return Stray(label_of(node), product.reason, _possible(_name(node, product.weight), None))
+    weights = [value for value in node.inputs if axes_of(unwrap(value)[0]) not in (None, 0, 1)]
+    if node.op_type in ("MatMul", "Gemm") or not weights or not _WEIGHTED.fullmatch(node.op_type):
         return None
-    weight, wrappers = unwrap(node.inputs[1])
-    maker = None if node.inputs[1] is None else node.inputs[1].producer()
-    if weight is None and maker is not None and "Dequantize" in maker.op_type:
-        quantised, _ = unwrap(maker.inputs[0])
-        return Stray(
-            label_of(node), "its weight is quantised, and gets no point yet", _possible(_name(node, quantised), None)
-        )
-    if weight is None:
-        left, _ = unwrap(node.inputs[0])
-        if _rank(left) != 2:
-            return None
-        return Stray(label_of(node), "the weight is the left factor", _possible(_name(node, left), None))
-    guess = _name(node, weight)
-    if (reason := _unfit(node, weight, wrappers)) is not None:
-        return Stray(label_of(node), reason, _possible(guess, None))
-    transposes = sum(_swaps(wrapper) for wrapper in wrappers) + node.attributes.get_int("transB", 0)
-    transposed = bool(transposes % 2)
-    assert weight.shape is not None
-    rows, columns = (int(size) for size in weight.shape.numpy())
-    inputs, outputs = (columns, rows) if transposed else (rows, columns)
-    # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
-    in_out = weight.name == f"{guess}.weight" and not transposed and node.op_type == "Gemm"
-    return Linear(node, weight, wrappers, transposed, guess, guess, inputs, outputs, in_out=in_out)
-
-
-def _unfit(node: ir.Node, weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str | None:
-    """Why a product with a constant is no linear module, or None."""
-    if _rank(weight) != 2 or weight.shape is None:
-        return f"the weight has {_rank(weight)} axes, not 2"
-    if 0 in weight.shape.numpy():
-        return "the weight is empty"
-    stored = "of unknown type" if weight.dtype is None else weight.dtype.name
-    if stored not in _FLOATS:
-        return f"the weight is {stored}, not one of {', '.join(FLOAT_TYPES)}"
-    casts = [ir.DataType(wrapper.attributes.get_int("to")) for wrapper in wrappers if wrapper.op_type == "Cast"]
-    if odd := [kind.name for kind in casts if kind.name not in _FLOATS]:
-        return f"the weight is cast to {odd[0]}, not one of {', '.join(FLOAT_TYPES)}"
-    if node.op_type != "Gemm":
-        return None
-    if node.attributes.get_int("transA", 0) or node.attributes.get_float("alpha", 1.0) != 1.0:
-        return "a Gemm with transA or alpha is no linear module"
-    return None if node.attributes.get_float("beta", 1.0) == 1.0 else "a Gemm with beta is no linear module"
-
-
-def _swaps(wrapper: ir.Node) -> bool:
-    """Whether it turns `[in, out]` into `[out, in]`. Without `perm` a Transpose reverses the axes."""
-    return wrapper.op_type == "Transpose" and list(wrapper.attributes.get_ints("perm", [1, 0])) == [1, 0]
-
-
-def _computed(weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str:
-    for wrapper in wrappers:
-        if wrapper.op_type == "Cast":
-            return ir.DataType(wrapper.attributes.get_int("to")).numpy().name
-    return weight.dtype.numpy().name if weight.dtype is not None else "unknown"
-
-
-def _rank(value: ir.Value | None) -> int | None:
-    return None if value is None or value.shape is None else value.shape.rank()
+    guess = _name(node, unwrap(weights[0])[0])
+    return Stray(label_of(node), f"{node.op_type} gets no point yet", _possible(guess, None))
 
 
 def label_of(node: ir.Node) -> str:
@@ -297,20 +243,24 @@ def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:
 
 def same_weight(one: Linear, other: Linear) -> bool:
     """Whether two nodes multiply with the same values for their module."""
-    if one.weight is other.weight and (one.transposed, one.start) == (other.transposed, other.start):
-        return one.out_features == other.out_features
+    if one.weight is other.weight and (one.product.transposed, one.start) == (other.product.transposed, other.start):
+        return one.outputs == other.outputs
     return np.array_equal(one.window(), other.window())
 
 
 def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
-    """Modules of the checkpoint that are embeddings: their weight is looked up by a Gather."""
+    """Modules of the checkpoint that are embeddings: their weight is looked up by a Gather, or is the one a
+    quantised Gather shares with a product."""
     tables: dict[str, ir.Value] = {}
+    names: set[str] = set()
     for node in graph:
         if node.op_type == "Gather":
             table, _ = unwrap(node.inputs[0])
-            if table is not None and _rank(table) == 2 and table.const_value is not None and table.name:
+            if table is not None and axes_of(table) == 2 and table.const_value is not None and table.name:
                 tables[table.name] = table
-    names: set[str] = set()
+        product = product_of(node)
+        if isinstance(product, Product) and product.quantised is not None and _is_looked_up(product.weight):
+            names.update(match.module for way in checkpoint.find(product.values(), exact=False) for match in way)
     for table in tables.values():
         assert table.const_value is not None
         values = table.const_value.numpy()
@@ -319,14 +269,22 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(names)
 
 
+def _is_looked_up(weight: Operand) -> bool:
+    """Whether a quantised Gather reads a weight, as it is or reshaped."""
+    users = [use.node for use in weight.value.uses()]
+    users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
+    return any(node.op_type == "GatherBlockQuantized" for node in users)
+
+
 def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str:
     """The checkpoint's modules that this node computes, or why that cannot be said."""
-    ways = checkpoint.find(np.asarray(linear.values()))
+    weight, exact = np.asarray(linear.product.values()), linear.product.quantised is None
+    ways = checkpoint.find(weight, exact=exact) or checkpoint.find_piece(weight, linear.guess, exact=exact)
     own = [way for way in ways if not (len(way) == 1 and way[0].module in embedded)]
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:
             # A head tied to the embeddings: the checkpoint has its values under the other name.
-            return [linear]
+            return [replace(linear, reference=ways[0][0].read)]
         if linear.module in checkpoint.modules:
             return f"its weight is not the checkpoint's {linear.module}.weight"
         return "no weight of the checkpoint equals its weight"
@@ -354,4 +312,13 @@ def _agrees(guess: str, module: str) -> bool:
 
 
 def _placed(linear: Linear, match: Match) -> Linear:
-    return replace(linear, module=match.module, start=match.start, out_features=match.outputs, in_out=match.in_out)
+    return replace(
+        linear,
+        module=match.module,
+        outputs=match.outputs,
+        start=match.start,
+        first=match.first,
+        size=match.size,
+        in_out=match.in_out,
+        reference=match.read,
+    )

@@ -6,13 +6,13 @@ bytes, so that changing the one never changes the other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from onnx_lora.exporter.expose import Exposure
-from onnx_lora.exporter.locate import unwrap
+from onnx_lora.exporter.products import Operand, Product, unwrap
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
 
@@ -20,22 +20,45 @@ __all__ = ["own_exposures", "own_weights"]
 
 
 def own_weights(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
-    """The sites, each module's weight in an initializer of its own."""
+    """The sites, each module's weight in initializers of its own."""
     owned: list[Site] = []
     copies: dict[tuple[tuple[str, ...], ir.Value], ir.Value] = {}
     for site in sites:
-        own_nodes = {other.node for other in sites if other.modules == site.modules}
-        first = site.linears[0]
-        if set(_users(first.weight)) <= own_nodes:
-            owned.append(site)
-            continue
-        key = site.modules, first.weight
-        if key not in copies:
-            copies[key] = surgeon.own_copy(first.weight, f"{first.module}.weight")
-        wrappers = _rewire(surgeon, site.node, 1, copies[key], first.wrappers)
-        linears = [replace(linear, weight=copies[key], wrappers=wrappers) for linear in site.linears]
-        owned.append(replace(site, linears=tuple(linears)))
+        nodes = {product.node for other in sites if other.modules == site.modules for product in other.products}
+        products: dict[ir.Node, Product] = {}
+        for product in site.products:
+            shared = [
+                operand for operand in product.operands if not set(_users(operand.value)) <= {*nodes, operand.node}
+            ]
+            for operand in shared:
+                if (site.modules, operand.value) not in copies:
+                    name = f"{site.modules[0]}.{'weight' if operand is product.weight else operand.value.name}"
+                    copies[site.modules, operand.value] = surgeon.own_copy(operand.value, name)
+            mine = {operand.value: copies[site.modules, operand.value] for operand in shared}
+            products[product.node] = _reading(surgeon, product, mine)
+        linears = tuple(replace(linear, product=products[linear.node]) for linear in site.linears)
+        owned.append(replace(site, linears=linears))
     return owned
+
+
+def _reading(surgeon: Surgeon, product: Product, mine: Mapping[ir.Value, ir.Value]) -> Product:
+    """The product, with initializers of `mine` in the place of its own."""
+    if not mine:
+        return product
+    moved = _rewire(surgeon, product.node, 1, mine, product.path)
+    for operand in product.operands:
+        if operand.node not in product.path and operand.value in mine:
+            operand.node.replace_input_with(operand.position, mine[operand.value])
+
+    def own(operand: Operand) -> Operand:
+        return replace(operand, value=mine.get(operand.value, operand.value))
+
+    quantised = product.quantised
+    if quantised is not None:
+        zero = quantised.zero_point
+        quantised = replace(quantised, scale=own(quantised.scale), zero_point=None if zero is None else own(zero))
+    wrappers = tuple(moved[wrapper] for wrapper in product.wrappers if wrapper in moved)
+    return replace(product, weight=own(product.weight), quantised=quantised, wrappers=wrappers)
 
 
 def own_exposures(surgeon: Surgeon, exposures: Sequence[Exposure], sites: Sequence[Site]) -> list[Exposure]:
@@ -61,7 +84,7 @@ def _own_bias(surgeon: Surgeon, exposure: Exposure, site: Site) -> ir.Value:
     if set(_users(initializer)) <= {node}:
         return initializer
     copy = surgeon.own_copy(initializer, exposure.name)
-    _rewire(surgeon, node, position, copy, wrappers)
+    _rewire(surgeon, node, position, {initializer: copy}, wrappers)
     return copy
 
 
@@ -82,34 +105,42 @@ def _own_value(surgeon: Surgeon, exposure: Exposure) -> ir.Value:
 
 
 def _rewire(
-    surgeon: Surgeon, node: ir.Node, position: int, initializer: ir.Value, wrappers: Sequence[ir.Node]
-) -> tuple[ir.Node, ...]:
-    """Let `node` read `initializer` through copies of its `wrappers` (nearest first; Identity left out)."""
-    value = initializer
-    copies: list[ir.Node] = []
-    previous = node.inputs[position]
-    for wrapper in reversed(wrappers):
-        if wrapper.op_type == "Identity":
-            continue
-        surgeon.insert_after(wrapper)
-        attributes = {name: attribute.value for name, attribute in wrapper.attributes.items()}
-        value = surgeon.op(wrapper.op_type, value, name=f"{initializer.name}.{wrapper.op_type}", **attributes)
-        producer = value.producer()
+    surgeon: Surgeon, node: ir.Node, position: int, mine: Mapping[ir.Value, ir.Value], path: Collection[ir.Node]
+) -> dict[ir.Node, ir.Node]:
+    """Let `node` read the initializers of `mine` through copies of the nodes of its `path` (Identity left
+    out); gives the copies."""
+    copies: dict[ir.Node, ir.Node] = {}
+
+    def copied(value: ir.Value) -> ir.Value:
+        maker = value.producer()
+        if value in mine or maker is None or maker not in path:
+            return mine.get(value, value)
+        inputs = [copied(source) for source in maker.inputs if source is not None]
+        if maker.op_type == "Identity":
+            return inputs[0]
+        attributes = {name: attribute.value for name, attribute in maker.attributes.items()}
+        surgeon.insert_before(node)
+        copy = surgeon.op(maker.op_type, *inputs, name=f"{inputs[0].name}.{maker.op_type}", **attributes)
+        producer = copy.producer()
         assert producer is not None
-        copies.insert(0, producer)
-    node.replace_input_with(position, value)
-    if previous is not None and (old := previous.producer()) is not None:
+        copies[maker] = producer
+        return copy
+
+    previous = node.inputs[position]
+    assert previous is not None  # what is rewired is there
+    node.replace_input_with(position, copied(previous))
+    if (old := previous.producer()) is not None:
         surgeon.drop_dead(old)
-    return tuple(copies)
+    return copies
 
 
 def _users(value: ir.Value) -> Iterator[ir.Node | None]:
-    """The nodes that compute with an initializer, looking through its wrappers; None for the graph's caller,
-    who gets it, or what a wrapper made of it, as an output."""
+    """The nodes that compute with an initializer, looking through its wrappers and dequantisation; None for
+    the graph's caller, who gets it, or what a wrapper made of it, as an output."""
     if value.is_graph_output():
         yield None
     for use in value.uses():
-        if use.node.op_type in ("Cast", "Identity", "Transpose"):
+        if use.node.op_type in ("Cast", "DequantizeLinear", "Identity", "Transpose"):
             yield from _users(use.node.outputs[0])
         else:
             yield use.node

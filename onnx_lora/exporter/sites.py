@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.axes import Form, Shapes
 from onnx_lora.exporter.locate import Linear, Located, Stray, label_of, same_weight
+from onnx_lora.exporter.products import Product
 
 __all__ = ["Placement", "Site", "Sites", "settle"]
 
@@ -25,11 +26,10 @@ class Placement:
     source_rank: int = 0  # the number of axes of that Reshape's input
 
     @staticmethod
-    def of(node: ir.Node, shapes: Shapes) -> Placement | None:
+    def of(product: Product, shapes: Shapes) -> Placement | None:
         """None: the number of axes is unknown, or less than two."""
-        value = node.inputs[0]
-        assert value is not None  # a product has factors
-        rank = 2 if node.op_type == "Gemm" else shapes.rank(value)
+        value = product.source
+        rank = 2 if product.node.op_type == "Gemm" else shapes.rank(value)
         if rank is None or rank < 2:
             return None
         form = shapes.form(value)
@@ -45,47 +45,81 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One node and the modules it computes, side by side in the order of their outputs."""
+    """A place in a graph: products of one activation, and the modules they compute. Side by side, the products'
+    outputs are the modules' outputs: one product with one module, or with several (packed), or several with one
+    (cut up)."""
 
     linears: tuple[Linear, ...]
     placement: Placement
 
     @property
     def node(self) -> ir.Node:
+        """The first product's."""
         return self.linears[0].node
 
     @property
+    def products(self) -> tuple[Product, ...]:
+        by_node = {linear.node: linear.product for linear in self.linears}
+        return tuple(by_node.values())
+
+    @property
     def input(self) -> ir.Value:
-        return self.linears[0].input
+        return self.linears[0].product.source
+
+    @property
+    def label(self) -> str:
+        """What new nodes are called after."""
+        return self.modules[0] if len(self.modules) == 1 else self.node.name or self.modules[0]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(linear.module for linear in self.linears)
+        return tuple(dict.fromkeys(linear.module for linear in self.linears))
 
 
 @dataclass(frozen=True, slots=True)
 class Sites:
-    """What one graph offers: nodes that can get a branch, and those that cannot, with the reason."""
+    """What one graph offers: places that can get a branch, and nodes that cannot, with the reason."""
 
     sites: tuple[Site, ...]
     strays: tuple[Stray, ...]
 
     @staticmethod
     def of(located: Located, shapes: Shapes) -> Sites:
-        by_node: dict[ir.Node, list[Linear]] = {}
-        for linear in located.linears:
-            by_node.setdefault(linear.node, []).append(linear)
         sites: list[Site] = []
         strays = list(located.strays)
-        for node, linears in by_node.items():
-            ordered = tuple(sorted(linears, key=lambda linear: linear.start))
-            placement = Placement.of(node, shapes)
+        places, cut = _places(located.linears)
+        strays += cut
+        for linears in places:
+            placement = Placement.of(linears[0].product, shapes)
             if placement is None:
                 reason = "its input must have at least two axes, and how many it has cannot be told"
-                strays.append(Stray(label_of(node), reason, tuple(linear.module for linear in ordered)))
+                modules = tuple(linear.module for linear in linears)
+                strays += [Stray(label_of(linear.node), reason, modules) for linear in linears]
             else:
-                sites.append(Site(ordered, placement))
+                sites.append(Site(tuple(linears), placement))
         return Sites(tuple(sites), tuple(strays))
+
+
+def _places(linears: Sequence[Linear]) -> tuple[list[list[Linear]], list[Stray]]:
+    """Linears of one node together, and pieces of one module together; strays where pieces are missing."""
+    by_node: dict[ir.Node, list[Linear]] = {}
+    for linear in linears:
+        by_node.setdefault(linear.node, []).append(linear)
+    places: dict[object, list[Linear]] = {}
+    for node, own in by_node.items():
+        cut = any(linear.outputs < linear.size for linear in own)
+        places.setdefault((own[0].module, own[0].product.source) if cut else node, []).extend(own)
+    complete: list[list[Linear]] = []
+    strays: list[Stray] = []
+    for found in places.values():
+        found.sort(key=lambda linear: (linear.start, linear.first))
+        pieces = [(linear.first, linear.first + linear.outputs) for linear in found if linear.outputs < linear.size]
+        if [0, *(end for _, end in pieces)] == [*(begin for begin, _ in pieces), found[0].size] or not pieces:
+            complete.append(found)
+        else:
+            reason = f"it computes some outputs of {found[0].module}; the others are not computed from the same input"
+            strays += [Stray(label_of(linear.node), reason, (linear.module,)) for linear in found]
+    return complete, strays
 
 
 def settle(graphs: Sequence[Sites]) -> list[Sites]:
@@ -108,10 +142,10 @@ def settle(graphs: Sequence[Sites]) -> list[Sites]:
 
 def _unlike(graphs: Sequence[Sites]) -> dict[str, str]:
     """Modules that are not the same at all of their nodes: a name shared by accident."""
-    first: dict[str, Linear] = {}
+    first: dict[tuple[str, int], Linear] = {}
     lost: dict[str, str] = {}
     for linear in (linear for graph in graphs for site in graph.sites for linear in site.linears):
-        known = first.setdefault(linear.module, linear)
+        known = first.setdefault((linear.module, linear.first), linear)
         if linear.dtype != known.dtype or not same_weight(known, linear):
             lost[linear.module] = "its nodes hold different weights"
     return lost

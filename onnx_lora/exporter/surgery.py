@@ -23,20 +23,36 @@ class Surgeon:
         self._names = {value.name for value in _values(model.graph)} | {node.name for node in model.graph}
         self._constants: dict[tuple[int, ...], ir.Value] = {}
         self._after: ir.Node | None = None
+        self._before: ir.Node | None = None
 
     def insert_after(self, node: ir.Node) -> None:
         """Where the next nodes go."""
-        self._after = node
+        self._after, self._before = node, None
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Where the next nodes go: the first right before `node`."""
+        self._after = None
+        self._before = node
 
     def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: int | Sequence[int]) -> ir.Value:
         """Add a node with one output, and return it."""
-        name = self._free(name)
-        output = ir.Value(name=self._free(f"{name}.out"))
-        node = ir.node(kind, list(inputs), attributes, outputs=[output], name=name)
-        assert self._after is not None
-        self.graph.insert_after(self._after, node)
-        self._after = node
+        (output,) = self.ops(kind, *inputs, name=name, outputs=1, **attributes)
         return output
+
+    def ops(
+        self, kind: str, *inputs: ir.Value, name: str, outputs: int, **attributes: int | Sequence[int]
+    ) -> list[ir.Value]:
+        """Add a node with several outputs, and return them."""
+        name = self._free(name)
+        made = [ir.Value(name=self._free(f"{name}.out")) for _ in range(outputs)]
+        node = ir.node(kind, list(inputs), attributes, outputs=made, name=name)
+        if self._before is not None:
+            self.graph.insert_before(self._before, node)
+        else:
+            assert self._after is not None
+            self.graph.insert_after(self._after, node)
+            self._after = node
+        return made
 
     def unsqueeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
         """Since opset 13 the axes are an input."""
@@ -44,6 +60,14 @@ class Surgeon:
 
     def squeeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
         return self._with_axes("Squeeze", value, axes, name)
+
+    def split(self, value: ir.Value, sizes: ir.Value, count: int, *, name: str) -> list[ir.Value]:
+        """Cut the last axis into `count` pieces of the given sizes. Since opset 13 they are an input."""
+        if self._opset < 13:
+            assert sizes.const_value is not None
+            pieces = [int(size) for size in sizes.const_value.numpy()]
+            return self.ops("Split", value, name=name, outputs=count, axis=-1, split=pieces)
+        return self.ops("Split", value, sizes, name=name, outputs=count, axis=-1)
 
     def _with_axes(self, kind: str, value: ir.Value, axes: Sequence[int], name: str) -> ir.Value:
         if self._opset < 13:

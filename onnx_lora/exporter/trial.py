@@ -49,15 +49,17 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_graph(file: Path) -> Any:
-    """A plain session on the CPU.
+def open_graph(file: Path, model: bytes | None = None) -> Any:
+    """A plain session on the CPU. `model` is opened in the place of `file`, whose weights it reads.
 
     Raises MissingDependencyError: no onnxruntime. ExportError: it cannot open the file.
     """
     options = _onnxruntime().SessionOptions()
     options.log_severity_level = 4  # its errors come back as exceptions
+    if model is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     with _translated(file):
-        return _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return _onnxruntime().InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:

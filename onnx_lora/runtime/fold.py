@@ -7,12 +7,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo, Package
-from onnx_lora.points import Array
+from onnx_lora.points import NIBBLES, Array
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime._ort import CPU, Options, Providers, ort, own_options, start
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
-from onnx_lora.runtime.merge import edits, folded
+from onnx_lora.runtime.merge import edits
+from onnx_lora.runtime.requantize import Requantize, merged
 
 __all__ = ["Progress", "fold"]
 
@@ -39,20 +41,21 @@ def fold(
     providers: Providers | None = None,
     provider_options: Sequence[dict[Any, Any]] | None = None,
     sess_options: Any = None,
+    requantize: Requantize | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """An ordinary `onnxruntime.InferenceSession` with an adapter, or a blend, in its weights.
 
     `adapter`: a path, an Adapter or a BoundAdapter; or several with weights, as a mapping or as
     `(adapter, weight)` pairs. `sess_options` is copied, and may be used again; custom operators
-    registered with it do not come along.
+    registered with it do not come along. `requantize`: leave to fold into quantised weights.
 
     Raises AdapterError: it cannot be read, or does not fit. SelectionError: the blend cannot be had.
     PackageError: the package is broken, or has no such graph.
     """
     whole = opened(package)
     info = whole.graph(graph)
-    values = _folded(info, mixed(adapter, whole), whole, progress or (lambda *_: None))
+    values = _folded(info, mixed(adapter, whole), whole, requantize, progress or (lambda *_: None))
     options = own_options(sess_options)
     if values:
         kept = CPU.values(values)
@@ -70,12 +73,20 @@ def fold(
     return start(model or path, Options(providers, provider_options, options), path=path, kind=session)
 
 
-def _folded(info: GraphInfo, tensors: Mapping[str, Array], package: Package, progress: Progress) -> dict[str, Array]:
+def _folded(
+    info: GraphInfo,
+    tensors: Mapping[str, Array],
+    package: Package,
+    requantize: Requantize | None,
+    progress: Progress,
+) -> dict[str, Array]:
     todo = edits(info, tensors)
     progress(0, len(todo))
-    values = {}
+    values: dict[str, Array] = {}
     for done, edit in enumerate(todo, start=1):
-        values[edit.initializer] = folded(edit, package)
+        if small := [name for name, stored in edit.tensors.items() if stored.dtype in NIBBLES]:
+            raise BindError(f"{small[0]}: ONNX Runtime takes no 4-bit values from memory; use fold_to")
+        values.update(merged(edit, package, requantize))
         progress(done, len(todo))
     return values
 

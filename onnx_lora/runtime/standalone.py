@@ -17,11 +17,12 @@ import numpy as np
 
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
-from onnx_lora.points import Array
+from onnx_lora.points import NIBBLES, Array
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
 from onnx_lora.runtime.fold import Progress
-from onnx_lora.runtime.merge import Edit, edits, folded
+from onnx_lora.runtime.merge import Edit, edits
+from onnx_lora.runtime.requantize import Requantize, merged
 
 __all__ = ["fold_to"]
 
@@ -64,12 +65,14 @@ def fold_to(
     out: str | os.PathLike[str],
     *,
     graph: str | None = None,
+    requantize: Requantize | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write `out`: a model folder with the adapter, or a blend, in its weights. Returns `out`.
 
     One graph becomes `model.onnx`; a package with several keeps their names. The weights lie in
-    `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter` as for `fold`.
+    `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter` and
+    `requantize` as for `fold`.
 
     Raises AdapterError, SelectionError, PackageError: as `fold`. OutputExistsError: `out` exists.
     StorageError: it cannot be written. MissingDependencyError: no `onnx`.
@@ -79,13 +82,14 @@ def fold_to(
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
     tensors = mixed(adapter, whole)
-    plans = [(info, {edit.initializer: edit for edit in edits(info, tensors)}) for info in infos]
+    plans = [(info, {name: edit for edit in edits(info, tensors) for name in edit.tensors}) for info in infos]
     step = _stepper(progress, sum(len(plan) for _, plan in plans))
     with staged(out) as folder:
         with (folder / _DATA).open("wb") as file:
             data = _Data(file)
             for info, plan in plans:
-                _write(info, plan, whole, folder / (_MODEL if len(infos) == 1 else info.file), data, step)
+                values = _Values(plan, whole, requantize)
+                _write(info, values, whole, folder / (_MODEL if len(infos) == 1 else info.file), data, step)
         _copy_companions(whole, folder)
         _fix_labels([edit for _, plan in plans for edit in plan.values()], folder / "config.json", whole.path)
     return Path(out)
@@ -104,9 +108,25 @@ def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
     return step
 
 
+@dataclass
+class _Values:
+    """New values by initializer, computed when the first of an edit's is asked for and dropped with its last."""
+
+    plan: Mapping[str, Edit]
+    package: Package
+    requantize: Requantize | None
+    waiting: dict[str, Array] = field(default_factory=dict)
+
+    def take(self, name: str) -> Array:
+        if name not in self.waiting:
+            self.waiting.update(merged(self.plan[name], self.package, self.requantize))
+        return self.waiting.pop(name)
+
+
 def _write(
-    info: GraphInfo, plan: Mapping[str, Edit], package: Package, target: Path, data: _Data, step: Callable[[], None]
+    info: GraphInfo, new: _Values, package: Package, target: Path, data: _Data, step: Callable[[], None]
 ) -> None:
+    plan = new.plan
     source = package.path / info.base_file
     model = _onnx.load(source)
     outside = _onnx.externals(model, source)
@@ -117,9 +137,11 @@ def _write(
         if edit is None:
             place = _copy(external, package, data)
         else:
-            values = folded(edit, package)
-            place = data.put(edit.key, values.nbytes, _writer(values))
-            if values.shape != edit.stored.shape:
+            values = new.take(external.name)
+            stored = edit.tensors[external.name]
+            data_values = _nibbles(values) if stored.dtype in NIBBLES else values
+            place = data.put((edit.key, stored), data_values.nbytes, _writer(data_values))
+            if values.shape != stored.shape:
                 shapes[external.name] = values.shape
             step()
         _onnx.place(external, _DATA, *place)
@@ -134,8 +156,8 @@ def _check_places(plan: Mapping[str, Edit], outside: Sequence[_onnx.External], s
         for external in outside
     }
     wanted = {
-        name: _place(edit.stored.file, edit.stored.offset, edit.stored.size, edit.stored.shape)
-        for name, edit in plan.items()
+        name: _place(stored.file, stored.offset, stored.size, stored.shape)
+        for name, stored in ((name, edit.tensors[name]) for name, edit in plan.items())
     }
     if wrong := sorted(name for name in wanted if places.get(name) != wanted[name]):
         raise PackageError(
@@ -147,6 +169,13 @@ def _check_places(plan: Mapping[str, Edit], outside: Sequence[_onnx.External], s
 
 def _place(file: str, offset: int, length: int, shape: Sequence[int]) -> str:
     return f"{list(shape)} in {length} bytes from {offset} of {file}"
+
+
+def _nibbles(values: Array) -> Array:
+    """Two numbers in a byte, the first in its low bits."""
+    flat = np.append(values.reshape(-1), np.zeros(values.size % 2, values.dtype)).astype(np.uint8) & 15
+    packed: Array = flat[::2] | (flat[1::2] << 4)
+    return packed
 
 
 def _writer(values: Array) -> Callable[[IO[bytes]], None]:

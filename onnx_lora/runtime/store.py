@@ -13,12 +13,12 @@ import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, blend, stack_rows
 from onnx_lora.errors import SelectionError
-from onnx_lora.package import Package
+from onnx_lora.package import GraphInfo, Package
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
 from onnx_lora.runtime.selection import Selection, unknown
 
-__all__ = ["Loaded", "Store", "Values"]
+__all__ = ["Key", "Loaded", "Store", "Values", "key_of"]
 
 # OrtValues by graph input name.
 Values: TypeAlias = Mapping[str, Any]
@@ -35,7 +35,7 @@ class Loaded:
 
 # Per row, the adapters and their weights. Holding the adapters keeps their identity from being given
 # to another one while an entry lives.
-_Key: TypeAlias = tuple[tuple[tuple[Loaded, float], ...], ...]
+Key: TypeAlias = tuple[tuple[tuple[Loaded, float], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class _Entry:
 class Store:
     """Adapters by name, safe to use from many threads: readers never wait for loading or composing."""
 
-    def __init__(self, package: Package, inputs: frozenset[str], device: Device, limit: int) -> None:
-        """`inputs`: the adapter inputs of the session's graph. `limit`: bytes of composed tensors kept."""
+    def __init__(self, package: Package, graph: GraphInfo, device: Device, limit: int) -> None:
+        """`graph`: the session's. `limit`: bytes of composed tensors kept."""
         self._package = package
-        self._inputs = inputs
+        self._graph = graph
         self._device = device
         self._limit = limit
         self._lock = Lock()
         # Never changed, only exchanged: whoever holds it sees the same adapters until it is done.
         self._loaded: Mapping[str, Loaded] = {}
-        self._composed: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._composed: OrderedDict[Key, _Entry] = OrderedDict()
         self._size = 0
 
     @property
@@ -66,8 +66,8 @@ class Store:
 
     def add(self, name: str, bound: BoundAdapter) -> None:
         """Put a bound adapter on the device. Raises SelectionError: the name is taken."""
-        part = _restricted(bound, name, self._inputs)
-        loaded = Loaded(bound, part, self._device.values(part.tensors))
+        part = _restricted(bound, name, self._graph)
+        loaded = Loaded(bound, part, self._device.values(self._graph.inputs(part.tensors)))
         with self._lock:
             self.check_free(name)
             self._loaded = {**self._loaded, name: loaded}
@@ -91,7 +91,7 @@ class Store:
 
         Raises SelectionError: its parts cannot be composed.
         """
-        key: _Key = tuple(tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices)
+        key: Key = key_of(selection, loaded)
         if len(key) == 1 and not key[0]:
             return {}
         if len(key) == 1 and _is_plain(key[0]):
@@ -103,16 +103,17 @@ class Store:
                 return entry.values
         return self._compose(key)
 
-    def _compose(self, key: _Key) -> Values:
+    def _compose(self, key: Key) -> Values:
         # Outside the lock: two threads may do the same work once, and none waits for another's.
         rows = {choice: _blend(choice) for choice in dict.fromkeys(key)}
         tensors = rows[key[0]] if len(key) == 1 else stack_rows([rows[choice] for choice in key], self._package)
-        entry = _Entry(self._device.values(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+        inputs = self._graph.inputs(tensors)
+        entry = _Entry(self._device.values(inputs), sum(value.nbytes for value in inputs.values()))
         if entry.size <= self._limit:
             self._keep(key, entry)
         return entry.values
 
-    def _keep(self, key: _Key, entry: _Entry) -> None:
+    def _keep(self, key: Key, entry: _Entry) -> None:
         with self._lock:
             alive = set(self._loaded.values())
             # An adapter unloaded meanwhile must not come back to life in here.
@@ -122,6 +123,11 @@ class Store:
             self._size += entry.size
             while self._size > self._limit:
                 self._size -= self._composed.popitem(last=False)[1].size
+
+
+def key_of(selection: Selection, loaded: Mapping[str, Loaded]) -> Key:
+    """What a selection made from the snapshot `loaded` stands for, names left behind."""
+    return tuple(tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices)
 
 
 def _blend(choice: tuple[tuple[Loaded, float], ...]) -> Mapping[str, Array]:
@@ -137,13 +143,15 @@ def _is_plain(choice: tuple[tuple[Loaded, float], ...]) -> bool:
     return len(choice) == 1 and choice[0][1] == 1.0
 
 
-def _uses(key: _Key, loaded: Loaded) -> bool:
+def _uses(key: Key, loaded: Loaded) -> bool:
     return any(part is loaded for choice in key for part, _ in choice)
 
 
-def _restricted(bound: BoundAdapter, name: str, inputs: frozenset[str]) -> BoundAdapter:
-    """What of an adapter concerns a graph with these inputs, under the name it is loaded as."""
-    tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in inputs}
+def _restricted(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapter:
+    """What of an adapter concerns a graph, under the name it is loaded as."""
+    names = {name for point in graph.points for name in (point.lora_a, point.lora_b)}
+    names |= {weight.name for weight in graph.replaceable}
+    tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in names}
     coverage = replace(
         bound.coverage,
         applied=tuple(module for module in bound.coverage.applied if f"{module}.lora_A.weight" in tensors),

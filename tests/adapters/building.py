@@ -12,8 +12,8 @@ import safetensors.numpy
 
 from onnx_lora import Adapter, BoundAdapter, Package, bind
 from onnx_lora.adapters import Delta, Origin, Replacement
-from onnx_lora.package import MANIFEST, GraphInfo, Manifest, Unplaced
-from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
+from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
 
 BASE_CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -67,7 +67,7 @@ class PackageBuilder:
     def _store(self, name: str, values: Array) -> WeightPart:
         stored = StoredTensor("weights.bin", len(self.data), values.shape, values.dtype.name)
         self.data += np.ascontiguousarray(values).tobytes()
-        return WeightPart(name, stored)
+        return WeightPart(name, stored, outputs=values.shape[-1])
 
     def point(self, module: str, inputs: int, outputs: int, *, per_row: bool = True) -> PackageBuilder:
         weight = numbers(outputs, inputs, seed=len(self.points) + 50, dtype=self.dtype)
@@ -108,13 +108,14 @@ class PackageBuilder:
             "model.onnx",
             "base.onnx",
             tuple(self.points),
+            tuple(Branch((point.module,)) for point in self.points),
             tuple(self.replaceable),
             self.untargeted,
             self.unplaced,
         )
         for name, data in (("model.onnx", b"x"), ("base.onnx", b"x"), ("weights.bin", self.data or b"x")):
             (self.folder / name).write_bytes(data)
-        (self.folder / MANIFEST).write_text(Manifest(1, "test", {}, (graph,)).to_json())
+        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", {}, (graph,)).to_json())
         return Package.open(self.folder)
 
 

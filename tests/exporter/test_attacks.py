@@ -86,8 +86,7 @@ def _check_inputs(package: Package) -> None:
     """Every graph input that the manifest names is there, and some node uses it."""
     for info in package.manifest.graphs:
         graph = onnx.load(package.path / info.file, load_external_data=False).graph
-        named = {name for point in info.points for name in (point.lora_a, point.lora_b)}
-        named |= {weight.name for weight in info.replaceable}
+        named = info.adapter_inputs
         assert named <= {value.name for value in graph.input}
         assert named <= set(_used(graph))
 

@@ -113,12 +113,12 @@ def test_what_torch_cannot_trace_is_an_error_of_ours(tmp_path: Path) -> None:
 
 
 def test_export_verifies_base_adapter_and_rows(checkpoints: Make, tmp_path: Path) -> None:
-    package = export(checkpoints("llama"), tmp_path / "out")
+    package = export(checkpoints("llama"), tmp_path / "out", via="optimum")
     assert package.manifest.source == {
         "made_by": "optimum",
         "from": "llama",
         "task": "text-generation-with-past",
-        "dtype": "fp32",
+        "precision": "fp32",
     }
 
 
@@ -150,7 +150,7 @@ def test_verification_leaves_the_model_as_it_was(net: tuple[Net, Package]) -> No
 
 
 def test_half_precision(checkpoints: Make, tmp_path: Path) -> None:
-    package = export(checkpoints("llama"), tmp_path / "out", dtype="fp16")
+    package = export(checkpoints("llama"), tmp_path / "out", via="optimum", precision="fp16")
     # Optimum's graph keeps some products in float32; their points follow the graph.
     assert {point.dtype for point in package.points.values()} == {"float16", "float32"}
     assert package.points["model.layers.0.self_attn.q_proj"].dtype == "float16"
@@ -170,7 +170,7 @@ def test_a_sentence_transformers_folder_is_its_transformer(checkpoints: Make, tm
     "change, options, message",
     [
         ({}, {"task": "image-classification"}, "image-classification"),
-        ({}, {"dtype": "fp8"}, "dtype must be one of fp32, fp16"),
+        ({}, {"precision": "fp8"}, "precision must be one of fp32, fp16"),
         ({"architectures": ["Mine"]}, {}, "names no class of transformers"),
         ({"model_type": "nobody_knows"}, {}, "nobody_knows"),
     ],

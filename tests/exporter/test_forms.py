@@ -162,7 +162,9 @@ def test_a_packed_projection_has_a_point_per_module(tmp_path: Path) -> None:
     expected = [x @ modules["layer.q_proj"].T, x @ modules["layer.k_proj"].T, x @ modules["layer.v_proj"].T]
     for index, name in ((0, "layer.q_proj"), (2, "layer.v_proj")):
         expected[index] = expected[index] + x @ (feeds[f"{name}.lora_A.weight"][0] @ feeds[f"{name}.lora_B.weight"][0])
-    assert_close(_session(package).run(None, {"x": x, **feeds})[0], np.concatenate(expected, axis=-1))
+    inputs = package.graph().inputs(feeds)
+    assert inputs.keys() == {f"layer.q_proj+k_proj+v_proj.lora_{factor}.weight" for factor in "AB"}
+    assert_close(_session(package).run(None, {"x": x, **inputs})[0], np.concatenate(expected, axis=-1))
 
 
 def test_a_checkpoint_of_another_base_places_nothing(tmp_path: Path) -> None:
@@ -208,18 +210,21 @@ def test_default_rank_one_is_a_zero_column(tmp_path: Path) -> None:
     assert {arg.name: arg.shape for arg in session.get_overridable_initializers()}["m.q.lora_A.weight"][1] == 8
 
 
-def test_a_quantised_weight_is_listed(tmp_path: Path) -> None:
+def test_a_weight_dequantised_by_a_number_that_is_fed_is_listed(tmp_path: Path) -> None:
     nodes = [
+        node("ReduceMean", ["x"], ["scale"], keepdims=0),
         node("DequantizeLinear", ["codes", "scale"], ["w"]),
         node("MatMul", ["x", "w"], ["h"], name="/m/q/MatMul"),
         node("MatMul", ["h", "v"], ["y"], name="/m/p/MatMul"),
     ]
-    weights = {"codes": np.ones((8, 6), np.int8), "scale": np.float32(0.5).reshape(()), "v": random(6, 4)}
+    weights = {"codes": np.ones((8, 6), np.int8), "v": random(6, 4)}
     package = attach(
         save(tmp_path / "m.onnx", nodes, weights, inputs=X3, outputs={"y": ["batch", "seq", 4]}), tmp_path / "out"
     )
     assert list(package.points) == ["m.p"]
-    assert [(entry.node, "quantised" in entry.reason) for entry in package.graph().unplaced] == [("/m/q/MatMul", True)]
+    assert [(entry.node, "not constant" in entry.reason) for entry in package.graph().unplaced] == [
+        ("/m/q/MatMul", True)
+    ]
 
 
 def test_what_has_no_place_is_listed_with_its_reason(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_blocks_cover_the_weight(package, monkeypatch):
 
 def test_a_delta_goes_on_top_of_a_replacement(package):
     stored = package.points["layer.up"].parts[0].stored
-    part = WeightPart("W_up", stored, transposed=True)
+    part = WeightPart("W_up", stored, stored.shape[0], transposed=True)
     weight = Replaceable("layer.up.weight", "linear_weight", stored.shape, "float32", False, True, "", (part,))
     value = np.ones((1, 12, 8), "f")
     a, b = np.full((12, 1), 2, "f"), np.full((1, 8), 3, "f")
@@ -121,7 +121,7 @@ def test_a_replacement_of_another_shape_is_refused(package):
 
 
 def test_a_delta_of_another_shape_than_its_weight_is_refused(package):
-    part = WeightPart("W_up", package.points["layer.up"].parts[0].stored, transposed=True)
+    part = WeightPart("W_up", package.points["layer.up"].parts[0].stored, 8, transposed=True)
     edit = Edit("W_up", part.stored, None, (Low("layer.up", part, np.ones((12, 1), "f"), np.ones((1, 9), "f")),))
     with pytest.raises(BindError, match=r"layer\.up"):
         folded(edit, package)

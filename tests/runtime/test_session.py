@@ -175,7 +175,7 @@ def test_load_returns_the_bound_adapter_with_its_coverage(session):
 def test_a_graph_takes_only_its_own_part_of_an_adapter(tmp_path):
     whole = tiny.make_package(tmp_path / "p", graphs=("one", "two"))
     one, two = whole.manifest.graphs
-    half = replace(one, points=one.points[:2], replaceable=())
+    half = replace(one, points=one.points[:2], branches=one.branches[:2], replaceable=())
     package = Package(whole.path, replace(whole.manifest, graphs=(half, two)))
     both = tiny.adapter("both", 3, labels=4)
     session = AdapterSession(package, graph="one", providers=CPU)
@@ -327,3 +327,19 @@ def test_no_state_is_left_on_disk(package, session):
         "onnx_lora.json",
         "tokenizer.json",
     ]
+
+
+def test_a_separate_base_answers_as_the_graph_with_points(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    together, apart = AdapterSession(package, providers=CPU), AdapterSession(package, providers=CPU, separate_base=True)
+    for session in (together, apart):
+        session.load_adapter("a", tiny.adapter("a", 2))
+    for adapter in (None, "a", {"a": 0.5}, None):
+        assert_close(logits(apart, adapter), logits(together, adapter))
+
+
+def test_a_separate_base_that_is_missing_is_refused(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    (package.path / package.graph().base_file).unlink()
+    with pytest.raises(PackageError):
+        AdapterSession(package, providers=CPU, separate_base=True)

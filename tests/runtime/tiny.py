@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.adapters.model import Coverage, Origin
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
+from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
 
 IN, HALF, HIDDEN, LABELS = 8, 6, 8, 3
 MODULES = {"layer.q": (IN, HALF), "layer.k": (IN, HALF), "layer.up": (2 * HALF, HIDDEN)}
@@ -56,7 +56,9 @@ def make_package(
         file, base_file = ("model.onnx", "base.onnx") if len(graphs) == 1 else (f"{name}.onnx", f"base.{name}.onnx")
         onnx.save(_point_graph(stored, kind, values), folder / file)
         onnx.save(_base_graph(stored, kind), folder / base_file)
-        infos.append(GraphInfo(name, file, base_file, _points(stored, values, per_row), _replaceable(stored, values)))
+        points = _points(stored, values, per_row)
+        branches = tuple(Branch((point.module,)) for point in points)
+        infos.append(GraphInfo(name, file, base_file, points, branches, _replaceable(stored, values)))
     manifest = Manifest(FORMAT_VERSION, "by hand", {}, tuple(infos))
     (folder / MANIFEST).write_text(manifest.to_json())
     (folder / "config.json").write_text(json.dumps({"id2label": {"0": "a"}, "label2id": {"a": 0}, "dim": IN}))
@@ -70,14 +72,14 @@ def _points(
     stored: Mapping[str, StoredTensor], values: Mapping[str, Array], per_row: bool
 ) -> tuple[InjectionPoint, ...]:
     parts = {
-        "layer.q": WeightPart("W_qk", stored["W_qk"]),
-        "layer.k": WeightPart("W_qk", stored["W_qk"], start=HALF),
-        "layer.up": WeightPart("W_up", stored["W_up"], transposed=True),
+        "layer.q": WeightPart("W_qk", stored["W_qk"], HALF),
+        "layer.k": WeightPart("W_qk", stored["W_qk"], HALF, start=HALF),
+        "layer.up": WeightPart("W_up", stored["W_up"], HIDDEN, transposed=True),
     }
     points = []
     for module, part in parts.items():
         width, out = MODULES[module]
-        own = digest(part.window(values[part.initializer], out).T)
+        own = digest(part.window(values[part.initializer]).T)
         points.append(InjectionPoint(module, width, out, part.stored.dtype, per_row, own, (part,)))
     return tuple(points)
 
@@ -86,7 +88,7 @@ def _replaceable(stored: Mapping[str, StoredTensor], values: Mapping[str, Array]
     dtype = str(values["norm"].dtype)
 
     def weight(name: str, role: Any, initializer: str, *, free: bool, transposed: bool = False) -> Replaceable:
-        part = WeightPart(initializer, stored[initializer], transposed)
+        part = WeightPart(initializer, stored[initializer], stored[initializer].shape[0], transposed)
         value = values[initializer]
         rows = role != "whole"
         return Replaceable(name, role, value.shape, dtype, free, rows, digest(value), (part,))

@@ -58,7 +58,7 @@ class Base:
             return export(model, package, example_inputs=(self.example(),), verify=False, **options)
         model.save_pretrained(folder / "checkpoint")
         del model  # the largest has 1.6 GB
-        return export(folder / "checkpoint", package, verify=False, **options)
+        return export(folder / "checkpoint", package, via="optimum", verify=False, **options)
 
     def answers(self, folder: Path, package: Package, change: Callable[[Any], object]) -> list[Answers]:
         """What the model answers before and after `change`, for every graph of its package in `folder`."""

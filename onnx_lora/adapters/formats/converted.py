@@ -1,5 +1,5 @@
 """Bound adapters as files: `.safetensors` with all that is known of them in its metadata, and ONNX
-Runtime's `.onnx_adapter`, which holds tensors and nothing else. Names are the graph's input names."""
+Runtime's `.onnx_adapter`, which holds what a graph is fed and nothing else."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def _write_safetensors(bound: BoundAdapter, path: Path) -> None:
 
 
 def _write_onnx_adapter(bound: BoundAdapter, path: Path, runtime: ModuleType) -> None:
-    # The OrtValues are views of the arrays, which `bound` keeps alive.
-    values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in bound.tensors.items()}
+    # The OrtValues are views of the arrays.
+    inputs = bound.graph_inputs
+    values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
     adapter = runtime.AdapterFormat()
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)

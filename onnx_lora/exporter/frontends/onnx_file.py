@@ -9,6 +9,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, companions_of
+from onnx_lora.exporter.genai_names import GenaiNames
 
 __all__ = ["load_onnx"]
 
@@ -27,7 +28,8 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
         files = [path]
     else:
         raise ModelError("there is no such file", path=path)
-    names = [file.stem for file in files] if len(files) > 1 else ["model"]
+    several = len(files) > 1
+    names = [file.stem if several or _is_named_in_config(file) else "model" for file in files]
     if clash := [name for name in names if name.startswith("base.") or name == "base"]:
         raise ModelError(f"{clash[0]}.onnx has a name that a package gives its base graph; rename it", path=path)
     sources = tuple(Source(name, file) for name, file in zip(names, files, strict=True))
@@ -38,4 +40,13 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
             raise ModelError("a checkpoint must be a folder with .safetensors weights", path=Path(checkpoint))
         weights = Checkpoint.of_folder(Path(checkpoint))
     origin = {"made_by": "attach", "from": path.name}
-    return Loaded(sources, origin, weights, companions_of(folder))
+    genai = GenaiNames.of_folder(folder) if weights is None else None
+    return Loaded(sources, origin, weights, companions_of(folder), names=genai)
+
+
+def _is_named_in_config(file: Path) -> bool:
+    """Whether ONNX Runtime GenAI's config beside it, which goes into the package too, means it by its name."""
+    try:
+        return f'"{file.name}"' in (file.parent / "genai_config.json").read_text("utf-8")
+    except (OSError, ValueError):
+        return False

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.frontends.source import Loaded, Reference, companions_of
-from onnx_lora.exporter.trial import native_failures
+from onnx_lora.exporter.frontends.huggingface import heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -24,45 +20,41 @@ if TYPE_CHECKING:
 
 __all__ = ["export_checkpoint", "load_model", "references"]
 
-_DTYPES = ("fp32", "fp16")
-
 
 def export_checkpoint(
-    model: str | os.PathLike[str], folder: Path, *, task: str | None, dtype: str
+    model: str | os.PathLike[str], folder: Path, *, task: str | None, precision: Precision
 ) -> tuple[Loaded, nn.Module]:
     """Write Optimum's ONNX files of a local folder or a hub id into `folder`.
 
     Raises ModelError: no such checkpoint, or Optimum does not export it for this task. ExportError:
     the exporter failed. MissingDependencyError: torch or optimum-onnx is not installed.
     """
-    if dtype not in _DTYPES:
-        raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, and is {dtype!r}")
-    torch_model, task = load_model(model, task=task, dtype=dtype)
-    with _quiet(), _translated(model, task):
+    torch_model, task = load_model(model, task=task, precision=precision.name)
+    with quiet(), translated(model, _exported(task)):
         from optimum.exporters.onnx import onnx_export_from_model
 
         onnx_export_from_model(torch_model, folder, task=task, no_post_process=True, do_validation=False)
     files = sorted(folder.glob("*.onnx"))
     sources = tuple(Source(file.stem, file) for file in files)
-    checkpoint = Checkpoint.of_module(torch_model, heads=_heads(torch_model))
+    checkpoint = Checkpoint.of_module(torch_model, heads=heads_of(torch_model))
     local = Path(model)
     companions = {file.name: file for file in companions_of(folder)}
     if local.is_dir():
         companions |= {file.name: file for file in companions_of(local) if file.name not in companions}
-    origin = {"made_by": "optimum", "from": local.name if local.is_dir() else str(model), "task": task, "dtype": dtype}
+    origin = {"made_by": "optimum", "from": name_of(model), "task": task, "precision": precision.name}
     return Loaded(sources, origin, checkpoint, tuple(companions.values()), folder), torch_model
 
 
-def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = "fp32") -> tuple[nn.Module, str]:
+def load_model(model: str | os.PathLike[str], *, task: str | None, precision: str = "fp32") -> tuple[nn.Module, str]:
     """The torch model that Optimum would export, and the task it would export it for.
 
     Decoders get their cache ("-with-past") unless `task` says otherwise.
     """
-    with _translated(model, task):
+    with translated(model, _exported(task)):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
-    with _quiet(), _translated(model, task):
+    with quiet(), translated(model, _exported(task)), without_bars():
         library = TasksManager.infer_library_from_model(str(model))
         if library == "sentence_transformers":
             # The same transformer in the same files; pooling is arithmetic without weights, and stays outside.
@@ -74,7 +66,7 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, dtype: str = 
             str(model),
             framework="pt",
             library_name=library,
-            torch_dtype=torch.float16 if dtype == "fp16" else torch.float32,
+            torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
             local_files_only=Path(model).is_dir(),
         )
         known = TasksManager.get_supported_tasks_for_model_type(loaded.config.model_type, "onnx", library_name=library)
@@ -109,23 +101,15 @@ def _task_of(model: str | os.PathLike[str], library: str) -> str:
     return str(TasksManager.infer_task_from_model(str(model), library_name=library))
 
 
-def _heads(model: Any) -> frozenset[str]:
-    """The output layers that PEFT leaves out of "all-linear"."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None:
-        return frozenset(name for name, module in model.named_modules() if module is output)
-    return frozenset(name for name in ("score", "classifier") if hasattr(model, name))
-
-
 def references(model: Any, task: str) -> list[Reference]:
     """For every graph that Optimum makes of `model`: inputs, and what the model answers to them."""
-    with _quiet(), _translated(type(model).__name__, task):
+    with quiet(), translated(type(model).__name__, _exported(task)):
         import torch
         from optimum.exporters.onnx.utils import _get_submodels_and_onnx_configs
 
-        dtype = "fp16" if "float16" in str(model.dtype) else "fp32"
+        precision = "fp16" if "float16" in str(model.dtype) else "fp32"
         _, parts = _get_submodels_and_onnx_configs(
-            model, task, False, {}, False, "default", "transformers", float_dtype=dtype
+            model, task, False, {}, False, "default", "transformers", float_dtype=precision
         )
         # The same inputs every time, and the caller's random numbers left alone.
         with torch.random.fork_rng(devices=[]):
@@ -141,7 +125,7 @@ def _reference(name: str, part: Any, config: Any) -> Reference:
 
         # Models write into their cache: every run gets a fresh copy.
         arguments = config.rename_ambiguous_inputs(copy.deepcopy(inputs))
-        with _quiet(), config.patch_model_for_export(part), torch.inference_mode():
+        with quiet(), config.patch_model_for_export(part), torch.inference_mode():
             outputs = part(**arguments)
         flat: dict[str, Array] = {}
         for key, value in outputs.items():
@@ -166,45 +150,5 @@ def _flatten(config: Any, name: str, value: Any) -> dict[str, Array]:
     return {name: value.numpy()}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' warnings and printed notes out of the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _translated(model: str | os.PathLike[str], task: str | None) -> Iterator[None]:
-    """Foreign exceptions as ours, at the one place where Optimum and transformers are called."""
-    failures: tuple[type[Exception], ...] = (RuntimeError, *native_failures())
-    try:
-        yield
-    except OnnxLoraError:
-        raise
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[export,cpu]'"
-        ) from error
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
-            raise  # the disk, not the model
-        if not Path(model).exists():
-            message = str(error).strip().split("\n")[0]
-            raise ModelError(
-                f"there is no such folder, and no model of this name could be had from the hub: {message}", path=model
-            ) from error
-        wanted = f" for task {task!r}" if task else ""
-        raise ModelError(f"cannot be exported by Optimum{wanted}: {error}", path=model) from error
-    except failures as error:
-        raise ExportError(
-            f"torch.onnx failed, or wrote what ONNX Runtime refuses (in fp16 often: try fp32): {error}", path=model
-        ) from error
+def _exported(task: str | None) -> str:
+    return f"exported by Optimum for task {task!r}" if task else "exported by Optimum"

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.points import Array
 
-__all__ = ["COMPANIONS", "Loaded", "Reference", "companions_of"]
+__all__ = ["COMPANIONS", "Loaded", "Precision", "Reference", "companions_of"]
 
 # Files that make a model usable, and that go into the package as they are.
 COMPANIONS = (
@@ -30,6 +32,50 @@ COMPANIONS = (
 _NOT_COMPANIONS = ("onnx_lora.json", "adapter_config.json", "trainer_state.json", "model.safetensors.index.json")
 
 
+# What weights may be kept in, best first. The last two are quantised in blocks, each with a scale.
+_PRECISIONS = ("fp32", "fp16", "int8", "int4")
+_QUANTISED = ("int8", "int4")
+
+# What MatMulNBits of ONNX Runtime knows: weights in a block, and the type it multiplies in (1 float32, 2
+# float16, 3 bfloat16, 4 int8: the activations are quantised too).
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+_ACCURACY_LEVELS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How an exporter keeps the weights. `block_size` and `accuracy_level` are None where they are floats."""
+
+    name: str = "fp32"
+    block_size: int | None = None
+    accuracy_level: int | None = None
+
+    @staticmethod
+    def of(name: str, *, block_size: int | None = None, accuracy_level: int | None = None) -> Precision:
+        """Quantised ones get blocks of 32 and int8 arithmetic by default: the fastest on CPUs.
+
+        Raises ModelError: there is no such precision, or it has no such blocks.
+        """
+        if name not in _PRECISIONS:
+            raise ModelError(f"precision must be one of {', '.join(_PRECISIONS)}, and is {name!r}")
+        if name not in _QUANTISED:
+            if block_size is not None or accuracy_level is not None:
+                raise ModelError(
+                    f"block_size and accuracy_level are for precision int4 and int8, and precision is {name!r}"
+                )
+            return Precision(name)
+        precision = Precision(name, block_size or 32, accuracy_level or 4)
+        if block_size is not None and block_size not in _BLOCK_SIZES:
+            raise ModelError(f"block_size must be one of {_BLOCK_SIZES}, and is {block_size!r}")
+        if accuracy_level is not None and accuracy_level not in _ACCURACY_LEVELS:
+            raise ModelError(f"accuracy_level must be one of {_ACCURACY_LEVELS}, and is {accuracy_level!r}")
+        return precision
+
+    @property
+    def quantised(self) -> bool:
+        return self.name in _QUANTISED
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """ONNX files on disk, with what is known about them. `origin` is written into the manifest; files in
@@ -40,6 +86,7 @@ class Loaded:
     checkpoint: Checkpoint | None = None
     companions: tuple[Path, ...] = ()
     scratch: Path | None = None
+    names: GenaiNames | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""ONNX Runtime GenAI's names for the modules of a checkpoint, for graphs that come without the checkpoint: one
+table, used where no weights can be compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnx_lora.errors import ModelError
+from onnx_lora.exporter.locate import Linear
+
+__all__ = ["GenaiNames"]
+
+# Architectures whose modules the builder only renames and packs. Of others (Phi-3 and its like keep q, k and v,
+# gate and up in one module, which the builder cuts up) only a checkpoint's weights tell.
+_PLAIN = frozenset(
+    ["gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "qwen2", "qwen3", "smollm3"]
+)
+
+# The builder's name of a part of a module's path -> transformers'.
+_PARTS = {"attn": "self_attn"}
+
+# Packed side by side, in this order.
+_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+
+@dataclass(frozen=True, slots=True)
+class GenaiNames:
+    """What a folder's `genai_config.json` says of its graph: the architecture, and outputs by projection."""
+
+    architecture: str
+    widths: dict[str, int]
+
+    @staticmethod
+    def of_folder(folder: Path) -> GenaiNames | None:
+        """None: the folder is not GenAI's. Raises ModelError: its config cannot be used."""
+        file = folder / "genai_config.json"
+        if not file.is_file():
+            return None
+        try:
+            model = json.loads(file.read_text("utf-8"))["model"]
+            decoder = model["decoder"]
+            size = int(decoder["head_size"])
+            heads, key_heads = int(decoder["num_attention_heads"]), int(decoder["num_key_value_heads"])
+            widths = {"q_proj": heads * size, "k_proj": key_heads * size, "v_proj": key_heads * size}
+            return GenaiNames(str(model["type"]), widths)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ModelError(f"must be ONNX Runtime GenAI's config, and is not: {error!r}", path=file) from error
+
+    def modules(self, linear: Linear) -> list[Linear] | str:
+        """A linear under transformers' names, a packed one in its pieces; or why that cannot be said."""
+        if self.architecture not in _PLAIN:
+            return (
+                f"of a {self.architecture} model the names in the graph do not say which module this is; "
+                "give the checkpoint too (--checkpoint)"
+            )
+        *parents, name = (_PARTS.get(part, part) for part in linear.module.split("."))
+        pieces = _PACKED.get(name, (name,))
+        sizes = [self.widths[piece] for piece in pieces] if len(pieces) > 1 else [linear.outputs]
+        if sum(sizes) != linear.outputs:
+            return f"by genai_config.json it must have {' + '.join(map(str, sizes))} outputs, and has {linear.outputs}"
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        return [
+            replace(linear, module=".".join([*parents, piece]), outputs=size, size=size, start=start)
+            for piece, size, start in zip(pieces, sizes, starts, strict=True)
+        ]

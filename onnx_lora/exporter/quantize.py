@@ -1,0 +1,224 @@
+"""A quantised package from a float one: ONNX Runtime's own quantisers on the base graph, the points put back where
+they were. It knows packages and quantisers; how a weight is rounded, they know."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.build import Options, Progress, Source, build
+from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.source import companions_of
+from onnx_lora.exporter.trial import native_failures
+from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
+
+__all__ = ["Method", "quantize"]
+
+# Operators through which a product reaches its weight.
+_WRAPPERS = ("Cast", "Identity", "Transpose")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How weights are quantised.
+
+    "blocks": MatMulNBits, symmetric, `bits` 4 or 8, a scale for every `block_size` weights;
+        `accuracy_level` 4 lets the kernel round activations to 8 bits too, which is the fastest, 0 does not.
+    "dynamic": MatMulInteger, 8 bits, one scale a weight, activations rounded to 8 bits on the way.
+    """
+
+    kind: Literal["blocks", "dynamic"] = "blocks"
+    bits: int = 4
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def __post_init__(self) -> None:
+        """Raises ModelError: there is no such method."""
+        if self.kind not in ("blocks", "dynamic"):
+            raise ModelError(f"the method must be blocks or dynamic, and is {self.kind!r}")
+        allowed = (4, 8) if self.kind == "blocks" else (8,)
+        if self.bits not in allowed:
+            raise ModelError(f"{self.kind} quantises to {' or '.join(map(str, allowed))} bits, not {self.bits}")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise ModelError(f"the block size must be a power of two from 16 on, and is {self.block_size}")
+        if self.accuracy_level not in range(5):
+            raise ModelError(f"the accuracy level must be 0 to 4, and is {self.accuracy_level}")
+
+    def __str__(self) -> str:
+        return "8 bits, dynamic" if self.kind == "dynamic" else f"{self.bits} bits in blocks of {self.block_size}"
+
+
+def quantize(
+    package: str | os.PathLike[str] | Package,
+    out: str | os.PathLike[str],
+    *,
+    method: Method | None = None,
+    progress: Progress = lambda *_: None,
+) -> Package:
+    """Write `out`: the float package with its weights quantised, all points and replaceable weights as they were.
+
+    Weights that adapters may replace stay in float, and so does what the quantisers leave alone (Gather, Conv).
+    Points keep the digests of the float weights: adapters converted for the one package fit the other.
+
+    Raises ModelError: the package is quantised already, or nothing of it can be. PackageError: it is broken.
+    OutputExistsError, StorageError, MissingDependencyError.
+    """
+    whole = package if isinstance(package, Package) else Package.open(package)
+    chosen = method or Method()
+    if whole.quantised:
+        raise ModelError("must be a float package, and is quantised already", path=whole.path)
+    with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
+        sources: list[Source] = []
+        for index, info in enumerate(whole.manifest.graphs):
+            progress("quantize", index, len(whole.manifest.graphs))
+            target = Path(scratch) / str(index) / f"{info.name}.onnx"
+            target.parent.mkdir()
+            _quantise(whole, info, target, chosen)
+            sources.append(Source(info.name, target))
+        built = build(
+            folder,
+            sources,
+            options=_options(whole),
+            checkpoint=Checkpoint.of_package(whole),
+            origin=whole.manifest.source | {"quantised": str(chosen)},
+            companions=companions_of(whole.path),
+            scratch=Path(scratch),
+            progress=progress,
+        )
+        if not built.quantised:
+            raise ModelError("none of its points lies on a weight that the quantisers take", path=whole.path)
+        _restore(built, whole)
+    return Package.open(out)
+
+
+def _options(package: Package) -> Options:
+    """What gave the package its points, in whole names."""
+    names = "|".join(re.escape(name) for name in package.points)
+    info = package.manifest.graphs[0]
+    model = onnx.load(package.path / info.file, load_external_data=False)
+    ranks = {value.dims[-1] for value in model.graph.initializer if value.name.endswith(".lora_A.weight")}
+    return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0)
+
+
+def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
+    with _translated(package.path):
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+        from onnxruntime.quantization.onnx_model import ONNXModel
+
+        model = onnx.load(package.path / info.base_file)
+        kept = {part.initializer for weight in info.replaceable for part in weight.parts}
+        _name_nodes(model.graph)
+        heads = [node for node in model.graph.node if _reaches(model.graph, node, kept)]
+        # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
+        excluded = [name for node in heads for name in (node.name, f"{node.name}_MatMul")]
+        # The quantisers take MatMul alone; a head stays what it is, under a name they do not know.
+        kinds = [node.op_type for node in heads]
+        for node in heads:
+            node.op_type = "Head"
+        ONNXModel(model).replace_gemm_with_matmul()
+        for node, kind in zip((node for node in model.graph.node if node.op_type == "Head"), kinds, strict=True):
+            node.op_type = kind
+        _drop_shapes_of_weights(model.graph)
+        _name_nodes(model.graph)
+        location = f"{target.name}.data"
+        if method.kind == "dynamic":
+            quantize_dynamic(
+                model,
+                target,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul"],
+                nodes_to_exclude=excluded,
+                use_external_data_format=True,
+            )
+            return
+        config = DefaultWeightOnlyQuantConfig(
+            block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
+        )
+        quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
+        quantiser.process()
+        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=location)
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Quantisers know nodes by their names."""
+    for index, node in enumerate(graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+
+
+def _drop_shapes_of_weights(graph: onnx.GraphProto) -> None:
+    """Weights that were transposed have other shapes than the graph noted down."""
+    weights = {value.name for value in graph.initializer}
+    noted = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(noted)
+
+
+def _reaches(graph: onnx.GraphProto, node: onnx.NodeProto, weights: Collection[str]) -> bool:
+    """Whether a product's weight is one of `weights`."""
+    if node.op_type not in ("MatMul", "Gemm") or not weights:
+        return False
+    makers = {output: maker for maker in graph.node for output in maker.output}
+    name = node.input[1]
+    while (maker := makers.get(name)) is not None and maker.op_type in _WRAPPERS:
+        name = maker.input[0]
+    return name in weights
+
+
+def _restore(built: Package, source: Package) -> None:
+    """Let the manifest say of points and replaceable weights what the float package's says, but where they lie.
+
+    Raises ModelError: a point is gone.
+    """
+    graphs: list[GraphInfo] = []
+    for new, old in zip(built.manifest.graphs, source.manifest.graphs, strict=True):
+        points = {point.module: point for point in new.points}
+        weights = {weight.name: weight for weight in new.replaceable}
+        lost = [point.module for point in old.points if point.module not in points]
+        lost += [weight.name for weight in old.replaceable if weight.name not in weights]
+        if lost:
+            raise ModelError(
+                f"every point must stay, and {', '.join(lost[:8])} cannot be found in the quantised graph",
+                path=source.path,
+                problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
+            )
+        graphs.append(
+            replace(
+                new,
+                points=tuple(replace(points[point.module], sha256=point.sha256) for point in old.points),
+                replaceable=tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable),
+                untargeted=old.untargeted,
+                unplaced=old.unplaced,
+            )
+        )
+    manifest = replace(built.manifest, graphs=tuple(graphs))
+    (built.path / MANIFEST).write_text(manifest.to_json(), "utf-8")
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """The quantisers' exceptions as ours, and their notes kept out of the user's terminal."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    failures: tuple[Any, ...] = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, *native_failures())
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"quantising needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
+    except OnnxLoraError:
+        raise
+    except failures as error:
+        raise ExportError(f"ONNX Runtime's quantiser failed: {error}", path=path) from error
+    finally:
+        root.setLevel(level)

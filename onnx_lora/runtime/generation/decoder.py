@@ -1,0 +1,96 @@
+"""One generation's runs of the graph: its adapter bound once, and what changes bound run by run. How the cache lies
+in memory is the business of `growing.py` and `shared.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from onnx_lora.points import Array
+from onnx_lora.runtime._ort import fed_value, ort, running
+from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.held import Held
+
+__all__ = ["Decoder", "Memory"]
+
+# TensorProto.DataType
+_ELEMENTS = {np.dtype(np.int64): 7, np.dtype(np.int32): 6}
+
+
+class Memory(Protocol):
+    """The keys and values of every token that rows were fed."""
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens in every row."""
+
+    def connect(self, decoder: Decoder) -> None:
+        """Bind the cache to a generation's runs, before the first."""
+
+    def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+        """Put tokens behind each row, and give the logits after each row's last: [rows, vocabulary].
+
+        Rows may get different numbers of tokens. A row that gets none stays as it is, and its logits mean nothing.
+        """
+
+    def copy(self) -> Memory:
+        """The same, of its own: what is fed to one is not in the other."""
+
+
+class Decoder:
+    """Runs a graph with one choice of adapters over one memory."""
+
+    def __init__(self, graph: DecoderGraph, held: Held, memory: Memory) -> None:
+        self.graph = graph
+        self.binding = held.binding()
+        # An IOBinding of older ONNX Runtimes keeps no arrays alive.
+        self._held = held
+        self._fed: list[Any] = []
+        self._scores: Any = None
+        self._memory = memory
+        with running():
+            # First of the outputs: `outputs` gives the others.
+            self.binding.bind_output(graph.logits, "cpu")
+            memory.connect(self)
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
+        """As `Memory.feed`. The array is overwritten by the next call. Raises RunError: ONNX Runtime failed."""
+        return self._memory.feed(self, tokens)
+
+    def run(self, ids: Array, mask: Array, positions: Array) -> Array:
+        """Logits: [rows, tokens, vocabulary]; of the last token alone where the graph gives no others."""
+        graph, binding = self.graph, self.binding
+        fed = [(graph.ids, ids), (graph.mask, mask)]
+        if graph.positions is not None:
+            fed.append((graph.positions, positions))
+        with running():
+            self._fed = []
+            for name, array in fed:
+                kind = graph.numbers[name]
+                value = fed_value(array.astype(kind, copy=False), _ELEMENTS[kind])
+                binding.bind_ortvalue_input(name, value)
+                self._fed.append(value)
+            scores = self._step_scores(len(ids)) if ids.shape[1] == 1 else None
+            if scores is None:
+                binding.bind_output(graph.logits, "cpu")
+                self._scores = None
+            self._held.session.run_with_iobinding(binding)
+            if scores is None:
+                scores = binding.get_outputs()[0].numpy()
+        return scores
+
+    def _step_scores(self, rows: int) -> Array | None:
+        """Where the logits of one token go, step after step; None where the graph does not say how many there are."""
+        if self.graph.vocabulary is None:
+            return None
+        if self._scores is None:
+            scores = np.zeros((rows, 1, self.graph.vocabulary), self.graph.scores)
+            self._scores = ort.OrtValue.ortvalue_from_numpy(scores), scores
+            self.binding.bind_ortvalue_output(self.graph.logits, self._scores[0])
+        array: Array = self._scores[1]
+        return array
+
+    def outputs(self) -> list[Any]:
+        """The cache's outputs of the last run, on the device."""
+        return list(self.binding.get_outputs()[1:])

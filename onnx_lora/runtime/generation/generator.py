@@ -1,0 +1,258 @@
+"""Text from a package: prompts and an adapter in, texts out. It checks what a call asks for, and starts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, overload
+
+from onnx_lora.adapters import BoundAdapter
+from onnx_lora.errors import CacheError, InputError, PromptError
+from onnx_lora.package import Package
+from onnx_lora.runtime._ort import Device, Providers
+from onnx_lora.runtime.bound import AnyAdapter, AnyPackage
+from onnx_lora.runtime.generation.cache import Cache
+from onnx_lora.runtime.generation.chat import Chat, ChatTemplate
+from onnx_lora.runtime.generation.decoder import Memory
+from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.growing import Growing
+from onnx_lora.runtime.generation.prompts import OnePrompt, Prompt, Room, rows_of
+from onnx_lora.runtime.generation.sampling import Sampling
+from onnx_lora.runtime.generation.settings import Settings
+from onnx_lora.runtime.generation.shared import Shared
+from onnx_lora.runtime.generation.stream import Generation, Stream, Work
+from onnx_lora.runtime.generation.text import TextTokenizer
+from onnx_lora.runtime.selection import AdapterChoice
+from onnx_lora.runtime.session import AdapterSession
+
+__all__ = ["TextGenerator"]
+
+_GREEDY = Sampling()
+
+
+class TextGenerator:
+    """Generates text with a package's decoder, each call with the adapter it names.
+
+    Safe to use from many threads, as the `AdapterSession` beneath it: the adapter and the cache belong to the call. An
+    adapter unloaded while a generation runs is used by it to its end.
+    """
+
+    def __init__(
+        self,
+        package: AnyPackage | AdapterSession,
+        *,
+        graph: str | None = None,
+        providers: Providers | None = None,
+        provider_options: Sequence[dict[Any, Any]] | None = None,
+        sess_options: Any = None,
+    ) -> None:
+        """Open `package`, or generate with a session that is open already; the other arguments are for a package's
+        session, as `AdapterSession` takes them.
+
+        Raises PackageError: the package is broken, or its graph is no decoder.
+        """
+        if isinstance(package, AdapterSession):
+            if any(given is not None for given in (graph, providers, provider_options, sess_options)):
+                raise InputError("graph, providers and options must be given where a session is started, not over one")
+            self._session = package
+        elif isinstance(package, str | os.PathLike | Package):
+            self._session = AdapterSession(
+                package,
+                graph=graph,
+                providers=providers,
+                provider_options=provider_options,
+                sess_options=sess_options,
+            )
+        else:
+            raise InputError(
+                f"package must be a path, a Package or an AdapterSession, and is a {type(package).__name__}"
+            )
+        self._settings = Settings.read(self._session.package.path)
+        self._graph = DecoderGraph.of(self._session, self._settings)
+        self._room = Room(self._settings.context, self._graph.vocabulary)
+        self._device = Device.of(self._session)
+
+    @property
+    def session(self) -> AdapterSession:
+        return self._session
+
+    @property
+    def adapters(self) -> Mapping[str, BoundAdapter]:
+        """The adapters loaded at this moment, by name; read-only."""
+        return self._session.adapters
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens a text may have, prompt included; None where the package does not say."""
+        return self._room.context
+
+    def load_adapter(self, name: str, adapter: AnyAdapter) -> BoundAdapter:
+        """As `AdapterSession.load_adapter`."""
+        return self._session.load_adapter(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """As `AdapterSession.unload_adapter`. Generations that run finish with it; a kept cache that it filled can
+        then be gone on with by no adapter."""
+        self._session.unload_adapter(name)
+
+    # A str is a sequence of str, too: the first that fits counts.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: str | Chat | list[int],
+        *,
+        adapter: AdapterChoice = ...,
+        sampling: Sampling = ...,
+        cache: Cache | None = ...,
+        keep_cache: bool = ...,
+        allow_other_adapter: bool = ...,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[OnePrompt],
+        *,
+        adapter: AdapterChoice = ...,
+        sampling: Sampling = ...,
+        cache: Cache | None = ...,
+        keep_cache: bool = ...,
+        allow_other_adapter: bool = ...,
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: AdapterChoice = None,
+        sampling: Sampling = _GREEDY,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
+        allow_other_adapter: bool = False,
+    ) -> Generation | list[Generation]:
+        """Write on behind a prompt; behind each of a list of prompts, in one batch.
+
+        `prompt`: text, a `Chat`, or token ids (a list or an array); a list of these is a batch, and gives a list.
+        `adapter`: as `AdapterSession.run` takes it; a list has a choice for every prompt.
+        `cache`: a result's, to go on where it ended: the prompt is what comes next (it may be ""), and gets no start
+        token. `keep_cache`: leave one in the result. `allow_other_adapter`: go on with a cache that other adapters
+        filled, knowing that no single adapter would have written what follows.
+
+        Raises PromptError: a prompt is empty, too long, or no prompt. SelectionError: no such adapter, blend or row.
+        CacheError: the cache is used up, or not this adapter's. PackageError: text needs a tokenizer, or a chat a
+        template, and the package has none. RunError: ONNX Runtime failed.
+        """
+        work, batch = self._work(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)
+        stream = Stream(work)
+        del work
+        for _ in stream:
+            pass
+        return stream.results if batch else stream.results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: AdapterChoice = None,
+        sampling: Sampling = _GREEDY,
+        cache: Cache | None = None,
+        keep_cache: bool = False,
+        allow_other_adapter: bool = False,
+    ) -> Stream:
+        """As `generate`, piece by piece; everything is checked before it returns. The pieces' texts of a row are
+        together what `generate` gives. `.results` has the results at the end, with their cache."""
+        return Stream(self._work(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)[0])
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        adapter: AdapterChoice = None,
+        sampling: Sampling = _GREEDY,
+    ) -> Generation:
+        """The answer to a conversation, by the package's chat template: `generate(Chat(messages))`.
+
+        Raises PackageError: the package has no template. PromptError: the template refuses the messages.
+        """
+        return self.generate(Chat(messages), adapter=adapter, sampling=sampling)
+
+    def encode(self, prompt: str | Chat) -> list[int]:
+        """The tokens that a prompt is fed as. A chat's template writes the special tokens itself."""
+        return self._encode(prompt, special=True)
+
+    def _encode(self, prompt: str | Chat, *, special: bool) -> list[int]:
+        if isinstance(prompt, Chat):
+            return self._tokenizer.encode(self._template.text(prompt), special=False)
+        return self._tokenizer.encode(prompt, special=special)
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.open(self._session.package.path)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.read(self._session.package.path)
+
+    def _work(
+        self,
+        prompt: Prompt,
+        adapter: AdapterChoice,
+        sampling: Sampling,
+        cache: Cache | None,
+        keep_cache: bool,
+        allow_other_adapter: bool,
+    ) -> tuple[Work, bool]:
+        """The generation a call asks for, checked, and whether it is a batch."""
+        if not isinstance(sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, and is a {type(sampling).__name__}")
+        if cache is not None and not isinstance(cache, Cache):
+            raise CacheError(f"cache must be a result's cache, and is a {type(cache).__name__}")
+        new, batch = rows_of(prompt, lambda text: self._encode(text, special=cache is None))
+        held = self._session.hold(adapter, len(new))
+        if cache is None:
+            past: Sequence[Sequence[int]] = [()] * len(new)
+            feed = new
+        else:
+            cache.check(self._session, len(new), held.identity, any_adapter=allow_other_adapter)
+            # The last token of a text was chosen, and not fed yet.
+            past = [row[:-1] for row in cache.tokens]
+            feed = [[row[-1], *tokens] for row, tokens in zip(cache.tokens, new, strict=True)]
+        self._check_room(past, feed, batch=batch)
+        limits = self._room.limits(
+            [len(old) + len(row) for old, row in zip(past, feed, strict=True)], sampling.max_tokens
+        )
+        decode = self._decoder_for(sampling)
+        memory: Memory = self._empty(len(new)) if cache is None else cache.take()
+        memory.reserve(max(map(len, feed)) + max(limits))
+        work = Work(
+            self._session,
+            self._graph,
+            held,
+            memory,
+            past=past,
+            feed=feed,
+            limits=limits,
+            sampling=sampling,
+            end=self._settings.end,
+            decode=decode,
+            keep_cache=keep_cache,
+        )
+        return work, batch
+
+    def _empty(self, rows: int) -> Memory:
+        return (Shared if self._graph.shared else Growing)(self._graph, self._device, rows)
+
+    def _check_room(self, past: Sequence[Sequence[int]], feed: Sequence[Sequence[int]], *, batch: bool) -> None:
+        problems = []
+        for index, (old, row) in enumerate(zip(past, feed, strict=True)):
+            problems += self._room.problems(f"prompt {index} " if batch else "the prompt ", len(old), row)
+        if problems:
+            raise PromptError("no text can be generated from this prompt", problems=problems)
+
+    def _decoder_for(self, sampling: Sampling) -> Any:
+        """How tokens become text. Where the package or this Python cannot, and nothing asks for it: None, and texts
+        stay empty."""
+        if not sampling.stops and not TextTokenizer.possible(self._session.package.path):
+            return None
+        return self._tokenizer.decode

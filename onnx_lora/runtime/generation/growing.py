@@ -1,0 +1,82 @@
+"""A cache that grows: each run gives new keys and values, longer by what it was fed, and they are the next run's past.
+They stay where ONNX Runtime put them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from onnx_lora.points import Array
+from onnx_lora.runtime._ort import Device
+from onnx_lora.runtime.generation.decoder import Decoder
+from onnx_lora.runtime.generation.graph import DecoderGraph
+
+__all__ = ["Growing"]
+
+# A long prompt goes in pieces: logits of a whole one, 128000 words wide, would take 2 GB in 4000 tokens.
+_PIECE = 512  # tokens
+
+
+class Growing:
+    """Rows are aligned at their ends: what is padded lies before, or between, a row's tokens, and the mask hides it."""
+
+    def __init__(self, graph: DecoderGraph, device: Device, rows: int) -> None:
+        self._graph = graph
+        self._device = device
+        self._past: list[Any] = [device.value(graph.zeros(part, rows, 0)) for part in graph.parts]
+        self._mask = np.zeros((rows, 0), np.int64)
+        self._width = 0  # columns of the mask in use
+        self._lengths = np.zeros((rows, 1), np.int64)  # tokens of each row, without padding
+
+    def reserve(self, tokens: int) -> None:
+        """Room in the mask; the cache finds its own."""
+        rows, used = len(self._mask), self._width
+        mask = np.zeros((rows, used + tokens), np.int64)
+        mask[:, :used] = self._mask[:, :used]
+        self._mask = mask
+
+    def connect(self, decoder: Decoder) -> None:
+        self._bind(decoder)
+
+    def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+        width = max(map(len, tokens))
+        ids = np.zeros((len(tokens), width), np.int64)
+        new = np.zeros_like(ids)
+        for row, each in enumerate(tokens):
+            if len(each):
+                ids[row, -len(each) :] = each
+                new[row, -len(each) :] = 1
+        # A piece must not be all padding in some row.
+        piece = _PIECE if len(tokens) == 1 else width
+        for start in range(0, width, piece):
+            logits = self._run(decoder, ids[:, start : start + piece], new[:, start : start + piece])
+        return logits[:, -1]
+
+    def _run(self, decoder: Decoder, ids: Array, new: Array) -> Array:
+        end = self._width + ids.shape[1]
+        if end > self._mask.shape[1]:
+            self.reserve(ids.shape[1])
+        self._mask[:, self._width : end] = new
+        steps = new.cumsum(axis=1)
+        # As transformers numbers them; what is padded may have any number that there is.
+        positions = np.maximum(self._lengths + steps - 1, 0)
+        logits = decoder.run(ids, self._mask[:, :end], positions)
+        self._past = decoder.outputs()
+        self._bind(decoder)
+        self._width = end
+        self._lengths = self._lengths + steps[:, -1:]
+        return logits
+
+    def _bind(self, decoder: Decoder) -> None:
+        binding, device = decoder.binding, self._device
+        for part, value in zip(self._graph.parts, self._past, strict=True):
+            binding.bind_ortvalue_input(part.past, value)
+            binding.bind_output(part.present, device.kind, device.index)
+
+    def copy(self) -> Growing:
+        # No run writes into what an earlier one gave.
+        other = object.__new__(Growing)
+        other.__dict__.update(self.__dict__, _mask=self._mask.copy())
+        return other

@@ -1,0 +1,92 @@
+"""What a caller may give as a prompt, as rows of tokens; and how much room a text has. It knows tokenizers and chats by
+what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from onnx_lora.errors import PromptError
+from onnx_lora.points import Array
+from onnx_lora.runtime.generation.chat import Chat
+
+__all__ = ["Encode", "OnePrompt", "Prompt", "Room", "rows_of"]
+
+# Text, a conversation, or token ids.
+OnePrompt: TypeAlias = str | Chat | Sequence[int] | Array
+Prompt: TypeAlias = OnePrompt | Sequence[OnePrompt]
+
+Encode: TypeAlias = Callable[[str | Chat], list[int]]
+
+_KINDS = "text, a Chat, or a list of token ids"
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """`context`: tokens that a text may have, `vocabulary`: ids that there are; None where nobody says."""
+
+    context: int | None
+    vocabulary: int | None
+
+    def limits(self, lengths: Sequence[int], wanted: int) -> list[int]:
+        """How many new tokens each row may get: a text ends at the context's end."""
+        return [wanted if self.context is None else min(wanted, self.context - length) for length in lengths]
+
+    def problems(self, row: str, past: int, tokens: Sequence[int]) -> list[str]:
+        """Why these tokens cannot be fed behind `past` others."""
+        length = past + len(tokens)
+        if not length:
+            return [f"{row}must have a token at least, and has none; give it a text, or a token to start with"]
+        if self.context is not None and length >= self.context:
+            behind = f" with the {past} before it" if past else ""
+            return [f"{row}has {length} tokens{behind}, and the context has room for {self.context}, one of them new"]
+        wrong = [token for token in tokens if token < 0 or (self.vocabulary is not None and token >= self.vocabulary)]
+        if wrong:
+            return [f"{row}must hold token ids from 0 below {self.vocabulary}, and holds {wrong[0]}"]
+        return []
+
+
+def rows_of(prompt: Prompt, encode: Encode) -> tuple[list[list[int]], bool]:
+    """The tokens of every row, and whether it was a batch. Raises PromptError: it is no prompt."""
+    if isinstance(prompt, str | Chat):
+        return [encode(prompt)], False
+    if isinstance(prompt, np.ndarray):
+        if prompt.dtype.kind not in "iu" or prompt.ndim not in (1, 2):
+            raise PromptError(
+                f"an array of token ids must be of whole numbers and have one axis, or two for a batch; it is "
+                f"{prompt.dtype} {list(prompt.shape)}"
+            )
+        rows = prompt.reshape(-1, prompt.shape[-1]).tolist()
+        return _some(rows), prompt.ndim == 2
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise PromptError(f"a prompt must be {_KINDS}; or a list of these; it is a {type(prompt).__name__}")
+    if prompt and all(_is_id(token) for token in prompt):
+        return [_ids(prompt, "the prompt")], False
+    return _some([_row(each, index, encode) for index, each in enumerate(prompt)]), True
+
+
+def _some(rows: list[list[int]]) -> list[list[int]]:
+    if not rows:
+        raise PromptError("a batch must have a prompt at least, and is empty")
+    return rows
+
+
+def _row(each: object, index: int, encode: Encode) -> list[int]:
+    if isinstance(each, str | Chat):
+        return encode(each)
+    return _ids(each, f"prompt {index}")
+
+
+def _ids(tokens: object, what: str) -> list[int]:
+    if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype.kind in "iu":
+        return [int(token) for token in tokens]
+    if isinstance(tokens, Sequence) and not isinstance(tokens, bytes) and all(_is_id(token) for token in tokens):
+        return [int(token) for token in tokens]
+    raise PromptError(f"{what} must be {_KINDS}; it is {str(tokens)[:60]!r}")
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool)

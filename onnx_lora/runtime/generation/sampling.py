@@ -1,0 +1,165 @@
+"""Which token comes next: greedily, or drawn by transformers' rules in transformers' order. It knows logits and the
+tokens before, no text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from onnx_lora.errors import RunError, SamplingError
+from onnx_lora.points import Array
+
+__all__ = ["Chooser", "Sampling", "distribution", "penalised"]
+
+Ids: TypeAlias = Array
+
+# How many scores are looked at together, to find the highest of a vocabulary.
+_GROUPED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, and when to stop. The default is greedy: the likeliest token, the lowest id among equals.
+
+    `temperature`: 0 is greedy. `top_k`, `top_p`, `repetition_penalty`: as in transformers; 0, 1 and 1 switch them
+    off. `seed`: the same seed gives the same text, row by row. `stop`: a text ends before any of these.
+    `ignore_eos`: the model's end token ends nothing; for measurements.
+
+    Raises SamplingError: a value is out of range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules = {
+            "max_tokens must be a whole number, 1 or more": _whole(self.max_tokens, 1),
+            "temperature must be a finite number, 0 (greedy) or more": _finite(self.temperature)
+            and self.temperature >= 0,
+            "top_k must be a whole number, 0 (off) or more": _whole(self.top_k, 0),
+            "top_p must be above 0, and 1 (off) or less": _finite(self.top_p) and 0 < self.top_p <= 1,
+            "repetition_penalty must be a finite number above 0; 1 is off": _finite(self.repetition_penalty)
+            and self.repetition_penalty > 0,
+            "seed must be a whole number, 0 or more, or None": self.seed is None or _whole(self.seed, 0),
+            "stop must be texts that are not empty": all(isinstance(text, str) and text for text in self.stop),
+        }
+        values = {rule: getattr(self, rule.split()[0]) for rule in rules}
+        if problems := [f"{rule}; it is {values[rule]!r}" for rule, holds in rules.items() if not holds]:
+            raise SamplingError("the sampling settings are out of range", problems=problems)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(self.stop)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Chooser:
+    """Chooses one row's tokens. Its random numbers come from the seed and the row, so that a row's text does not
+    depend on its neighbours."""
+
+    def __init__(self, sampling: Sampling, row: int, history: Iterable[int]) -> None:
+        self._sampling = sampling
+        # Most texts are greedy, and a generator takes longer to make than a token to choose.
+        self._random = (
+            np.random.default_rng(None if sampling.seed is None else [sampling.seed, row])
+            if sampling.temperature
+            else None
+        )
+        self._penalty = sampling.repetition_penalty
+        self._seen = np.unique(np.fromiter(history, np.int64)) if self._penalty != 1.0 else None
+
+    def choose(self, logits: Array) -> int:
+        """The next token. `logits`: [vocabulary]. Raises RunError: they are no numbers."""
+        if self._seen is not None:
+            logits = penalised(logits.astype(np.float32), self._seen, self._penalty)
+        if self._random is None:
+            token = int(logits.argmax())
+            if not np.isfinite(logits[token]):
+                raise _no_numbers()
+        else:
+            ids, chances = distribution(logits.astype(np.float32, copy=False), self._sampling)
+            steps = chances.cumsum(dtype=np.float64)
+            token = int(ids[np.searchsorted(steps, self._random.random() * steps[-1], side="right")])
+        if self._seen is not None and token not in self._seen:
+            self._seen = np.append(self._seen, token)
+        return token
+
+
+def penalised(logits: Array, seen: Ids, penalty: float) -> Array:
+    """Tokens seen before are made less likely (Keskar et al. 2019, CTRL), once each; in place."""
+    scores = logits[seen]
+    logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    return logits
+
+
+def distribution(logits: Array, sampling: Sampling) -> tuple[Ids, Array]:
+    """The tokens left by temperature, top-k and top-p, in this order, and their probabilities.
+
+    `logits`: [vocabulary] float32. Raises RunError: they are no numbers.
+    """
+    scores: Array = np.divide(logits, np.float32(sampling.temperature))
+    highest = scores.max()
+    if not np.isfinite(highest):
+        raise _no_numbers()
+    ids = None
+    if 0 < sampling.top_k < len(scores):
+        ids = _highest(scores, sampling.top_k)
+        scores = scores[ids]
+    # In float32, as transformers computes them; sums of a whole vocabulary need more.
+    chances = np.exp(np.subtract(scores, highest))
+    chances /= np.float32(chances.sum(dtype=np.float64))
+    if sampling.top_p < 1.0:
+        kept = _nucleus(chances, sampling.top_p)
+        chances = chances[kept] / np.float32(chances[kept].sum(dtype=np.float64))
+        ids = kept if ids is None else ids[kept]
+    return np.arange(len(scores)) if ids is None else ids, chances
+
+
+def _highest(scores: Array, top_k: int) -> Ids:
+    """The highest `top_k`; equals of the last one stay, as in transformers."""
+    # As many groups have their highest above the bound as scores are wanted: none of these lies below it. A tenth of
+    # the time of looking among all.
+    peaks = scores[: len(scores) - len(scores) % _GROUPED].reshape(_GROUPED, -1).max(axis=0, initial=-np.inf)
+    near = (
+        np.flatnonzero(np.greater_equal(scores, np.partition(peaks, -top_k)[-top_k]))
+        if top_k < len(peaks)
+        else np.arange(len(scores))
+    )
+    last = np.partition(scores[near], -top_k)[-top_k]
+    highest: Ids = near[np.greater_equal(scores[near], last)]
+    return highest
+
+
+def _nucleus(chances: Array, top_p: float) -> Ids:
+    """The fewest of the likeliest tokens that reach `top_p` together (Holtzman et al. 2019); one at least."""
+    # All tokens below the floor together stay below 1 - top_p: they need no sorting.
+    kept = np.flatnonzero(np.greater_equal(chances, (1 - top_p) / len(chances)))
+    order = kept[np.argsort(chances[kept], kind="stable")]
+    below = max(0.0, 1.0 - float(chances[kept].sum(dtype=np.float64))) + chances[order].cumsum(dtype=np.float64)
+    within = order[below > 1 - top_p]
+    return np.sort(within if len(within) else order[-1:])
+
+
+def _no_numbers() -> RunError:
+    return RunError(
+        "the model's logits must be numbers, and hold NaN or nothing finite; "
+        "if it runs in float16, try float32; else look at the adapter's scale"
+    )

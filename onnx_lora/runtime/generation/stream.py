@@ -1,0 +1,169 @@
+"""One generation: a prompt goes in, tokens come out one round after another until every row has ended. It ties
+decoder, choosers and texts together; prompts are tokens by now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+from onnx_lora.runtime.generation.cache import Cache
+from onnx_lora.runtime.generation.decoder import Decoder, Memory
+from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.pieces import RunningText, StopFilter
+from onnx_lora.runtime.generation.sampling import Chooser, Sampling
+from onnx_lora.runtime.held import Held
+from onnx_lora.runtime.session import AdapterSession
+
+__all__ = ["Generation", "Piece", "Reason", "Row", "Stream", "Work"]
+
+# The model's end token; a stop string; `max_tokens`, or the context's end.
+Reason = Literal["stop", "stop_string", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token adds to its row's text. `text` is empty while a character or a possible stop string is not
+    complete. `reason` says why the row ends with it, or None."""
+
+    row: int
+    text: str
+    token: int
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was written behind one prompt. `tokens` end with the token that ended it; `text` has neither end tokens nor
+    stop strings. `reason` is None where a stream was left before its end, `cache` where none was to be kept."""
+
+    text: str
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    reason: Reason | None
+    cache: Cache | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A generation that was checked, and can start. `feed`: what each row is fed first; `past`: its tokens that the
+    memory has. `limits`: how many tokens each row may get."""
+
+    session: AdapterSession
+    graph: DecoderGraph
+    held: Held
+    memory: Memory
+    past: Sequence[Sequence[int]]
+    feed: Sequence[Sequence[int]]
+    limits: Sequence[int]
+    sampling: Sampling
+    end: frozenset[int]
+    decode: Callable[[Sequence[int]], str] | None
+    keep_cache: bool
+
+
+@dataclass
+class Row:
+    """One row on its way."""
+
+    index: int
+    history: list[int]
+    prompt: int  # tokens, with what the cache had
+    limit: int
+    chooser: Chooser
+    running: RunningText | None
+    stops: StopFilter
+    text: list[str] = field(default_factory=list)
+    reason: Reason | None = None
+
+    @staticmethod
+    def of(work: Work, index: int) -> Row:
+        history = [*work.past[index], *work.feed[index]]
+        return Row(
+            index=index,
+            history=history,
+            prompt=len(history),
+            limit=work.limits[index],
+            chooser=Chooser(work.sampling, index, history),
+            running=None if work.decode is None else RunningText(work.decode, history),
+            stops=StopFilter(work.sampling.stops),
+        )
+
+    def take(self, token: int, end: frozenset[int]) -> Piece:
+        """One more token, and what it adds."""
+        self.history.append(token)
+        new = ""
+        if token in end:
+            self.reason = "stop"
+        elif self.running is not None:
+            new = self.stops.push(self.running.push(token))
+        if len(self.history) - self.prompt >= self.limit:
+            self.reason = self.reason or "length"
+        if self.reason and self.running is not None:
+            new += self.stops.push(self.running.finish())
+        if self.stops.stopped:
+            self.reason = "stop_string"
+        elif self.reason:
+            new += self.stops.finish()
+        if new:
+            self.text.append(new)
+        return Piece(self.index, new, token, self.reason)
+
+    def result(self, cache: Cache | None) -> Generation:
+        tokens = tuple(self.history[self.prompt :])
+        return Generation("".join(self.text), tokens, self.prompt, self.reason, cache)
+
+
+class Stream:
+    """The pieces of a generation as they come. It computes when it is asked for the next one, and frees what it needs
+    when it ends, is closed, or is dropped."""
+
+    def __init__(self, work: Work) -> None:
+        self._rows = [Row.of(work, index) for index in range(len(work.feed))]
+        self._kept: list[Cache] = []
+        self._pieces = _pieces(work, self._rows, self._kept)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop here."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def results(self) -> list[Generation]:
+        """Every row as it is at this moment; at the end, what `generate` returns."""
+        cache = self._kept[0] if self._kept else None
+        return [row.result(cache) for row in self._rows]
+
+
+def _pieces(work: Work, rows: list[Row], kept: list[Cache]) -> Generator[Piece, None, None]:
+    """A function, and not a method: a stream that is dropped must not keep itself alive through it."""
+    decoder = Decoder(work.graph, work.held, work.memory)
+    end = frozenset() if work.sampling.ignore_eos else work.end
+    feed = work.feed
+    while True:
+        logits = decoder.feed(feed)
+        running = [row for row in rows if row.reason is None]
+        # All of a round before the first is given out: `results` and the cache are of one moment.
+        tokens = [row.chooser.choose(logits[row.index]) for row in running]
+        pieces = [row.take(token, end) for row, token in zip(running, tokens, strict=True)]
+        ended = all(row.reason is not None for row in rows)
+        if ended and work.keep_cache:
+            kept.append(Cache(work.session, work.memory, [row.history for row in rows], work.held.identity))
+        yield from pieces
+        if ended:
+            return
+        feed = [() if row.reason else row.history[-1:] for row in rows]
