@@ -11,7 +11,6 @@ exporter's own graph, without points.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -24,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.subject import Q_AND_V, make_adapter, make_checkpoint
-from benchmarks.timing import in_turns, peak_memory, run_child
+from benchmarks.timing import in_turns, machine, peak_memory, run_child
 from onnx_lora import AdapterSession, Package, fold
 
 Feeds = dict[str, np.ndarray[Any, Any]]
@@ -51,19 +50,11 @@ def measure(work: Path) -> dict[str, Any]:
     checkpoint = make_checkpoint(work / "checkpoint")
     everything = [make_adapter(checkpoint, work / f"all{seed}", "all-linear", seed=seed) for seed in (1, 2)]
     few = make_adapter(checkpoint, work / "qv", Q_AND_V, seed=3)
-    results: dict[str, Any] = {"machine": _machine(), "making": _making(work, checkpoint)}
+    results: dict[str, Any] = {"machine": machine(_THREADS), "making": _making(work, checkpoint)}
     package = Package.open(work / "package")
     results["starting"] = _starting(package, everything[0])
     results |= _running(package, everything, few)
     return results
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": _THREADS,
-        "onnxruntime": ort.__version__,
-    }
 
 
 def _making(work: Path, checkpoint: Path) -> dict[str, Any]:

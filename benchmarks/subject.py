@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-__all__ = ["Q_AND_V", "make_adapter", "make_checkpoint"]
+__all__ = ["Q_AND_V", "make_adapter", "make_checkpoint", "make_tokenizer"]
 
 Q_AND_V = ["q_proj", "v_proj"]
 
@@ -34,6 +34,23 @@ def make_checkpoint(folder: Path) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**_SHAPE)).save_pretrained(folder)
     return folder
+
+
+def make_tokenizer(checkpoint: Path) -> Path:
+    """A tokenizer of a few words beside the model; ONNX Runtime GenAI opens no folder without one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if not (checkpoint / "tokenizer.json").exists():
+        words = Tokenizer(models.BPE())
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=list(special.values()), initial_alphabet=alphabet)
+        words.train_from_iterator(["hello world, this is a test"] * 10, trainer)
+        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(checkpoint)
+    return checkpoint
 
 
 def make_adapter(checkpoint: Path, folder: Path, targets: str | list[str], *, seed: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -12,10 +13,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["in_turns", "peak_memory", "run_child"]
+import onnxruntime as ort
+
+__all__ = ["in_turns", "machine", "peak_memory", "run_child"]
 
 # How often a child looks at its own memory.
 _SAMPLE = 0.005  # seconds
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the results were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": threads,
+        "onnxruntime": ort.__version__,
+    }
 
 
 def in_turns(calls: Mapping[str, Callable[[int], object]], *, turns: int, warm_up: int = 3) -> dict[str, float]:

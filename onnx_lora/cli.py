@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -459,19 +460,28 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
 
 @cli.command()
 @click.option("--text", multiple=True, help="Your own sentence, several times.")
-@click.option("--keep", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep the demo's package here.")
+@click.option("--prompt", help="Your own beginning, for the model that writes.")
+@click.option("--keep", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep the first part's package here.")
 @_json_option
-def demo(text: Sequence[str], keep: Path | None, as_json: bool) -> None:
-    """Four tasks on one small text model: switch per call, mix in one batch, fold.
+def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bool) -> None:
+    """Four tasks on one small model, switched, mixed, folded; then a tiny writer under four adapters at once.
 
     \b
-    Example:  onnx-lora demo --text "Win a free cruise, call now!"
+    Example:  onnx-lora demo --text "Win a free cruise, call now!" --prompt "The king"
     """
     from onnx_lora.demo import run_demo
+    from onnx_lora.demo_text import run_writer
 
     with report.progress("demo") as progress:
         result = run_demo(list(text), keep=keep, progress=progress)
-    report.show_demo(result, as_json=as_json)
+    if not as_json:
+        report.show_demo(result)
+    with report.live_texts(quiet=as_json) as show:
+        written = run_writer(prompt, show=show)
+    if as_json:
+        report.show(asdict(result) | {"writer": asdict(written)}, as_json=True)
+    else:
+        report.show_writer(written)
 
 
 def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:

@@ -9,19 +9,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from onnx_lora.adapters import Adapter, BoundAdapter
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
+    from onnx_lora.demo_text import WriterResult
     from onnx_lora.exporter.verify import Comparison
     from onnx_lora.runtime import Requantize
 
@@ -29,11 +31,13 @@ __all__ = [
     "Clock",
     "adapter_facts",
     "coverage_facts",
+    "live_texts",
     "package_facts",
     "progress",
     "show",
     "show_demo",
     "show_generations",
+    "show_writer",
     "verification_facts",
 ]
 
@@ -264,11 +268,41 @@ def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: 
     )
 
 
-def show_demo(result: DemoResult, *, as_json: bool) -> None:
-    """The demo's answers and measurements."""
-    if as_json:
-        click.echo(json.dumps(asdict(result)))
+@contextmanager
+def live_texts(*, quiet: bool) -> Iterator[Callable[[Mapping[str, str]], object]]:
+    """A place on the screen for texts that grow side by side; nothing where there is no screen."""
+    console = Console()
+    if quiet or not console.is_terminal:
+        yield lambda _: None
         return
+    with Live(console=console, transient=True, refresh_per_second=20) as live:
+        yield lambda texts: live.update(_side_by_side(texts))
+
+
+def _side_by_side(texts: Mapping[str, str]) -> Table:
+    table = Table(title="One prompt, one batch, every row under another adapter", title_justify="left")
+    for name in texts:
+        table.add_column(name, overflow="fold", ratio=1)
+    table.add_row(*(Text(text) for text in texts.values()))
+    return table
+
+
+def show_writer(result: WriterResult) -> None:
+    """What every row wrote, and what was checked."""
+    console = _stdout()
+    console.print(_side_by_side({row.name: row.text for row in result.rows}))
+    for row in result.rows:
+        console.print(f"[bold]{row.name}[/]: {row.says}")
+    same = sum(row.alone for row in result.rows)
+    console.print(
+        f"{same} of {len(result.rows)} rows write alone, greedily, token for token what they write in the batch; "
+        f"{result.tokens_per_second:.0f} tokens a second over all rows."
+    )
+    console.print(f"Base model in 8 bits {_size(result.base_bytes)}, four adapters {_size(result.adapter_bytes)}.")
+
+
+def show_demo(result: DemoResult) -> None:
+    """The demo's answers and measurements."""
     console = _stdout()
     table = Table(title="One base model, one session, a different adapter in every call", title_justify="left")
     table.add_column("sentence", overflow="fold", ratio=2)

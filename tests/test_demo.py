@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from onnx_lora import AdapterSession, Package, fold
 from onnx_lora.demo import MODEL, run_demo, tokenize
+from onnx_lora.demo_text import BASE, WriterResult, run_writer
 from onnx_lora.errors import InputError
 from onnx_lora.exporter import attach
 from tests.support.numbers import assert_close
@@ -42,8 +43,7 @@ def checkpoint(package: Package, tmp_path_factory: pytest.TempPathFactory) -> Pa
         if node.op_type == "Identity" and node.input[0] in weights:
             weights[node.output[0]] = weights[node.input[0]]
     for point in package.points.values():
-        part = point.parts[0]
-        weights[f"{point.module}.weight"] = part.window(package.read(part.stored), point.out_features).T.copy()
+        weights[f"{point.module}.weight"] = package.module_weight(point).T.copy()
     state = {name: torch.from_numpy(np.array(weights[name])) for name in model.state_dict() if name in weights}
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert missing == []
@@ -136,3 +136,36 @@ def test_the_embedded_model_is_small_and_whole() -> None:
 def test_a_tasks_accuracy_is_worth_showing(task: str) -> None:
     assert TASKS[task]["accuracy"] > TASKS[task]["majority"] + 0.05
     assert len(TASKS[task]["examples"]) == 3
+
+
+@pytest.fixture(scope="module")
+def written() -> WriterResult:
+    rounds: list[dict[str, str]] = []
+    result = run_writer(show=lambda texts: rounds.append(dict(texts)))
+    assert rounds[-1] == {row.name: row.text for row in result.rows}
+    return result
+
+
+def test_every_adapter_writes_in_its_own_manner(written: WriterResult) -> None:
+    texts = {row.name: row.text for row in written.rows}
+    assert list(texts) == [BASE, "shakespeare", "names", "molecules", "requests"]
+    assert all(text.startswith(written.prompt) for text in texts.values())
+    assert len(set(texts.values())) == len(texts)
+    own = {name: text.removeprefix(written.prompt).split() for name, text in texts.items()}
+    assert set("".join(own["molecules"])) <= set("BCFHINOPSclnos0123456789()[]=#+-@/\\%.r")
+    assert all(word.isalpha() for word in own["names"])
+    assert len(own[BASE]) > 2 * len(own["names"]) / 3
+
+
+def test_rows_write_alone_what_they_write_together(written: WriterResult) -> None:
+    assert all(row.alone for row in written.rows)
+
+
+def test_the_writer_is_small(written: WriterResult) -> None:
+    assert written.base_bytes + written.adapter_bytes < LIMIT
+
+
+def test_a_prompt_of_ones_own(written: WriterResult) -> None:
+    assert all(row.text.startswith("I want") for row in run_writer("I want").rows)
+    with pytest.raises(InputError, match="--prompt must hold a text"):
+        run_writer(" ")

@@ -32,7 +32,7 @@ def test_greedy_text_is_transformers_and_pefts(name: str, family: str, decoders_
         assert (found.prompt_tokens, found.reason) == (len(PROMPTS[0]), "length")
         texts.append(found.tokens)
     assert texts[0] != texts[1], "the adapter must be seen"
-    assert all(len(set(tokens)) > 4 for tokens in texts), "a text that repeats itself shows little"
+    assert all(len(set(tokens)) > 20 for tokens in texts), "a text that repeats itself shows little"
 
 
 @pytest.mark.parametrize("name, family", FAMILIES)

@@ -63,7 +63,7 @@ def rows_of(prompt: Prompt, encode: Encode) -> tuple[list[list[int]], bool]:
         return _some(rows), prompt.ndim == 2
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise PromptError(f"a prompt must be {_KINDS}; or a list of these; it is a {type(prompt).__name__}")
-    if prompt and all(_is_id(token) for token in prompt):
+    if all(_is_id(token) for token in prompt):
         return [_ids(prompt, "the prompt")], False
     return _some([_row(each, index, encode) for index, each in enumerate(prompt)]), True
 

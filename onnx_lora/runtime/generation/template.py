@@ -73,8 +73,8 @@ def _small(base: Any, exponent: Any) -> bool:
 def render(source: str, variables: Mapping[str, Any]) -> str:
     """The template's text. Raises TemplateFailure: it fails, refuses, or takes too long."""
     try:
-        template = _environment().from_string(source)
         with _deadline(_SECONDS):
+            template = _environment().from_string(source)
             parts, size = [], 0
             for part in template.generate(**variables):
                 parts.append(part)

@@ -53,6 +53,7 @@ class TextTokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Tokens, with what the tokenizer puts around a text where `special`. Raises PromptError: it is no text."""
         try:
+            text.encode("utf-8")
             return list(self._inner.encode(text, add_special_tokens=special).ids)
         except UnicodeError as error:
             raise PromptError(f"a prompt must be valid Unicode, and is {text[:40]!r}: {error}") from error

@@ -1,0 +1,114 @@
+"""The demo's second part: a tiny language model writes on behind one prompt, every row of the batch under another
+adapter, and all of them at once.
+
+It uses the package as any user would, and checks what it claims."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_lora.errors import InputError
+from onnx_lora.exporter import attach
+from onnx_lora.runtime import Sampling, TextGenerator
+
+__all__ = ["BASE", "WRITER", "WriterResult", "Written", "run_writer"]
+
+# The model and its adapters, as examples/train_writer.py made them: 8 bits, by ONNX Runtime GenAI's builder.
+WRITER = Path(__file__).parent / "demo_writer"
+
+# What the row without an adapter is called.
+BASE = "no adapter"
+
+_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one row wrote. `alone`: whether the row wrote the same in a batch of its own."""
+
+    name: str
+    says: str
+    text: str
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriterResult:
+    """All rows of one batch; `tokens_per_second` counts those of all rows. Sizes in bytes."""
+
+    prompt: str
+    rows: tuple[Written, ...]
+    tokens_per_second: float
+    base_bytes: int
+    adapter_bytes: int
+    package: str | None
+
+
+def run_writer(
+    prompt: str | None = None,
+    *,
+    seed: int = 7,
+    keep: Path | None = None,
+    show: Callable[[dict[str, str]], object] = lambda _: None,
+) -> WriterResult:
+    """Attach points to the embedded model and stream a text under every adapter, in one batch.
+
+    `show`: called after every round with what the rows have written so far, by adapter.
+
+    Raises MissingDependencyError: `tokenizers` is not installed. OutputExistsError: `keep` exists.
+    """
+    facts = _facts()
+    said = facts["prompt"] if prompt is None else prompt
+    if not said.strip():
+        raise InputError("--prompt must hold a text, and is empty")
+    sampling = Sampling(_TOKENS, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=seed)
+    with tempfile.TemporaryDirectory(prefix="onnx-lora-demo.") as scratch:
+        folder = keep or Path(scratch) / "package"
+        attach(WRITER / "model", folder)
+        generator = TextGenerator(folder)
+        names: dict[str, str | None] = {BASE: None}
+        for name in facts["adapters"]:
+            generator.load_adapter(name, WRITER / "adapters" / name)
+            names[name] = name
+        texts = dict.fromkeys(names, said)
+        tokens, start = 0, time.perf_counter()
+        with generator.stream([said] * len(names), adapter=list(names.values()), sampling=sampling) as stream:
+            for piece in stream:
+                tokens += 1
+                texts[list(names)[piece.row]] += piece.text
+                show(texts)
+        seconds = time.perf_counter() - start
+        greedy = Sampling(_TOKENS)
+        together = generator.generate([said] * len(names), adapter=list(names.values()), sampling=greedy)
+        rows = tuple(
+            Written(
+                name,
+                facts["adapters"].get(name, facts["base"])["says"],
+                texts[name],
+                generator.generate(said, adapter=adapter, sampling=greedy).tokens == together[index].tokens,
+            )
+            for index, (name, adapter) in enumerate(names.items())
+        )
+    return WriterResult(
+        prompt=said,
+        rows=rows,
+        tokens_per_second=tokens / seconds,
+        base_bytes=_size(WRITER / "model"),
+        adapter_bytes=_size(WRITER / "adapters"),
+        package=None if keep is None else str(keep),
+    )
+
+
+def _facts() -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((WRITER / "writer.json").read_text("utf-8"))
+    return facts
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
