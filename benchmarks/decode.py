@@ -118,12 +118,13 @@ def measure(work: Path, turns: int, files: Sequence[Llama]) -> dict[str, Any]:
     results: dict[str, Any] = {
         "machine": machine(_THREADS),
         "regime": {"prompt": _PROMPT, "new": _NEW, "block": _BLOCK, "turns": turns},
-        "llama.cpp": "measured" if files else f"not measured: {_without_llama()}",
+        "llama.cpp": _why_no_llama(files) or "measured",
     }
     console = Console(stderr=True)
+    console.print(f"llama.cpp: {results['llama.cpp']}")
     for precision in _PRECISIONS:
         package = _package(checkpoint, work / precision, precision)
-        mine = [each for each in files if each.precision == precision]
+        mine = [each for each in files if each.precision == precision and not _why_no_llama(files)]
         contenders = _contenders(work, package, checkpoint, everything, few, mine)
         taken = _take_turns(contenders, turns, console)
         del contenders
@@ -133,9 +134,10 @@ def measure(work: Path, turns: int, files: Sequence[Llama]) -> dict[str, Any]:
     return results
 
 
-def _without_llama() -> str:
-    installed = importlib.util.find_spec("llama_cpp") is not None
-    return "no GGUF files were given (--llama)" if installed else "llama_cpp is not installed"
+def _why_no_llama(files: Sequence[Llama]) -> str:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "not installed (llama_cpp)"
+    return "" if files else "not measured: no GGUF files were given (--llama)"
 
 
 def _package(checkpoint: Path, folder: Path, precision: str) -> Package:

@@ -68,21 +68,18 @@ def desk(tmp_path_factory: pytest.TempPathFactory, checkpoints: Make, packages: 
 def _make_llm(folder: Path) -> None:
     """A checkpoint with a tokenizer, and with heads wide enough for GenAI's builder; two adapters for it."""
     import transformers as hf
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
+    from benchmarks.subject import make_tokenizer
     from tests.support.models import make_adapter
 
-    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 
     def model() -> Any:
         return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads))
 
     model().save_pretrained(folder / "my-llm")
-    words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(100)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "t0", "bos_token": "t1", "eos_token": "t2", "pad_token": "t0"}
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "my-llm")
+    make_tokenizer(folder / "my-llm")
     make_adapter(model(), folder / "llm-adapters" / "sql", r=4, target_modules=["q_proj", "v_proj"])
     make_adapter(model(), folder / "llm-adapters" / "polite", r=2, target_modules="all-linear", seed=2)
 
