@@ -301,6 +301,9 @@ def _check_files(package: Package) -> None:
             if owner.dtype not in FLOAT_TYPES:
                 problems.append(f"{owner.dtype} is no type of weights known here; known are {FLOAT_TYPES}")
                 continue
+            problems += [f"{part.initializer}: {problem}" for part in owner.parts for problem in _part_problems(part)]
+            if isinstance(owner, InjectionPoint):
+                problems += _coverage_problems(owner)
             for name, stored, allowed in (entry for part in owner.parts for entry in _tensors(part)):
                 if stored.dtype not in allowed or stored.offset < 0 or min(stored.shape, default=1) < 0:
                     problems.append(f"{name}: impossible offset, shape or type")
@@ -334,6 +337,40 @@ def _tensors(part: WeightPart) -> Iterator[tuple[str, StoredTensor, tuple[str, .
         yield quantised.scale.initializer, quantised.scale.stored, FLOAT_TYPES
         for zero in quantised.zero_point:
             yield zero.initializer, zero.stored, (*QUANTISED_TYPES, *FLOAT_TYPES)
+
+
+def _part_problems(part: WeightPart) -> list[str]:
+    """What of a part contradicts itself. Sizes only: the values are anybody's."""
+    if len(part.quantised) > 1 or any(len(entry.zero_point) > 1 for entry in part.quantised):
+        return ["quantised twice, or with several zero points"]
+    if min(part.start, part.first, part.outputs - 1) < 0:
+        return ["impossible outputs"]
+    for entry in part.quantised:
+        wrong = entry.scheme.problem(
+            part.stored.shape, entry.scale.stored.shape, [zero.stored.shape for zero in entry.zero_point]
+        )
+        if wrong is not None or (entry.scheme.layout == "blocks" and not part.transposed):
+            return [wrong or "blocks lie along the inputs"]
+    return []
+
+
+def _coverage_problems(point: InjectionPoint) -> list[str]:
+    """Where the parts of a point are not its whole weight."""
+    problems: list[str] = []
+    for part in point.parts:
+        shape = (
+            (part.quantised[0].scheme.rows, part.quantised[0].scheme.columns) if part.quantised else part.stored.shape
+        )
+        if len(shape) != 2:
+            problems.append(f"{part.initializer}: must have two axes, and has {len(shape)}")
+            continue
+        inputs, outputs = (shape[1], shape[0]) if part.transposed else shape
+        if inputs != point.in_features or part.start + part.outputs > outputs:
+            problems.append(f"{part.initializer}: does not hold {point.module}'s weight")
+    pieces = sorted({(part.first, part.first + part.outputs) for part in point.parts})
+    if [0, *(end for _, end in pieces)] != [*(begin for begin, _ in pieces), point.out_features]:
+        problems.append(f"{point.module}: its parts are not its whole weight")
+    return problems
 
 
 def _branch_problems(graph: GraphInfo) -> list[str]:

@@ -3,6 +3,8 @@ graphs nor files."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +40,32 @@ class Scheme:
     axis: int
     rows: int
     columns: int
+
+    def problem(
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_points: Sequence[tuple[int, ...]]
+    ) -> str | None:
+        """Why tensors of these shapes are none of this scheme's, or None."""
+        if self.rows < 1 or self.columns < 1 or self.block_size < 0:
+            return "impossible sizes"
+        if self.layout == "blocks":
+            if self.bits not in (2, 4, 8) or self.block_size < 1:
+                return f"{self.bits} bits in blocks of {self.block_size}"
+            scales, size = self.rows * self.blocks, self.blocks * self.block_size * self.bits // 8
+            packed = self.rows * -(-self.blocks * self.bits // 8)
+            fits = math.prod(values) == self.rows * size and math.prod(scale) == scales
+            fits = fits and all(math.prod(shape) in (scales, packed) for shape in zero_points)
+            return None if fits else "scales or zero points of another size than the weight's"
+        if self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
+            return "another shape than the scheme's"
+        if self.axis < 0:
+            expected = 1
+        elif self.block_size:
+            along, other = (self.rows, self.columns) if self.axis == 0 else (self.columns, self.rows)
+            expected = -(-along // self.block_size) * other
+        else:
+            expected = values[self.axis]
+        fits = all(math.prod(shape) == expected for shape in (scale, *zero_points))
+        return None if fits else "scales or zero points of another size than the weight's"
 
     @property
     def blocks(self) -> int:
@@ -108,7 +136,7 @@ def _to_affine(
 ) -> tuple[Array, Array, Array | None]:
     lowest, highest = _range(scheme, values)
     low, high = _ends(scheme, weight)
-    symmetric = zero_point is None or not zero_point.astype(np.int16).any()
+    symmetric = zero_point is None or (lowest < 0 and not zero_point.astype(np.int16).any())
     if symmetric:
         scale = np.maximum(-low, high) / min(highest, -lowest) if lowest < 0 else high / highest
         zeros: Any = np.zeros_like(scale)

@@ -30,9 +30,9 @@ _ALL = (slice(None), slice(None))
 _FIRST_ROW = (slice(0, 1), slice(None))
 _FIRST_COLUMN = (slice(None), slice(0, 1))
 
-# How far a quantised weight may be from the checkpoint's, relative to its norm. Rounding to 4 bits in blocks
-# of 32 moves a normal weight by 0.08, to 2 bits by 0.4; another module's is 1.4 away.
-_NEAR = 0.5
+# A first row farther than this belongs to another module: of an unrelated one it is 1.4 norms away. A row of
+# small numbers may be rounded to zero.
+_FIRST_ROW_NEAR = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +120,23 @@ class Checkpoint:
         # Not None: the modules are known to be linear, whatever else reads an equal weight.
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), frozenset())
 
-    def find(self, weight: Array, *, exact: bool = True) -> list[list[Match]]:
+    def find(self, weight: Array, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as one module's, or several packed side by side.
 
-        Compared in the graph's type, bit for bit; not `exact`, for a quantised weight: nearer than any
-        other module's can be by chance. Usually one way; none where the graph's weight is not the
+        Compared in the graph's type, bit for bit; a quantised weight by its distance, which may be so many times
+        the norm of the checkpoint's. Usually one way; none where the graph's weight is not the
         checkpoint's; several where modules hold equal values.
         """
-        same = _equal if exact else _near
+        same = _comparison(within)
         whole = {match.module: [match] for match in self._at(weight, 0, same) if match.outputs == weight.shape[1]}
         return list(whole.values()) or list(self._packed(weight, 0, (), same))
 
-    def find_piece(self, weight: Array, guess: str, *, exact: bool = True) -> list[list[Match]]:
+    def find_piece(self, weight: Array, guess: str, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
 
         Looked for among modules of the layer that the node's name `guess` counts.
         """
-        same = _equal if exact else _near
+        same, alike = _comparison(within), _comparison(within and _FIRST_ROW_NEAR)
         first, last = weight[:, 0], weight[:, -1]
         found: list[list[Match]] = []
         for candidate in self.weights:
@@ -149,7 +149,7 @@ class Checkpoint:
                 values = _by_output(candidate, in_out, weight.dtype)
                 for begin in range(outputs - weight.shape[1] + 1):
                     end = begin + weight.shape[1]
-                    ends = same(values[begin], first) and same(values[end - 1], last)
+                    ends = alike(values[begin], first) and alike(values[end - 1], last)
                     if ends and same(values[begin:end], weight.T):
                         read = partial(candidate.read, _ALL)
                         found.append([Match(candidate.module, 0, weight.shape[1], in_out, begin, outputs, read)])
@@ -182,7 +182,7 @@ class Checkpoint:
             yield from index.get((first.size, first.tobytes()), ())
             return
         for (size, data), candidates in index.items():
-            if size == first.size and same(np.frombuffer(data, first.dtype), first):
+            if size == first.size and _near(np.frombuffer(data, first.dtype), first, _FIRST_ROW_NEAR):
                 yield from candidates
 
     def _index(self, dtype: np.dtype[np.generic]) -> Mapping[tuple[int, bytes], list[tuple[_Weight, bool]]]:
@@ -207,9 +207,13 @@ def _equal(values: Array, weight: Array) -> bool:
     return np.array_equal(values, weight)
 
 
-def _near(values: Array, weight: Array) -> bool:
+def _near(values: Array, weight: Array, within: float) -> bool:
     wanted, found = values.astype(np.float32, copy=False), weight.astype(np.float32, copy=False)
-    return bool(np.linalg.norm(wanted - found) <= _NEAR * np.linalg.norm(wanted))
+    return bool(np.linalg.norm(wanted - found) <= within * np.linalg.norm(wanted))
+
+
+def _comparison(within: float) -> _Same:
+    return partial(_near, within=within) if within else _equal
 
 
 # Whether a checkpoint's weights are those of a graph.

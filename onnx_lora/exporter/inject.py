@@ -41,7 +41,7 @@ def inject(
 
     `inputs` holds the graph inputs by name; `branch` and `replaced` those that concern this site.
     """
-    surgeon.insert_after(site.node)
+    surgeon.insert_after(surgeon.first([product.node for product in site.products]))
     view = _view(surgeon, site, site.label)
     delta = None if branch is None else _delta(surgeon, view, branch, inputs)
     if replaced:

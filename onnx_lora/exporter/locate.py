@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_lora.exporter.checkpoint import Checkpoint, Match
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
 from onnx_lora.points import FLOAT_TYPES, Array
+from onnx_lora.quantised import Scheme
 
 __all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight"]
 
@@ -22,7 +23,7 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
 # TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
 # `_Q4`, `_matmul_Q4` or `_quant`.
-_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?((_matmul)?_Q\d+|_quant)?")
+_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
 
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
@@ -32,6 +33,11 @@ _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
 _WEIGHTED = re.compile(
     r"(Decoder|Longformer|Packed|Q)?Attention|.*(BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*"
 )
+
+
+# How far rounding may have moved a quantised weight, relative to its norm, by bits. To 4 bits in blocks of 32 it
+# moves a normal weight by 0.08, to 8 bits with one scale and a far outlier by 0.1; another module's is 1.4 away.
+_ROUNDED = {2: 0.6, 4: 0.3, 8: 0.12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +249,20 @@ def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:
 
 def same_weight(one: Linear, other: Linear) -> bool:
     """Whether two nodes multiply with the same values for their module."""
-    if one.weight is other.weight and (one.product.transposed, one.start) == (other.product.transposed, other.start):
+    first, second = one.product, other.product
+    same = [own.value for own in first.operands] == [own.value for own in second.operands]
+    if same and (first.transposed, one.start, _scheme(first)) == (second.transposed, other.start, _scheme(second)):
         return one.outputs == other.outputs
     return np.array_equal(one.window(), other.window())
+
+
+def _scheme(product: Product) -> Scheme | None:
+    return None if product.quantised is None else product.quantised.scheme
+
+
+def _distance(product: Product) -> float:
+    """How far a weight may be from the checkpoint's."""
+    return 0.0 if product.quantised is None else _ROUNDED[product.quantised.scheme.bits]
 
 
 def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
@@ -260,7 +277,9 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
                 tables[table.name] = table
         product = product_of(node)
         if isinstance(product, Product) and product.quantised is not None and _is_looked_up(product.weight):
-            names.update(match.module for way in checkpoint.find(product.values(), exact=False) for match in way)
+            names.update(
+                match.module for way in checkpoint.find(product.values(), within=_distance(product)) for match in way
+            )
     for table in tables.values():
         assert table.const_value is not None
         values = table.const_value.numpy()
@@ -278,8 +297,8 @@ def _is_looked_up(weight: Operand) -> bool:
 
 def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str:
     """The checkpoint's modules that this node computes, or why that cannot be said."""
-    weight, exact = np.asarray(linear.product.values()), linear.product.quantised is None
-    ways = checkpoint.find(weight, exact=exact) or checkpoint.find_piece(weight, linear.guess, exact=exact)
+    weight, within = np.asarray(linear.product.values()), _distance(linear.product)
+    ways = checkpoint.find(weight, within=within) or checkpoint.find_piece(weight, linear.guess, within=within)
     own = [way for way in ways if not (len(way) == 1 and way[0].module in embedded)]
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:

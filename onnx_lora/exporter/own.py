@@ -22,23 +22,31 @@ __all__ = ["own_exposures", "own_weights"]
 def own_weights(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
     """The sites, each module's weight in initializers of its own."""
     owned: list[Site] = []
-    copies: dict[tuple[tuple[str, ...], ir.Value], ir.Value] = {}
+    copies: dict[tuple[tuple[str, ...], ir.Value, ir.Value], ir.Value] = {}
     for site in sites:
-        nodes = {product.node for other in sites if other.modules == site.modules for product in other.products}
         products: dict[ir.Node, Product] = {}
         for product in site.products:
-            shared = [
-                operand for operand in product.operands if not set(_users(operand.value)) <= {*nodes, operand.node}
-            ]
-            for operand in shared:
-                if (site.modules, operand.value) not in copies:
+            weight, mine = product.weight.value, dict[ir.Value, ir.Value]()
+            nodes = _readers(weight, [other for other in sites if other.modules == site.modules])
+            for operand in product.operands:
+                if set(_users(operand.value)) <= nodes:
+                    continue
+                key = site.modules, weight, operand.value
+                if key not in copies:
                     name = f"{site.modules[0]}.{'weight' if operand is product.weight else operand.value.name}"
-                    copies[site.modules, operand.value] = surgeon.own_copy(operand.value, name)
-            mine = {operand.value: copies[site.modules, operand.value] for operand in shared}
+                    copies[key] = surgeon.own_copy(operand.value, name)
+                mine[operand.value] = copies[key]
             products[product.node] = _reading(surgeon, product, mine)
         linears = tuple(replace(linear, product=products[linear.node]) for linear in site.linears)
         owned.append(replace(site, linears=linears))
     return owned
+
+
+def _readers(weight: ir.Value, sites: Sequence[Site]) -> set[ir.Node | None]:
+    """The nodes that compute with one weight for one set of modules, its scales included: all calls of a shared
+    module, and not the other pieces of one that was cut up."""
+    products = [product for site in sites for product in site.products if product.weight.value is weight]
+    return {node for product in products for node in (product.node, *(operand.node for operand in product.operands))}
 
 
 def _reading(surgeon: Surgeon, product: Product, mine: Mapping[ir.Value, ir.Value]) -> Product:

@@ -139,6 +139,9 @@ def _plain(node: ir.Node) -> Product | Unfit | None:
     return _made(node, operand, wrappers, _computed(weight, wrappers))
 
 
+_FIXED = "activations are rounded to ranges that were fixed without adapters; quantise weights only"
+
+
 def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -> Product | Unfit:
     """MatMul over DequantizeLinear: per tensor, per channel, or in blocks."""
     weight, scale, zero = (_input(maker, position) for position in range(3))
@@ -149,7 +152,11 @@ def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -
         reason = "its weight is cast after it was dequantised"
     if reason is None and _producer(_input(node, 0), "DequantizeLinear") is not None:
         # Ranges measured without an adapter would cut off what it adds, without a word.
-        reason = "its activations are rounded to ranges that were fixed without adapters; quantise weights only"
+        reason = _FIXED
+    if reason is None and any(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
+        reason = _FIXED
+    if reason is None and zero is not None and _count(zero) != _count(scale):
+        reason = "its scales and zero points are not of one shape"
     if maker.op_type != "DequantizeLinear" or reason is not None:
         return Unfit(reason or f"its weight comes from {maker.op_type}, which gets no point yet", weight)
     assert scale is not None
@@ -184,9 +191,18 @@ def _blocks(node: ir.Node) -> Product | Unfit | None:
     scheme = Scheme("blocks", bits, size, -1, outputs, inputs)
     if _count(weight) != outputs * scheme.blocks * size * bits // 8 or _count(scale) != outputs * scheme.blocks:
         return Unfit("its weight or scales have another size than its attributes say", weight)
+    if zero is not None and _count(zero) not in _zero_counts(zero, scheme):
+        return Unfit("its zero points have another size than its attributes say", weight)
     quantised = Quantised(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
     operand, dtype = Operand(node, 1, weight), _type(source, scale)
     return Product(node, node, node.outputs[0], operand, True, inputs, outputs, dtype, quantised=quantised)
+
+
+def _zero_counts(zero: ir.Value, scheme: Scheme) -> tuple[int, ...]:
+    """How many numbers the zero points of blocks have: bytes packed row by row, or one float a block."""
+    if zero.dtype is not None and zero.dtype.name == "UINT8":
+        return (scheme.rows * -(-scheme.blocks * scheme.bits // 8),)
+    return (scheme.rows * scheme.blocks,)
 
 
 def _integer(node: ir.Node) -> Product | Unfit | None:
@@ -203,6 +219,8 @@ def _integer(node: ir.Node) -> Product | Unfit | None:
     scales = next((value for value in product.inputs if value is not cast.outputs[0]), None)
     both = _producer(scales, "Mul")
     position = -1 if both is None else next((i for i, value in enumerate(both.inputs) if _is_constant(value)), -1)
+    if both is not None and len(list(both.outputs[0].uses())) > 1:
+        return Unfit("the scale of its weight is another weight's too", weight)
     if both is None or position < 0 or both.inputs[1 - position] is not before.outputs[1]:
         return Unfit("the scale of its weight cannot be told", weight)
     scale = both.inputs[position]
@@ -228,6 +246,8 @@ def _dynamic(
     if reason is not None or source is None or weight is None:
         return Unfit(reason or "it has no input", weight)
     rows, columns = _sizes(weight)
+    if _count(scale.value) not in (1, columns) or (zero is not None and _count(zero) != _count(scale.value)):
+        return Unfit("its scales and zero points are not one, or one for each output", weight)
     axis = -1 if _count(scale.value) == 1 else 1
     scheme = Scheme("affine", 8, 0, axis, rows, columns)
     quantised = Quantised(scheme, scale, None if zero is None else Operand(node, 3, zero))

@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,13 +120,15 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
         model = onnx.load(package.path / info.base_file)
         kept = {part.initializer for weight in info.replaceable for part in weight.parts}
         _name_nodes(model.graph)
-        heads = [node for node in model.graph.node if _reaches(model.graph, node, kept)]
+        makers = {output: maker for maker in model.graph.node for output in maker.output}
+        heads = [node for node in model.graph.node if _reaches(makers, node, kept)]
         # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
         excluded = [name for node in heads for name in (node.name, f"{node.name}_MatMul")]
         # The quantisers take MatMul alone; a head stays what it is, under a name they do not know.
         kinds = [node.op_type for node in heads]
         for node in heads:
             node.op_type = "Head"
+        _own_transposed(model.graph)
         ONNXModel(model).replace_gemm_with_matmul()
         for node, kind in zip((node for node in model.graph.node if node.op_type == "Head"), kinds, strict=True):
             node.op_type = kind
@@ -156,6 +159,19 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         node.name = node.name or f"{node.op_type}_{index}"
 
 
+def _own_transposed(graph: onnx.GraphProto) -> None:
+    """Give every Gemm that ONNX Runtime's tool will transpose a weight of its own: it does not look who else reads
+    it."""
+    weights = {value.name: value for value in graph.initializer}
+    readers = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        if node.op_type == "Gemm" and node.input[1] in weights and readers[node.input[1]] > 1:
+            copy = graph.initializer.add()
+            copy.CopyFrom(weights[node.input[1]])
+            copy.name = f"{node.input[1]}.{node.name}"
+            node.input[1] = copy.name
+
+
 def _drop_shapes_of_weights(graph: onnx.GraphProto) -> None:
     """Weights that were transposed have other shapes than the graph noted down."""
     weights = {value.name for value in graph.initializer}
@@ -164,11 +180,10 @@ def _drop_shapes_of_weights(graph: onnx.GraphProto) -> None:
     graph.value_info.extend(noted)
 
 
-def _reaches(graph: onnx.GraphProto, node: onnx.NodeProto, weights: Collection[str]) -> bool:
+def _reaches(makers: Mapping[str, onnx.NodeProto], node: onnx.NodeProto, weights: Collection[str]) -> bool:
     """Whether a product's weight is one of `weights`."""
     if node.op_type not in ("MatMul", "Gemm") or not weights:
         return False
-    makers = {output: maker for maker in graph.node for output in maker.output}
     name = node.input[1]
     while (maker := makers.get(name)) is not None and maker.op_type in _WRAPPERS:
         name = maker.input[0]

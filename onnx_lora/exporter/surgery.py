@@ -29,6 +29,10 @@ class Surgeon:
         """Where the next nodes go."""
         self._after, self._before = node, None
 
+    def first(self, nodes: Sequence[ir.Node]) -> ir.Node:
+        """Of several nodes, the one that stands first in the graph."""
+        return nodes[0] if len(nodes) == 1 else next(node for node in self.graph if node in nodes)
+
     def insert_before(self, node: ir.Node) -> None:
         """Where the next nodes go: the first right before `node`."""
         self._after = None

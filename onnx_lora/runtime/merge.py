@@ -65,7 +65,7 @@ class Edit:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for edits of several graphs that give the same values."""
-        lows = tuple((low.module, low.part.start, low.part.transposed) for low in self.lows)
+        lows = tuple((low.module, low.part.start, low.part.first, low.part.transposed) for low in self.lows)
         return self.stored, (self.whole.weight.name, self.whole.part.transposed) if self.whole else None, lows
 
 

@@ -44,6 +44,8 @@ class Requantize:
         """The source's weight `[in, out]`, if there is a source. Raises BindError: it is another base's."""
         if self.source is None:
             return None
+        if self.source.quantised:
+            raise BindError("the source must be a float package, and is quantised itself", path=self.source.path)
         own, point = quantised.points[module], self.source.points.get(module)
         if point is None or point.sha256 != own.sha256:
             found = "no point there" if point is None else f"the digest {point.sha256[:12]} there"
@@ -84,17 +86,24 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
     wanted = start.copy()
     for low in edit.lows:
         add(wanted, low)
+    if len(old) == 2 and old[0].dtype == np.uint8 and scheme.layout == "affine" and wanted.min() < 0:
+        raise BindError(f"{edit.lows[0].module}: unsigned weights without a zero point hold no negative numbers")
     made = [
         tensor for tensor in quantise(scheme, wanted, old[0], old[2] if len(old) > 2 else None) if tensor is not None
     ]
-    made = [new.astype(was.dtype).reshape(was.shape) for new, was in zip(made, old, strict=True)]
+    with np.errstate(over="ignore"):
+        made = [np.asarray(new, was.dtype).reshape(was.shape) for new, was in zip(made, old, strict=True)]
+    if not np.isfinite(made[1]).all():
+        raise BindError(f"{edit.lows[0].module}: the folded weight needs scales beyond what {made[1].dtype} holds")
     touched = np.zeros(base.shape[0 if part.transposed else 1], bool)
     for low in edit.lows:
         touched[low.part.start : low.part.start + low.part.outputs] = True
     made = [_kept(new, was, touched, scheme, part) for new, was in zip(made, old, strict=True)]
     got = dequantise(scheme, made[0], made[1], made[2] if len(made) > 2 else None)
     for low in edit.lows:
-        requantize.rounding[low.module] = _rounding(low, base, start, wanted, got)
+        rounding = _rounding(low, base, start, wanted, got)
+        worst = requantize.rounding.get(low.module, rounding)  # of a module in several initializers
+        requantize.rounding[low.module] = max(worst, rounding, key=lambda entry: entry.of_change)
     return dict(zip(edit.tensors, made, strict=True))
 
 
@@ -117,8 +126,9 @@ def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPa
         rows = touched.size
         return np.where(touched[:, None], new.reshape(rows, -1), was.reshape(rows, -1)).reshape(was.shape)
     output_axis = 0 if part.transposed else 1
-    if scheme.axis < 0 or (scheme.axis != output_axis and not scheme.block_size) or not was.ndim:
-        return new
+    in_blocks = bool(scheme.block_size)
+    if scheme.axis < 0 or not was.ndim or (scheme.axis == output_axis) == in_blocks:
+        return new  # scales are not outputs' own
     own = touched if was.ndim == 1 or output_axis == 1 else touched[:, None]
     return np.where(own, new, was)
 

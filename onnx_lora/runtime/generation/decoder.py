@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnx_lora.points import Array
-from onnx_lora.runtime._ort import fed_value, ort, running
+from onnx_lora.runtime._ort import CPU, Device, fed_value, ort, running
 from onnx_lora.runtime.generation.graph import DecoderGraph
 from onnx_lora.runtime.held import Held
 
@@ -46,7 +46,8 @@ class Decoder:
         self.binding = held.binding()
         # An IOBinding of older ONNX Runtimes keeps no arrays alive.
         self._held = held
-        self._fed: list[Any] = []
+        self._fed: dict[str, tuple[Array, Any]] = {}
+        self._in_place = Device.of(held.session) == CPU
         self._scores: Any = None
         self._memory = memory
         with running():
@@ -59,18 +60,16 @@ class Decoder:
         return self._memory.feed(self, tokens)
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
-        """Logits: [rows, tokens, vocabulary]; of the last token alone where the graph gives no others."""
+        """Logits: [rows, tokens, vocabulary]; of the last token alone where the graph gives no others.
+
+        An array that was given to the run before may have been written to in between.
+        """
         graph, binding = self.graph, self.binding
-        fed = [(graph.ids, ids), (graph.mask, mask)]
-        if graph.positions is not None:
-            fed.append((graph.positions, positions))
         with running():
-            self._fed = []
-            for name, array in fed:
-                kind = graph.numbers[name]
-                value = fed_value(array.astype(kind, copy=False), _ELEMENTS[kind])
-                binding.bind_ortvalue_input(name, value)
-                self._fed.append(value)
+            self._bind(graph.ids, ids)
+            self._bind(graph.mask, mask)
+            if graph.positions is not None:
+                self._bind(graph.positions, positions)
             scores = self._step_scores(len(ids)) if ids.shape[1] == 1 else None
             if scores is None:
                 binding.bind_output(graph.logits, "cpu")
@@ -79,6 +78,17 @@ class Decoder:
             if scores is None:
                 scores = binding.get_outputs()[0].numpy()
         return scores
+
+    def _bind(self, name: str, array: Array) -> None:
+        """Bind an input, unless it is bound already. Other devices copy it when it is bound, and have to again."""
+        if self._in_place and name in self._fed and self._fed[name][0] is array:
+            return
+        kind = self.graph.numbers[name]
+        given = np.ascontiguousarray(array, kind)
+        value = fed_value(given, _ELEMENTS[kind])
+        self.binding.bind_ortvalue_input(name, value)
+        # Of a copy the array itself is not what is bound.
+        self._fed[name] = given, value
 
     def _step_scores(self, rows: int) -> Array | None:
         """Where the logits of one token go, step after step; None where the graph does not say how many there are."""

@@ -92,7 +92,7 @@ class Chooser:
             logits = penalised(logits.astype(np.float32), self._seen, self._penalty)
         if self._random is None:
             token = int(logits.argmax())
-            if not np.isfinite(logits[token]):
+            if not math.isfinite(logits[token]):
                 raise _no_numbers()
         else:
             ids, chances = distribution(logits.astype(np.float32, copy=False), self._sampling)

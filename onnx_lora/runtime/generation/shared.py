@@ -33,13 +33,18 @@ class Shared:
         self._capacity = 0  # tokens
         self._buffers: list[Any] = []
         self._lengths = [0] * rows
-        self._last = [0] * rows  # each row's last token
+        # What a step is fed, written in place: each row's last token, and its place.
+        self._ids = np.zeros((rows, 1), np.int64)
+        self._places = np.zeros((rows, 1), np.int64)
+        self._columns = np.ones((1, 0), np.int64)  # what masks are made of
 
     def reserve(self, tokens: int) -> None:
         used = max(self._lengths)
         if used + tokens > self._capacity:
             self._capacity = -(-(used + tokens) // _ROUND) * _ROUND
             self._buffers = self._moved(used)
+            numbers = np.arange(self._capacity)[None]
+            self._columns = np.ones_like(numbers) if self._rows == 1 else numbers
 
     def _moved(self, used: int) -> list[Any]:
         """Buffers of the new length with the old ones' tokens."""
@@ -59,51 +64,61 @@ class Shared:
 
     def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
         width = max(map(len, tokens))
+        if width == 1:
+            return self._step(decoder, tokens)
         if self._rows == 1:
             for start in range(0, width, _PIECE):
                 logits = self._run(decoder, [tokens[0][start : start + _PIECE]])
             return logits
-        if width == 1 or not any(self._lengths):
+        if not any(self._lengths):
             return self._run(decoder, tokens)
-        return self._one_by_one(decoder, tokens, width)
-
-    def _one_by_one(self, decoder: Decoder, tokens: Sequence[Sequence[int]], width: int) -> Array:
-        """The operator takes several tokens behind a past for one row only."""
+        # The operator takes several tokens behind a past for one row only.
         kept: dict[int, Array] = {}
         for step in range(width):
-            logits = self._run(decoder, [row[step : step + 1] for row in tokens])
+            logits = self._step(decoder, [row[step : step + 1] for row in tokens])
             kept |= {row: logits[row].copy() for row, each in enumerate(tokens) if len(each) == step + 1}
         return np.stack([kept.get(row, logits[row]) for row in range(self._rows)])
 
+    def _step(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+        """One token for each row, or none: then its last one is fed again, to the place where it lies already, and
+        nothing changes. This is the loop whose time counts."""
+        for row, each in enumerate(tokens):
+            if each:
+                self._lengths[row] += 1
+                self._ids[row, 0] = each[0]
+                self._places[row, 0] = self._lengths[row] - 1
+        return decoder.run(self._ids, self._mask(), self._places)[:, -1]
+
     def _run(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+        """Several tokens, for every row at least one."""
         counts = [len(row) for row in tokens]
-        width = max(1, *counts)
-        # A row without a token is fed its last one again, to the place where it lies already: nothing changes.
-        starts = [length - (not new) for length, new in zip(self._lengths, counts, strict=True)]
+        width = max(counts)
         ids = np.zeros((self._rows, width), np.int64)
         for row, each in enumerate(tokens):
-            ids[row, : max(1, len(each))] = each if len(each) else self._last[row]
-        lengths = [length + new for length, new in zip(self._lengths, counts, strict=True)]
-        positions = np.array(starts)[:, None] + np.arange(width)
-        logits = decoder.run(ids, _mask(lengths), positions)
-        self._lengths = lengths
-        self._last = [int(each[-1]) if len(each) else old for each, old in zip(tokens, self._last, strict=True)]
-        if width == 1 or min(counts) == width:
+            ids[row, : len(each)] = each
+        positions = np.array(self._lengths)[:, None] + np.arange(width)
+        for row, each in enumerate(tokens):
+            self._ids[row, 0] = each[-1]
+            self._lengths[row] += len(each)
+            self._places[row, 0] = self._lengths[row] - 1
+        logits = decoder.run(ids, self._mask(), positions)
+        if min(counts) == width:
             return logits[:, -1]
         if logits.shape[1] == width:
-            own: Array = logits[np.arange(self._rows), np.maximum(np.array(counts), 1) - 1]
+            own: Array = logits[np.arange(self._rows), np.array(counts) - 1]
             return own
         # The graph keeps the last column's logits only, and shorter rows end before it.
-        return self._run(decoder, [()] * self._rows)
+        return self._step(decoder, [()] * self._rows)
+
+    def _mask(self) -> Array:
+        """Ones for a row's tokens: [rows, tokens of the longest]."""
+        if self._rows == 1:
+            return self._columns[:, : self._lengths[0]]
+        return self._columns[:, : max(self._lengths)] <= self._places
 
     def copy(self) -> Shared:
         other = object.__new__(Shared)
-        other.__dict__.update(self.__dict__)
+        written = {"_lengths": [*self._lengths], "_ids": self._ids.copy(), "_places": self._places.copy()}
+        other.__dict__.update(self.__dict__, **written)
         other._buffers = other._moved(max(self._lengths))
         return other
-
-
-def _mask(lengths: Sequence[int]) -> Array:
-    if len(lengths) == 1:
-        return np.ones((1, lengths[0]), np.int64)
-    return (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
