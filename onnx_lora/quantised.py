@@ -55,7 +55,8 @@ class Scheme:
             fits = math.prod(values) == self.rows * size and math.prod(scale) == scales
             fits = fits and all(math.prod(shape) in (scales, packed) for shape in zero_points)
             return None if fits else "scales or zero points of another size than the weight's"
-        if self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
+        needless = self.axis < 0 and self.block_size > 0
+        if needless or self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
             return "another shape than the scheme's"
         if self.axis < 0:
             expected = 1

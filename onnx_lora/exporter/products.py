@@ -164,7 +164,7 @@ def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -
     size = maker.attributes.get_int("block_size", 0)
     axis = -1 if axes_of(scale) == 0 or _count(scale) == 1 else maker.attributes.get_int("axis", 1) % 2
     bits = 4 if weight.dtype is not None and weight.dtype.name in _NIBBLES else 8
-    scheme = Scheme("affine", bits, size, axis, rows, columns)
+    scheme = Scheme("affine", bits, size if axis >= 0 else 0, axis, rows, columns)
     quantised = Quantised(scheme, Operand(maker, 1, scale), None if zero is None else Operand(maker, 2, zero))
     return _made(node, Operand(maker, 0, weight), wrappers, _type(scale), quantised)
 
