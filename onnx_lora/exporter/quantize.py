@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx
+import onnx_ir as ir
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.build import Options, Progress, Source, build
@@ -117,6 +119,7 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
         from onnxruntime.quantization.onnx_model import ONNXModel
 
+        logging.getLogger().setLevel(logging.ERROR)
         model = onnx.load(package.path / info.base_file)
         kept = {part.initializer for weight in info.replaceable for part in weight.parts}
         _name_nodes(model.graph)
@@ -134,23 +137,26 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
             node.op_type = kind
         _drop_shapes_of_weights(model.graph)
         _name_nodes(model.graph)
-        location = f"{target.name}.data"
         if method.kind == "dynamic":
+            # Not under its own name: ONNX refuses to write beside a data file of that name in the working folder.
+            raw = target.with_name(f"{secrets.token_hex(8)}.onnx")
             quantize_dynamic(
                 model,
-                target,
+                raw,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["MatMul"],
                 nodes_to_exclude=excluded,
                 use_external_data_format=True,
             )
-            return
-        config = DefaultWeightOnlyQuantConfig(
-            block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
-        )
-        quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
-        quantiser.process()
-        onnx.save(quantiser.model.model, target, save_as_external_data=True, location=location)
+            quantised = ir.load(raw)
+        else:
+            config = DefaultWeightOnlyQuantConfig(
+                block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
+            )
+            quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
+            quantiser.process()
+            quantised = ir.from_proto(quantiser.model.model)
+        ir.save(quantised, target, external_data=f"{target.name}.data")
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -222,10 +228,10 @@ def _restore(built: Package, source: Package) -> None:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """The quantisers' exceptions as ours, and their notes kept out of the user's terminal."""
+    """The quantisers' exceptions as ours, and their notes kept out of the user's terminal: importing them gives the
+    root logger a handler and a level."""
     root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    level, handlers = root.level, list(root.handlers)
     failures: tuple[Any, ...] = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, *native_failures())
     try:
         yield
@@ -237,3 +243,4 @@ def _translated(path: Path) -> Iterator[None]:
         raise ExportError(f"ONNX Runtime's quantiser failed: {error}", path=path) from error
     finally:
         root.setLevel(level)
+        root.handlers[:] = handlers
