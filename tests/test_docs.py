@@ -143,6 +143,16 @@ def test_the_ratios_in_the_docs_are_the_measured_ones() -> None:
     assert f"| {results['starting']['fold / plain session']:.2f} |" in page
 
 
+def test_the_decode_table_in_the_docs_is_the_measured_one() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for name, milliseconds in results["fp32"]["milliseconds a token"].items():
+        own = f"| {name} | {milliseconds:.1f} | {results['fp32']['ratio, token'][name]:.2f} |"
+        quantised = results["int4"]
+        own += f" {quantised['milliseconds a token'][name]:.1f} | {quantised['ratio, token'][name]:.2f} |"
+        assert own in page, f"{name}: not what was measured"
+
+
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_command_has_an_example_that_names_real_options(name: str) -> None:
     command = cli.commands[name]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from onnx_lora.points import Array
-from onnx_lora.runtime._ort import CPU, Device, fed_value, ort, running
+from onnx_lora.runtime._ort import CPU, Device, ort, running
 from onnx_lora.runtime.generation.graph import DecoderGraph
 from onnx_lora.runtime.held import Held
 
@@ -85,7 +85,7 @@ class Decoder:
             return
         kind = self.graph.numbers[name]
         given = np.ascontiguousarray(array, kind)
-        value = fed_value(given, _ELEMENTS[kind])
+        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(given, _ELEMENTS[kind])
         self.binding.bind_ortvalue_input(name, value)
         # Of a copy the array itself is not what is bound.
         self._fed[name] = given, value
