@@ -203,7 +203,10 @@ class Package:
 
     def module_weight(self, point: InjectionPoint) -> Array:
         """W0 of a point as the graph computes with it, `[in, out]`; dequantised where it is quantised."""
-        weight = np.zeros((point.in_features, point.out_features), np.float32 if self.quantised else point.dtype)
+        weight = np.zeros(
+            (point.in_features, point.out_features),
+            np.float32 if any(part.quantised for part in point.parts) else point.dtype,
+        )
         for part in point.parts:
             weight[:, part.first : part.first + part.outputs] = part.window(self.weight(part))
         return weight
@@ -347,7 +350,9 @@ def _part_problems(part: WeightPart) -> list[str]:
         return ["impossible outputs"]
     for entry in part.quantised:
         wrong = entry.scheme.problem(
-            part.stored.shape, entry.scale.stored.shape, [zero.stored.shape for zero in entry.zero_point]
+            part.stored.shape,
+            entry.scale.stored.shape,
+            [(zero.stored.dtype, zero.stored.shape) for zero in entry.zero_point],
         )
         if wrong is not None or (entry.scheme.layout == "blocks" and not part.transposed):
             return [wrong or "blocks lie along the inputs"]
@@ -375,12 +380,19 @@ def _coverage_problems(point: InjectionPoint) -> list[str]:
 
 def _branch_problems(graph: GraphInfo) -> list[str]:
     """A point without a branch would take adapters and do nothing."""
-    points, entered = {point.module for point in graph.points}, [set(branch.modules) for branch in graph.branches]
+    known = {point.module: (point.in_features, point.dtype) for point in graph.points}
+    points, entered = set(known), [set(branch.modules) for branch in graph.branches]
     all_entered = set().union(*entered)
     return [
         *(f"{module}: a point that no branch leads to" for module in sorted(points - all_entered)),
         *(f"{module}: a branch to what is no point" for module in sorted(all_entered - points)),
         *(f"graph {graph.name}: a branch without modules" for modules in entered if not modules),
+        *(
+            f"{branch.name}: a branch whose modules differ in inputs or type, or come twice"
+            for branch in graph.branches
+            if len({known.get(module) for module in branch.modules}) > 1
+            or len(set(branch.modules)) < len(branch.modules)
+        ),
     ]
 
 

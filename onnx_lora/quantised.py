@@ -42,9 +42,9 @@ class Scheme:
     columns: int
 
     def problem(
-        self, values: tuple[int, ...], scale: tuple[int, ...], zero_points: Sequence[tuple[int, ...]]
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_points: Sequence[tuple[str, tuple[int, ...]]]
     ) -> str | None:
-        """Why tensors of these shapes are none of this scheme's, or None."""
+        """Why tensors of these shapes (and types, of zero points) are none of this scheme's, or None."""
         if self.rows < 1 or self.columns < 1 or self.block_size < 0:
             return "impossible sizes"
         if self.layout == "blocks":
@@ -53,7 +53,9 @@ class Scheme:
             scales, size = self.rows * self.blocks, self.blocks * self.block_size * self.bits // 8
             packed = self.rows * -(-self.blocks * self.bits // 8)
             fits = math.prod(values) == self.rows * size and math.prod(scale) == scales
-            fits = fits and all(math.prod(shape) in (scales, packed) for shape in zero_points)
+            fits = fits and all(
+                math.prod(shape) == (packed if dtype == "uint8" else scales) for dtype, shape in zero_points
+            )
             return None if fits else "scales or zero points of another size than the weight's"
         needless = self.axis < 0 and self.block_size > 0
         if needless or self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
@@ -65,7 +67,7 @@ class Scheme:
             expected = -(-along // self.block_size) * other
         else:
             expected = values[self.axis]
-        fits = all(math.prod(shape) == expected for shape in (scale, *zero_points))
+        fits = all(math.prod(shape) == expected for shape in (scale, *(shape for _, shape in zero_points)))
         return None if fits else "scales or zero points of another size than the weight's"
 
     @property

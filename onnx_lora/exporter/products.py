@@ -155,8 +155,6 @@ def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -
         reason = _FIXED
     if reason is None and any(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
         reason = _FIXED
-    if reason is None and zero is not None and _count(zero) != _count(scale):
-        reason = "its scales and zero points are not of one shape"
     if maker.op_type != "DequantizeLinear" or reason is not None:
         return Unfit(reason or f"its weight comes from {maker.op_type}, which gets no point yet", weight)
     assert scale is not None
@@ -165,6 +163,8 @@ def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -
     axis = -1 if axes_of(scale) == 0 or _count(scale) == 1 else maker.attributes.get_int("axis", 1) % 2
     bits = 4 if weight.dtype is not None and weight.dtype.name in _NIBBLES else 8
     scheme = Scheme("affine", bits, size if axis >= 0 else 0, axis, rows, columns)
+    if (reason := _misfit(scheme, weight, scale, zero)) is not None:
+        return Unfit(reason, weight)
     quantised = Quantised(scheme, Operand(maker, 1, scale), None if zero is None else Operand(maker, 2, zero))
     return _made(node, Operand(maker, 0, weight), wrappers, _type(scale), quantised)
 
@@ -189,20 +189,18 @@ def _blocks(node: ir.Node) -> Product | Unfit | None:
     assert weight is not None
     assert scale is not None
     scheme = Scheme("blocks", bits, size, -1, outputs, inputs)
-    if _count(weight) != outputs * scheme.blocks * size * bits // 8 or _count(scale) != outputs * scheme.blocks:
-        return Unfit("its weight or scales have another size than its attributes say", weight)
-    if zero is not None and _count(zero) not in _zero_counts(zero, scheme):
-        return Unfit("its zero points have another size than its attributes say", weight)
+    if (reason := _misfit(scheme, weight, scale, zero)) is not None:
+        return Unfit(reason, weight)
     quantised = Quantised(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
     operand, dtype = Operand(node, 1, weight), _type(source, scale)
     return Product(node, node, node.outputs[0], operand, True, inputs, outputs, dtype, quantised=quantised)
 
 
-def _zero_counts(zero: ir.Value, scheme: Scheme) -> tuple[int, ...]:
-    """How many numbers the zero points of blocks have: bytes packed row by row, or one float a block."""
-    if zero.dtype is not None and zero.dtype.name == "UINT8":
-        return (scheme.rows * -(-scheme.blocks * scheme.bits // 8),)
-    return (scheme.rows * scheme.blocks,)
+def _misfit(scheme: Scheme, weight: ir.Value, scale: ir.Value, zero: ir.Value | None) -> str | None:
+    """Why a weight and what stands beside it are not of one scheme, or None."""
+    zeros = [] if zero is None else [(_type(zero), _dims(zero))]
+    problem = scheme.problem(_dims(weight), _dims(scale), zeros)
+    return None if problem is None else f"its quantisation contradicts itself: {problem}"
 
 
 def _integer(node: ir.Node) -> Product | Unfit | None:
@@ -246,10 +244,10 @@ def _dynamic(
     if reason is not None or source is None or weight is None:
         return Unfit(reason or "it has no input", weight)
     rows, columns = _sizes(weight)
-    if _count(scale.value) not in (1, columns) or (zero is not None and _count(zero) != _count(scale.value)):
-        return Unfit("its scales and zero points are not one, or one for each output", weight)
     axis = -1 if _count(scale.value) == 1 else 1
     scheme = Scheme("affine", 8, 0, axis, rows, columns)
+    if (reason := _misfit(scheme, weight, scale.value, zero)) is not None:
+        return Unfit(reason, weight)
     quantised = Quantised(scheme, scale, None if zero is None else Operand(node, 3, zero))
     operand, dtype = Operand(node, 1, weight), _type(source, scale.value)
     return Product(node, reader, output, operand, False, rows, columns, dtype, quantised=quantised)
@@ -349,6 +347,11 @@ def _sizes(value: ir.Value) -> tuple[int, int]:
     assert value.shape is not None
     rows, columns = (int(size) for size in value.shape.numpy())
     return rows, columns
+
+
+def _dims(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(int(size) for size in value.const_value.shape.numpy())
 
 
 def _count(value: ir.Value | None) -> int:

@@ -79,7 +79,9 @@ def quantize(
     whole = package if isinstance(package, Package) else Package.open(package)
     chosen = method or Method()
     if whole.quantised:
-        raise ModelError("must be a float package, and is quantised already", path=whole.path)
+        raise ModelError(
+            "must be a float package, and is quantised already; give the one it was made from", path=whole.path
+        )
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         sources: list[Source] = []
         for index, info in enumerate(whole.manifest.graphs):
