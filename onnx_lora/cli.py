@@ -78,13 +78,13 @@ def _json_option(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _point_options(command: Callable[P, R]) -> Callable[..., R]:
-    """`--targets`, `--targets-regex`, `--replaceable` and `--default-rank`, as `export` and `attach` take them."""
+    """What gets points and inputs, as `export` and `attach` take it."""
 
     @click.option(
         "--targets",
         multiple=True,
         metavar="NAME",
-        help='What gets points: a module name or suffix, several times; or "all-linear" (the default).',
+        help='What gets points: a module name or suffix, several times; "all-linear" (the default); or "all".',
     )
     @click.option("--targets-regex", metavar="EXPR", help="Instead: a regular expression over whole module names.")
     @click.option(
@@ -99,6 +99,7 @@ def _point_options(command: Callable[P, R]) -> Callable[..., R]:
         default=0,
         help="1 for execution providers that cannot run rank 0 (DirectML, CoreML).",
     )
+    @click.option("--dora", is_flag=True, help="Let points take DoRA's scale, at the cost of a product each.")
     @wraps(command)
     def wrapped(
         *args: Any,
@@ -106,13 +107,15 @@ def _point_options(command: Callable[P, R]) -> Callable[..., R]:
         targets_regex: str | None,
         replaceable: Sequence[str],
         default_rank: int,
+        dora: bool,
         **kwargs: Any,
     ) -> R:
         if targets and targets_regex:
             raise click.UsageError("--targets and --targets-regex exclude each other")
-        chosen: Any = targets_regex or ("all-linear" if targets in ((), ("all-linear",)) else list(targets))
+        word = targets[0] if len(targets) == 1 and targets[0] in ("all-linear", "all") else None
+        chosen: Any = targets_regex or word or (list(targets) or "all-linear")
         heads = "heads" if replaceable in ((), ("heads",)) else list(replaceable)
-        options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank}
+        options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank, "dora": dora}
         return command(*args, options=options, **kwargs)  # type: ignore[arg-type]
 
     return wrapped

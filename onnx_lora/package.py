@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -47,7 +48,7 @@ __all__ = [
 MANIFEST = "onnx_lora.json"
 
 # Raised when a reader of the old version would misread the new one.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # What a place says that cannot be written to. EEXIST: a file where a folder must be.
 _NOT_WRITABLE = (
@@ -87,7 +88,7 @@ class GraphInfo:
     @property
     def adapter_inputs(self) -> frozenset[str]:
         """The graph inputs that adapters fill."""
-        factors = [name for branch in self.branches for name in (branch.lora_a, branch.lora_b)]
+        factors = [name for branch in self.branches for name in branch.names]
         return frozenset([*factors, *(weight.name for weight in self.replaceable)])
 
     def inputs(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -202,14 +203,22 @@ class Package:
         return values
 
     def module_weight(self, point: InjectionPoint) -> Array:
-        """W0 of a point as the graph computes with it, `[in, out]`; dequantised where it is quantised."""
+        """W0 of a point as the graph computes with it, `[in, out]` (of a convolution in groups `[in / groups, out]`);
+        dequantised where it is quantised."""
         weight = np.zeros(
-            (point.in_features, point.out_features),
+            (point.in_features // point.groups, point.out_features),
             np.float32 if any(part.quantised for part in point.parts) else point.dtype,
         )
         for part in point.parts:
             weight[:, part.first : part.first + part.outputs] = part.window(self.weight(part))
         return weight
+
+    @cached_property
+    def dora(self) -> frozenset[str]:
+        """The modules that take DoRA's scale in every graph that has them."""
+        branches = [branch for graph in self.manifest.graphs for branch in graph.branches]
+        without = {module for branch in branches if not branch.dora for module in branch.modules}
+        return frozenset(module for branch in branches for module in branch.modules) - without
 
     @property
     def quantised(self) -> bool:
@@ -354,24 +363,27 @@ def _part_problems(part: WeightPart) -> list[str]:
             entry.scale.stored.shape,
             [(zero.stored.dtype, zero.stored.shape) for zero in entry.zero_point],
         )
-        if wrong is not None or (entry.scheme.layout == "blocks" and not part.transposed):
-            return [wrong or "blocks lie along the inputs"]
+        if wrong is not None:
+            return [wrong]
     return []
 
 
 def _coverage_problems(point: InjectionPoint) -> list[str]:
     """Where the parts of a point are not its whole weight."""
     problems: list[str] = []
+    if min(point.groups, *point.kernel, 1) < 1 or point.in_features % (math.prod(point.kernel) * point.groups or 1):
+        return [f"{point.module}: impossible kernel or groups"]
+    if point.groups > 1 and point.out_features % point.groups:
+        return [f"{point.module}: impossible groups"]
     for part in point.parts:
-        shape = (
-            (part.quantised[0].scheme.rows, part.quantised[0].scheme.columns) if part.quantised else part.stored.shape
-        )
-        if len(shape) != 2:
-            problems.append(f"{part.initializer}: must have two axes, and has {len(shape)}")
-            continue
-        inputs, outputs = (shape[1], shape[0]) if part.transposed else shape
-        if inputs != point.in_features or part.start + part.outputs > outputs:
+        inputs, outputs = part.matrix
+        if inputs != point.in_features // point.groups or part.start + part.outputs > outputs:
             problems.append(f"{part.initializer}: does not hold {point.module}'s weight")
+        # MatMulNBits keeps blocks along the inputs, a table along its features.
+        if any(entry.scheme.layout == "blocks" for entry in part.quantised) and (
+            part.transposed == (point.kind == "embedding")
+        ):
+            problems.append(f"{part.initializer}: its blocks lie along the wrong axis")
     pieces = sorted({(part.first, part.first + part.outputs) for part in point.parts})
     if [0, *(end for _, end in pieces)] != [*(begin for begin, _ in pieces), point.out_features]:
         problems.append(f"{point.module}: its parts are not its whole weight")
@@ -380,7 +392,7 @@ def _coverage_problems(point: InjectionPoint) -> list[str]:
 
 def _branch_problems(graph: GraphInfo) -> list[str]:
     """A point without a branch would take adapters and do nothing."""
-    known = {point.module: (point.in_features, point.dtype) for point in graph.points}
+    known = {point.module: (point.kind, point.in_features, point.dtype) for point in graph.points}
     points, entered = set(known), [set(branch.modules) for branch in graph.branches]
     all_entered = set().union(*entered)
     return [

@@ -3,6 +3,7 @@ weight are, and how their tensors are laid out. It knows no file, no graph and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,8 +19,10 @@ __all__ = [
     "NIBBLES",
     "QUANTISED_TYPES",
     "Array",
+    "Bias",
     "Branch",
     "InjectionPoint",
+    "Kind",
     "NamedTensor",
     "Quantisation",
     "Replaceable",
@@ -30,6 +33,12 @@ __all__ = [
 ]
 
 Array = NDArray[np.generic]
+
+# What a module computes with its weight.
+Kind = Literal["linear", "embedding", "conv"]
+
+# Whether a module adds a bias. Where no checkpoint says so and the graph shows none, it may be fused elsewhere.
+Bias = Literal["added", "none", "unknown"]
 
 # What a point's tensors may be made of. ONNX Runtime's CPU provider multiplies no bfloat16.
 FLOAT_TYPES = ("float32", "float16", "float64")
@@ -116,18 +125,38 @@ class WeightPart:
     quantised: tuple[Quantisation, ...] = ()
 
     def window(self, values: Array) -> Array:
-        """The module's part of the initializer's values, as a view `[in, outputs]`."""
-        by_output = values.T if self.transposed else values
+        """The module's part of the initializer's values, as a view `[in, outputs]`. A kernel's axes count as `in`."""
+        matrix = values.reshape(len(values), -1) if values.ndim > 2 else values
+        by_output = matrix.T if self.transposed else matrix
         return by_output[:, self.start : self.start + self.outputs]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Inputs and outputs of the whole initializer; (0, 0) where it has less than two axes."""
+        if self.quantised:
+            rows, columns = self.quantised[0].scheme.rows, self.quantised[0].scheme.columns
+        elif len(self.stored.shape) < 2:
+            return 0, 0
+        else:
+            rows, columns = self.stored.shape[0], math.prod(self.stored.shape[1:])
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
 class InjectionPoint:
-    """A place where an adapter enters a graph: `y' = y + (x · lora_A) · lora_B`.
+    """A place where an adapter enters a graph: `y' = (y + (x · lora_A) · lora_B) · dora_scale`, before any bias.
+
+    kind         y, with W0 `[in, out]`              in
+    "linear"     x · W0                              features
+    "embedding"  row x of W0                         rows of the table
+    "conv"       every window of x, times W0         channels · kernel, in torch's order
 
     An adapter's tensors for it: `lora_a` `[rows, in, rank]` and `lora_b` `[rows, rank, out]`, of type
     `dtype`. `parts` say where W0 lies in the base graph: usually once, more often where a module is
     used by several nodes with a copy each. `sha256` is W0's before it was quantised, where that is known.
+
+    Of a convolution in `groups`, W0 has `in / groups` inputs and the branch has all of them, as in PEFT: no sum of
+    the two is a weight of it, and it cannot be folded.
     """
 
     module: str
@@ -137,7 +166,10 @@ class InjectionPoint:
     per_row: bool
     sha256: str
     parts: tuple[WeightPart, ...]
-    kind: Literal["linear"] = "linear"
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    bias: Bias = "unknown"
 
     @property
     def lora_a(self) -> str:
@@ -149,11 +181,37 @@ class InjectionPoint:
         """`[rows, rank, out]`, the scale multiplied in."""
         return f"{self.module}.lora_B.weight"
 
+    @property
+    def dora_scale(self) -> str:
+        """`[rows, 1, out]`. DoRA (Liu et al. 2024), equation 5: m / ‖W0 + A · B‖, the norm of each output's weights."""
+        return f"{self.module}.dora_scale"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of A behind its rank, as PEFT keeps it: `[in]`, or `[channels, *kernel]`."""
+        return (self.in_features // math.prod(self.kernel), *self.kernel)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """Of W0 as PEFT sees it: `[out, in]`, `[rows of the table, features]`, `[out, channels / groups, *kernel]`."""
+        if self.kind == "embedding":
+            return self.in_features, self.out_features
+        channels, *kernel = self.input_shape
+        return (self.out_features, channels // self.groups, *kernel)
+
+    def to_torch(self, weight: Array) -> Array:
+        """W0 `[in, out]` in `torch_shape`, as a view."""
+        return (weight if self.kind == "embedding" else weight.T).reshape(self.torch_shape)
+
+    def from_torch(self, weight: Array) -> Array:
+        """A weight in `torch_shape` as `[in, out]`, as a view."""
+        return weight if self.kind == "embedding" else weight.reshape(self.out_features, -1).T
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A pair of graph inputs, through which the adapters of `modules` enter: those whose outputs one place
-    computes side by side.
+    """The graph inputs through which the adapters of `modules` enter: those whose outputs one place
+    computes side by side. `dora`: whether there is one for DoRA's scale.
 
     One module: the inputs are the module's own tensors. Several (packed q, k and v): A side by side and B
     block-diagonal, so that one pair of products serves them all. Measured on an int4 graph of 30 layers
@@ -161,6 +219,7 @@ class Branch:
     """
 
     modules: tuple[str, ...]
+    dora: bool = False
 
     @property
     def name(self) -> str:
@@ -181,25 +240,52 @@ class Branch:
         """The graph input `[rows, ranks, outputs]`."""
         return f"{self.name}.lora_B.weight"
 
+    @property
+    def dora_scale(self) -> str:
+        """The graph input `[rows, 1, outputs]`, where the branch has one."""
+        return f"{self.name}.dora_scale"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of its graph inputs."""
+        return (self.lora_a, self.lora_b, *([self.dora_scale] if self.dora else []))
+
     def inputs(self, tensors: Mapping[str, Array], points: Mapping[str, InjectionPoint]) -> dict[str, Array]:
-        """The two graph inputs, made of an adapter's tensors by point; none where it touches no module."""
-        having = [points[module] for module in self.modules if points[module].lora_a in tensors]
-        if len(self.modules) == 1 or not having:
-            return {name: tensors[name] for point in having for name in (point.lora_a, point.lora_b)}
+        """The graph inputs, made of an adapter's tensors by point; those that the adapter does not touch stay out."""
+        if len(self.modules) == 1:
+            return {name: tensors[name] for name in self.names if name in tensors}
+        own = [points[module] for module in self.modules]
+        return self._factors(tensors, own) | (self._scales(tensors, own) if self.dora else {})
+
+    def _factors(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
+        """A side by side, B in the blocks of a diagonal."""
+        having = [point for point in points if point.lora_a in tensors]
+        if not having:
+            return {}
         a = [tensors[point.lora_a] for point in having]
         rows = max(len(factor) for factor in a)
         joined = np.concatenate([np.broadcast_to(factor, (rows, *factor.shape[1:])) for factor in a], axis=2)
-        outputs = sum(points[module].out_features for module in self.modules)
-        blocks = np.zeros((rows, joined.shape[2], outputs), a[0].dtype)
+        blocks = np.zeros((rows, joined.shape[2], sum(point.out_features for point in points)), a[0].dtype)
         rank = start = 0
-        for module in self.modules:
-            point = points[module]
+        for point in points:
             if point in having:
                 b = tensors[point.lora_b]
                 blocks[:, rank : rank + b.shape[1], start : start + point.out_features] = b
                 rank += b.shape[1]
             start += point.out_features
         return {self.lora_a: np.ascontiguousarray(joined), self.lora_b: blocks}
+
+    def _scales(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
+        """Side by side; ones for modules that have none."""
+        if not any(point.dora_scale in tensors for point in points):
+            return {}
+        scales = [
+            tensors.get(point.dora_scale, np.ones((1, 1, point.out_features), np.dtype(point.dtype)))
+            for point in points
+        ]
+        rows = max(len(scale) for scale in scales)
+        joined = np.concatenate([np.broadcast_to(scale, (rows, *scale.shape[1:])) for scale in scales], axis=2)
+        return {self.dora_scale: np.ascontiguousarray(joined)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +295,14 @@ class Replaceable:
     role            torch's shape                          the graph input's shape
     linear_weight   `[out, in]` (`[in, out]` if in_out)    `[rows, in, out]`
     linear_bias     `[out]`                                `[rows, 1, out]`
+    table           `[entries, features]` (embedding)      as torch's: no rows
     whole           any                                    as torch's: no rows
 
-    `free_outputs`: an adapter may bring another number of outputs (a classifier's head).
+    `free_outputs`: an adapter may bring another number of outputs (a classifier's head), or of a table's entries.
     """
 
     name: str
-    role: Literal["linear_weight", "linear_bias", "whole"]
+    role: Literal["linear_weight", "linear_bias", "table", "whole"]
     shape: tuple[int, ...]
     dtype: str
     free_outputs: bool
@@ -229,6 +316,11 @@ class Replaceable:
         """The module that holds the parameter."""
         return self.name.rpartition(".")[0]
 
+    @property
+    def of_linear(self) -> bool:
+        """Whether it is a linear module's, whose graph input has rows."""
+        return self.role in ("linear_weight", "linear_bias")
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of torch's `shape` can take this one's place."""
         if not self.free_outputs:
@@ -237,9 +329,15 @@ class Replaceable:
             return False
         return self.role == "linear_bias" or shape[self._in_axis] == self.shape[self._in_axis]
 
+    def free(self, shape: tuple[int, ...]) -> tuple[int | None, ...]:
+        """The graph input's `shape`, None where an adapter may bring another length."""
+        if not self.free_outputs:
+            return shape
+        return (None, *shape[1:]) if self.role == "table" else (*shape[:-1], None)
+
     @property
     def _in_axis(self) -> int:
-        return 0 if self.in_out else 1
+        return 0 if self.in_out and self.role != "table" else 1
 
     def to_graph(self, parameter: Array) -> Array:
         """A torch parameter as the graph input takes it, with one row."""

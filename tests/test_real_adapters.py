@@ -94,6 +94,15 @@ RUNS = {
     "gpt2_untrained_sukhmandhawan": Runs("gpt2, 10 labels", "every B is zero: only the head has an effect"),
     "llama_desmason": Runs("llama"),
     "opt125m_bf16_guilherme": Runs("opt", "bfloat16"),
+    "peft_regression/lora_conv2d_0.6.1": Runs(
+        "conv2d", 'needs `targets=["conv2d"]`', {"targets": ["conv2d"]}, ("conv2d", "export again with --targets")
+    ),
+    "peft_regression/lora_emb_conv1d_0.6.1": Runs(
+        "embedding",
+        'needs `targets=["emb", "conv1d"]`',
+        {"targets": ["emb", "conv1d"]},
+        ("emb", "export again with --targets including emb"),
+    ),
     "peft_regression/lora_mlp_modules_to_save_0.6.1": Runs(
         "mlp",
         'needs `targets=["lin0"], replaceable=["lin1"]`',
@@ -149,22 +158,6 @@ REFUSED = {
         "adapter_config.json",
         ("ADALORA", MERGE),
         "merged, it runs exactly; PEFT 0.21 loads it when its config gets `total_step`",
-    ),
-    "peft_regression/lora_conv2d_0.6.1": Refused(
-        "ModelConv2D",
-        "LoRA",
-        UnsupportedAdapterError,
-        "adapter_model.bin",
-        ("conv2d.lora_A.weight", "convolution", MERGE),
-        "merged, it runs exactly",
-    ),
-    "peft_regression/lora_emb_conv1d_0.6.1": Refused(
-        "ModelEmbConv1D",
-        "LoRA",
-        UnsupportedAdapterError,
-        "adapter_model.bin",
-        ("emb.lora_embedding_A", "embedding", MERGE),
-        "merged, it runs exactly",
     ),
     "t5small_noconfig_rajpreet": Refused(
         "T5ForConditionalGeneration",
@@ -321,9 +314,7 @@ def test_renamed_as_its_refusal_says_an_adapter_runs(data: Path, bases: Packages
     _assert_runs(package, bases.answers("gpt_neo", _load_by_peft(tmp_path), package), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "method, base", [("adalora_mlp", "mlp"), ("lora_conv2d", "conv2d"), ("lora_emb_conv1d", "embedding")]
-)
+@pytest.mark.parametrize("method, base", [("adalora_mlp", "mlp")])
 def test_merged_as_its_refusal_says_an_adapter_runs(method: str, base: str, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(data / "adapters" / "peft_regression" / f"{method}_0.6.1", folder, copy_function=shutil.copyfile)

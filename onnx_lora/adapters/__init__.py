@@ -8,12 +8,13 @@ from __future__ import annotations
 from onnx_lora.adapters.bind import bind
 from onnx_lora.adapters.compose import blend, stack_rows
 from onnx_lora.adapters.formats.converted import write_bound
-from onnx_lora.adapters.model import Adapter, BoundAdapter, Coverage, Delta, Origin, Replacement
+from onnx_lora.adapters.model import Adapter, BoundAdapter, Change, Coverage, Delta, Origin, Replacement
 from onnx_lora.adapters.read import read_adapter
 
 __all__ = [
     "Adapter",
     "BoundAdapter",
+    "Change",
     "Coverage",
     "Delta",
     "Origin",

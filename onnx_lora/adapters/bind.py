@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_lora.adapters.model import Adapter, BoundAdapter, Coverage, Delta, Replacement
+from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, value_problems
+from onnx_lora.adapters.model import Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
 from onnx_lora.adapters.unknown import explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
@@ -24,16 +25,20 @@ _OFTEN_TIED = frozenset({"embed_in", "embed_out", "embed_tokens", "lm_head", "sh
 def bind(adapter: Adapter, package: Package) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 
+    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too.
+
     Raises BindError: every reason why it cannot be applied exactly.
     """
     adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
     binder = _Binder(adapter, package, notes=list(adapter.notes))
+    binder.check_modules()
     binder.bind_deltas()
+    binder.bind_changes()
     binder.bind_replacements()
     binder.check_heads()
     binder.check_saved_modules()
     binder.check_base()
-    if not adapter.deltas and not adapter.replacements:
+    if not adapter.deltas and not adapter.replacements and not adapter.changes:
         binder.problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if binder.problems:
         raise BindError(
@@ -41,8 +46,16 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
             path=adapter.origin.path,
             problems=binder.problems,
         )
-    graphs = package.manifest.graphs
-    return BoundAdapter(adapter.name, binder.tensors, binder.coverage(), adapter.origin, binder.digests, graphs)
+    return BoundAdapter(
+        name=adapter.name,
+        tensors=binder.tensors,
+        coverage=binder.coverage(),
+        origin=adapter.origin,
+        base_digests=binder.digests,
+        graphs=package.manifest.graphs,
+        changes=binder.changes,
+        magnitudes=binder.magnitudes,
+    )
 
 
 def _by_module(deltas: Mapping[str, Delta], package: Package) -> dict[str, Delta]:
@@ -60,8 +73,9 @@ def _by_module(deltas: Mapping[str, Delta], package: Package) -> dict[str, Delta
         for module, end, size in zip(modules, ends, sizes, strict=True):
             b = delta.b[end - size : end]
             used = np.flatnonzero(b.any(axis=0))
-            if used.size:
-                apart[module] = Delta(delta.a[used], b[:, used], delta.scale)
+            scale = None if delta.dora_scale is None else delta.dora_scale[end - size : end]
+            if used.size or (scale is not None and (scale != 1).any()):
+                apart[module] = Delta(delta.a[used], b[:, used], delta.scale, dora_scale=scale)
     return apart
 
 
@@ -70,32 +84,111 @@ class _Binder:
     adapter: Adapter
     package: Package
     tensors: dict[str, Array] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    magnitudes: dict[str, Array] = field(default_factory=dict)
+    fold_only: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)  # of replaced weights and biases, by parameter
     replaced: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def bind_deltas(self) -> None:
+    def check_modules(self) -> None:
         points = self.package.points
-        self.problems += explain_modules([name for name in self.adapter.deltas if name not in points], self.package)
+        modules = dict.fromkeys([*self.adapter.deltas, *self.adapter.changes])
+        self.problems += explain_modules([name for name in modules if name not in points], self.package)
+        self.digests.update((name, points[name].sha256) for name in modules if name in points)
+        both = [name for name in self.adapter.deltas if name in self.adapter.changes]
+        self.problems += [
+            f"{name}: has a delta and {self.adapter.changes[name].method} too, and what comes first is not told; "
+            "merge one of them with PEFT"
+            for name in both
+        ]
+
+    def bind_deltas(self) -> None:
         for module, delta in self.adapter.deltas.items():
-            point = points.get(module)
-            if point is None:
+            if module in self.package.points:
+                self._bind_delta(self.package.points[module], delta)
+
+    def _bind_delta(self, point: InjectionPoint, delta: Delta) -> None:
+        if not len(delta.a) and delta.dora_scale is not None:
+            self._put_scale(point, delta.dora_scale)
+            return
+        wrong = delta_problems(point, delta)
+        self.problems += wrong
+        if wrong:
+            return
+        b = dense_b(point, delta)
+        self._put(point.lora_a, delta.a.reshape(len(delta.a), -1).T[None], point.dtype)
+        # In float64, so that scale and cast round once.
+        with np.errstate(over="ignore"):
+            scaled = b.T if delta.scale == 1.0 else b.T.astype(np.float64) * delta.scale
+        self._put(point.lora_b, scaled[None], point.dtype)
+        if delta.magnitude is not None:
+            self._bind_magnitude(point, delta.magnitude, delta.dora_scale)
+        elif delta.dora_scale is not None:
+            self._put_scale(point, delta.dora_scale)
+
+    def _bind_magnitude(self, point: InjectionPoint, magnitude: Array, cached: Array | None) -> None:
+        """DoRA's scale, from this package's own W0; a converted file's, where W0 is the one it was made of."""
+        quantised = any(part.quantised for part in point.parts)
+        if cached is None or quantised or self.adapter.base_digests.get(point.module) != point.sha256:
+            a, b = self.tensors[point.lora_a][0], self.tensors[point.lora_b][0]
+            norms = column_norms(self.package.module_weight(point), a, b)
+            if not norms.all():
+                self.problems.append(
+                    f"{point.module}: DoRA divides by the norms of the weight's outputs, and "
+                    f"{int((norms == 0).sum())} of {norms.size} are zero"
+                )
+                return
+            cached = np.divide(magnitude, norms, dtype=np.float64)
+        self.magnitudes[point.module] = _frozen(magnitude, magnitude.dtype)
+        self._put_scale(point, cached)
+
+    def _put_scale(self, point: InjectionPoint, scale: Array) -> None:
+        if scale.shape != (point.out_features,):
+            self.problems.append(
+                f"{point.module}: the scale of its outputs must have shape ({point.out_features},), "
+                f"and has {scale.shape}"
+            )
+            return
+        self._put(point.dora_scale, scale[None, None], point.dtype)
+        if point.module not in self.package.dora:
+            self.fold_only[point.module] = "the package takes no scale of its outputs: export again with --dora"
+
+    def bind_changes(self) -> None:
+        """Changes that are a pair of factors of this base, or a factor for each output, become that; the rest folds."""
+        for module, change in self.adapter.changes.items():
+            point = self.package.points.get(module)
+            if point is None or module in self.adapter.deltas:
                 continue
-            self.digests[module] = point.sha256
-            wrong = _delta_problems(point, delta)
-            self.problems += wrong
-            if not wrong:
-                self._put(point.lora_a, delta.a.T[None], point.dtype)
-                # In float64, so that scale and cast round once.
-                with np.errstate(over="ignore"):
-                    scaled = delta.b.T if delta.scale == 1.0 else delta.b.T.astype(np.float64) * delta.scale
-                self._put(point.lora_b, scaled[None], point.dtype)
+            wrong = change.problem(point.torch_shape, point.kind)
+            if wrong is None and point.groups > 1:
+                wrong = f"{change.method} on a convolution in {point.groups} groups is not applied"
+            if wrong is not None:
+                self.problems.append(f"{module}: {wrong}")
+                continue
+            scale = change.output_scale()
+            delta = None
+            if scale is None:
+                weight = point.to_torch(self.package.module_weight(point))
+                delta = change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+            if scale is not None:
+                self.problems += value_problems(f"{module}, {change.method}", scale)
+                self._put_scale(point, scale)
+            elif delta is not None:
+                self._bind_delta(point, delta)
+            else:
+                self.changes[module] = change
+                self.fold_only[module] = (
+                    f"{change.method} changes the weight in a way that no pair of factors expresses"
+                )
 
     def bind_replacements(self) -> None:
         for name in sorted(self.adapter.replacements):
             replacement = self.adapter.replacements[name]
+            if replacement.operation == "multiply" and not self._may_have(name):
+                continue
             if replacement.in_place and self._is_base(name, replacement.value):
                 self.notes.append(f"{name}: equal to the base's own, nothing to replace")
                 continue
@@ -119,12 +212,24 @@ class _Binder:
             free = " (the number of outputs is free)" if weight.free_outputs else ""
             self.problems.append(f"{weight.name}: must have shape {weight.shape}{free}, and has {value.shape}")
             return
-        wrong = _value_problems(weight.name, value)
+        wrong = value_problems(weight.name, value)
+        if replacement.operation != "set" and shape != weight.shape:
+            wrong.append(f"{weight.name}: must have the base's shape {weight.shape}, and has {value.shape}")
         self.problems += wrong
         if not wrong:
-            if weight.role != "whole":
+            if weight.of_linear:
                 self.outputs[weight.name] = shape[-1 if weight.in_out else 0]
-            self._put(weight.name, value if replacement.in_graph_layout else weight.to_graph(value), weight.dtype)
+            laid_out = value if replacement.in_graph_layout else weight.to_graph(value)
+            if replacement.operation != "set":
+                combine = np.add if replacement.operation == "add" else np.multiply
+                laid_out = combine(self.package.default(weight), laid_out, dtype=np.float64)
+            self._put(weight.name, laid_out, weight.dtype)
+
+    def _may_have(self, name: str) -> bool:
+        """Whether the base may have this bias. Of a module without one nothing is left to do."""
+        module, _, parameter = name.rpartition(".")
+        point = self.package.points.get(module)
+        return parameter != "bias" or point is None or point.bias != "none"
 
     def _put(self, name: str, value: Array, dtype: str) -> None:
         """Cast and freeze one tensor."""
@@ -154,7 +259,7 @@ class _Binder:
             now = {}
             for name in (f"{module}.weight", f"{module}.bias"):
                 weight = known.get(name)
-                if weight is not None and weight.role != "whole":
+                if weight is not None and weight.of_linear:
                     own = weight.shape[-1 if weight.in_out else 0]
                     now[f"{name} ({'the adapter' if name in self.outputs else 'the base'}'s)"] = self.outputs.get(
                         name, own
@@ -190,8 +295,12 @@ class _Binder:
 
     def coverage(self) -> Coverage:
         points = self.package.points
-        applied = tuple(module for module in points if module in self.adapter.deltas)
-        silent = tuple(module for module in applied if not self.tensors[points[module].lora_b].any())
+        factors = [module for module in points if points[module].lora_a in self.tensors]
+        scaled = {module for module in points if points[module].dora_scale in self.tensors}
+        applied = tuple(module for module in points if module in {*factors, *scaled, *self.changes})
+        silent = tuple(
+            module for module in factors if module not in scaled and not self.tensors[points[module].lora_b].any()
+        )
         touched = {*applied, *(name.removesuffix(".weight") for name in self.replaced)}
         if silent and len(silent) == len(applied):
             self.notes.append("every B is zero: the adapter was never trained, and its deltas change nothing")
@@ -202,39 +311,15 @@ class _Binder:
             replaced=tuple(self.replaced),
             at_base=tuple(module for module in points if module not in touched),
             silent=silent,
-            ranks={module: self.tensors[points[module].lora_a].shape[2] for module in applied},
+            ranks={module: self.tensors[points[module].lora_a].shape[2] for module in factors},
             notes=tuple(dict.fromkeys(self.notes)),
+            fold_only=self.fold_only,
         )
-
-
-def _delta_problems(point: InjectionPoint, delta: Delta) -> list[str]:
-    a, b, name = delta.a, delta.b, point.module
-    if a.ndim != 2 or b.ndim != 2:
-        return [f"{name}: lora_A and lora_B must have 2 axes, and have shapes {a.shape} and {b.shape}"]
-    problems: list[str] = []
-    if a.shape[1] != point.in_features:
-        problems.append(f"{name}: lora_A must have {point.in_features} inputs, and has {a.shape[1]} (shape {a.shape})")
-    if b.shape[0] != point.out_features:
-        problems.append(
-            f"{name}: lora_B must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
-        )
-    if a.shape[0] != b.shape[1] or a.shape[0] < 1:
-        problems.append(f"{name}: the ranks must agree and be at least 1, and are {a.shape[0]} and {b.shape[1]}")
-    if not np.isfinite(delta.scale):
-        problems.append(f"{name}: the scale must be finite, and is {delta.scale}")
-    return problems + _value_problems(f"{name}.lora_A.weight", a) + _value_problems(f"{name}.lora_B.weight", b)
-
-
-def _value_problems(name: str, value: Array) -> list[str]:
-    if value.dtype.kind != "f":
-        return [f"{name}: must be floating point, and is {value.dtype.name}"]
-    bad = value.size - int(np.isfinite(value).sum())
-    return [f"{name}: {bad} of {value.size} values are NaN or infinite; train or save it again"] if bad else []
 
 
 def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape of the torch parameter behind a graph input's value with one row."""
-    if weight.role == "whole":
+    if not weight.of_linear:
         return shape
     if len(shape) != 3 or shape[0] != 1 or (weight.role == "linear_bias" and shape[1] != 1):
         return None

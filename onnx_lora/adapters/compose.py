@@ -5,7 +5,7 @@ It knows the layout of graph inputs, and no session."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from pathlib import PurePath
 
@@ -20,20 +20,22 @@ __all__ = ["blend", "blended", "is_weight", "stack_rows"]
 
 Tensors = Mapping[str, Array]  # by graph input name
 
+_SCALE = ".dora_scale"
+
 
 def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
     One part of weight 1 gives its own tensors, uncopied; no part gives the base. Raises
-    SelectionError: a weight that is not a finite number, a whole weight that more than one part
-    brings or that a part of another weight than 1 brings, parts bound to different packages.
+    SelectionError: a weight that is not a finite number, a whole weight or another change that does not add and that
+    more than one part brings or that a part of another weight than 1 brings, parts bound to different packages.
     """
     problems = [
         f"{part.name}: a weight must be a finite number, and is {weight!r}"
         for part, weight in parts
         if not is_weight(weight)
     ]
-    problems += _replaced_problems(parts)
+    problems += _replaced_problems(parts) + _alone_problems(parts)
     if problems:
         raise SelectionError("these adapters cannot be blended so", problems=problems)
     if len(parts) == 1 and parts[0][1] == 1.0:
@@ -41,6 +43,7 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     tensors: dict[str, Array] = {}
     for part, _ in parts:
         tensors.update((name, part.tensors[name]) for name in part.coverage.replaced)
+        tensors.update((name, tensor) for name, tensor in part.tensors.items() if name.endswith(_SCALE))
     for module in dict.fromkeys(module for part, _ in parts for module in part.coverage.applied):
         tensors.update(_blend_point(module, parts))
     return tensors
@@ -69,7 +72,16 @@ def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundA
         base_model=", ".join(dict.fromkeys(origin.base_model for origin in origins if origin.base_model)),
     )
     coverage = _merged_coverage(adapters, tensors)
-    return BoundAdapter(name, tensors, coverage, origin, _merged_digests(adapters), adapters[0].graphs)
+    return BoundAdapter(
+        name=name,
+        tensors=tensors,
+        coverage=coverage,
+        origin=origin,
+        base_digests=_merged_digests(adapters),
+        graphs=adapters[0].graphs,
+        changes={module: change for part in adapters for module, change in part.changes.items()},
+        magnitudes={module: values for part in adapters for module, values in part.magnitudes.items()},
+    )
 
 
 def _merged_coverage(adapters: Sequence[BoundAdapter], tensors: Tensors) -> Coverage:
@@ -78,14 +90,22 @@ def _merged_coverage(adapters: Sequence[BoundAdapter], tensors: Tensors) -> Cove
     # In the package's order, which no part's list need have whole.
     order = {point.module: None for graph in adapters[0].graphs for point in graph.points}
     applied = tuple(module for module in order | touched if module in touched)
+    factors = [module for module in applied if f"{module}.lora_B.weight" in tensors]
     return Coverage(
         applied=applied,
         replaced=tuple(parameter for cover in covers for parameter in cover.replaced),
         at_base=tuple(module for module in covers[0].at_base if all(module in cover.at_base for cover in covers)),
-        silent=tuple(module for module in applied if not tensors[f"{module}.lora_B.weight"].any()),
-        ranks={module: tensors[f"{module}.lora_A.weight"].shape[2] for module in applied},
+        silent=tuple(
+            module for module in factors if f"{module}{_SCALE}" not in tensors and not _b(module, tensors).any()
+        ),
+        ranks={module: tensors[f"{module}.lora_A.weight"].shape[2] for module in factors},
         notes=tuple(f"{part.name}: {note}" for part in adapters for note in part.coverage.notes),
+        fold_only={module: reason for cover in covers for module, reason in cover.fold_only.items()},
     )
+
+
+def _b(module: str, tensors: Tensors) -> Array:
+    return tensors[f"{module}.lora_B.weight"]
 
 
 def _merged_digests(adapters: Sequence[BoundAdapter]) -> dict[str, str]:
@@ -122,9 +142,31 @@ def _replaced_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]
     ]
 
 
+def _alone_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:
+    """DoRA and what only folds are no sums: such a module is one adapter's, whole."""
+    problems: list[str] = []
+    alone = {
+        module: None
+        for part, _ in parts
+        for module in part.coverage.applied
+        if module in part.changes or f"{module}{_SCALE}" in part.tensors
+    }
+    for module in alone:
+        found = [(part.name, weight) for part, weight in parts if module in part.coverage.applied]
+        if len(found) > 1 or found[0][1] != 1.0:
+            problems.append(
+                f"{module}: its change (DoRA, or one that only folds) does not add to others, and must come from one "
+                "adapter of weight 1.0; it comes from "
+                + ", ".join(f"{name!r} of weight {weight}" for name, weight in found)
+            )
+    return problems
+
+
 def _blend_point(module: str, parts: Sequence[tuple[BoundAdapter, float]]) -> dict[str, Array]:
     name_a, name_b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     having = [(part, float(weight)) for part, weight in parts if name_a in part.tensors]
+    if not having:
+        return {}
     a = [part.tensors[name_a] for part, _ in having]
     b = [_weighted(part, name_b, weight) for part, weight in having]
     kinds = {(first.shape[1], second.shape[2], first.dtype) for first, second in zip(a, b, strict=True)}
@@ -163,8 +205,13 @@ def stack_rows(rows: Sequence[Tensors], package: Package) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     problems: list[str] = []
     for point in package.points.values():
-        if used & {point.lora_a, point.lora_b}:
-            _stack_point(point, rows, tensors, problems)
+        own = used & {point.lora_a, point.lora_b, point.dora_scale}
+        if own and not point.per_row and not _same_everywhere(own, rows):
+            problems.append(
+                f"{point.module}: its place in the graph takes one adapter for all rows, and these rows differ"
+            )
+        elif own:
+            tensors.update(_stack_point(point, own, rows))
     modules = {name.rpartition(".")[0]: None for name in package.replaceable if name in used}
     for module in modules:
         _stack_module(module, rows, package, tensors, problems)
@@ -182,25 +229,29 @@ def _same(values: Sequence[Array | None], *, by_value: bool) -> bool:
     )
 
 
-def _stack_point(
-    point: InjectionPoint, rows: Sequence[Tensors], tensors: dict[str, Array], problems: list[str]
-) -> None:
-    names = (point.lora_a, point.lora_b)
+def _same_everywhere(names: Collection[str], rows: Sequence[Tensors]) -> bool:
+    return all(_same([row.get(name) for row in rows], by_value=True) for name in names)
+
+
+def _stack_point(point: InjectionPoint, names: Collection[str], rows: Sequence[Tensors]) -> dict[str, Array]:
+    """The tensors of one point, row by row; of `names`, those that some row has."""
     if all(_same([row.get(name) for row in rows], by_value=not point.per_row) for name in names):
-        tensors.update((name, rows[0][name]) for name in names)
-        return
-    if not point.per_row:
-        problems.append(f"{point.module}: its place in the graph takes one adapter for all rows, and these rows differ")
-        return
-    rank = max(row[point.lora_a].shape[2] for row in rows if point.lora_a in row)
-    a = np.zeros((len(rows), point.in_features, rank), point.dtype)
-    b = np.zeros((len(rows), rank, point.out_features), point.dtype)
-    for index, row in enumerate(rows):
-        if point.lora_a in row:
-            own = row[point.lora_a].shape[2]
-            a[index, :, :own] = row[point.lora_a][0]
-            b[index, :own] = row[point.lora_b][0]
-    tensors[point.lora_a], tensors[point.lora_b] = a, b
+        return {name: rows[0][name] for name in names}
+    tensors: dict[str, Array] = {}
+    if point.lora_a in names:
+        rank = max(row[point.lora_a].shape[2] for row in rows if point.lora_a in row)
+        a = np.zeros((len(rows), point.in_features, rank), point.dtype)
+        b = np.zeros((len(rows), rank, point.out_features), point.dtype)
+        for index, row in enumerate(rows):
+            if point.lora_a in row:
+                own = row[point.lora_a].shape[2]
+                a[index, :, :own] = row[point.lora_a][0]
+                b[index, :own] = row[point.lora_b][0]
+        tensors = {point.lora_a: a, point.lora_b: b}
+    if point.dora_scale in names:
+        ones = np.ones((1, 1, point.out_features), np.dtype(point.dtype))
+        tensors[point.dora_scale] = np.concatenate([row.get(point.dora_scale, ones) for row in rows])
+    return tensors
 
 
 def _stack_module(
@@ -209,7 +260,7 @@ def _stack_module(
     """The whole weights of one module: its weight and its bias have the same number of outputs."""
     weights = [weight for weight in package.replaceable.values() if weight.module == module]
     values = {weight.name: _with_defaults(weight, rows, package) for weight in weights}
-    heads = [weight for weight in weights if weight.role != "whole"]
+    heads = [weight for weight in weights if weight.of_linear]
     widths = {value.shape[-1] for weight in heads for value in values[weight.name]}
     padded = len(widths) > 1
     if padded and not any(weight.role == "linear_bias" for weight in heads):
@@ -232,7 +283,7 @@ def _stack_weight(
     weight: Replaceable, values: list[Array], width: int, tensors: dict[str, Array], problems: list[str]
 ) -> None:
     first = values[0]
-    per_row = weight.per_row and weight.role != "whole"
+    per_row = weight.per_row and weight.of_linear
     if _same(values, by_value=not per_row):
         tensors[weight.name] = first
     elif not per_row:

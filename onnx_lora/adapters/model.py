@@ -2,22 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
+from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo
-from onnx_lora.points import Array
+from onnx_lora.points import Array, Kind
 
-__all__ = ["Adapter", "BoundAdapter", "Coverage", "Delta", "Origin", "Replacement"]
+__all__ = ["Adapter", "BoundAdapter", "Change", "Coverage", "Delta", "Origin", "Replacement", "refuse_fold_only"]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """`W = W0 + scale · b · a` in PEFT's orientation: `a` `[r, in]`, `b` `[out, r]`."""
+    """`W = W0 + scale · b · a` in PEFT's orientation: `a` `[r, in]`, `b` `[out, r]`.
+
+    Of an embedding, `a` is `[r, rows of the table]`; of a convolution `[r, channels, *kernel]`, and in groups `b` is
+    `[out, r / groups]`, as PEFT keeps them. `magnitude` `[out]` is DoRA's m: then each output's weights get this norm.
+    `dora_scale` `[out]` is the factor that does it, already computed for the base that the adapter was bound to.
+    `in_graph_layout`: from a converted file, which keeps `a` `[r, in]` and `b` `[out, r]` whatever the module is.
+    """
 
     a: Array
     b: Array
     scale: float
+    kind: Kind = "linear"
+    magnitude: Array | None = None
+    dora_scale: Array | None = None
+    in_graph_layout: bool = False
+
+
+class Change(Protocol):
+    """What no pair of factors says by itself: a new weight as a function of the base's. One class a method.
+
+    Weights are float32 (float64 for a base of that), in `InjectionPoint.torch_shape`: `[out, in]`,
+    `[rows of the table, features]`, `[out, channels / groups, *kernel]`.
+    """
+
+    @property
+    def method(self) -> str:
+        """By the name that messages use: "IA3"."""
+
+    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        """Why it cannot be a change of a weight of this shape, with both shapes; or None."""
+
+    def merged(self, weight: Array) -> Array:
+        """The new weight; `weight` stays as it is. Exactly what PEFT's merge gives, but for rounding."""
+
+    def delta(self, weight: Array) -> Delta | None:
+        """The change of this weight as a pair of factors no larger than the weight, or None: folding only."""
+
+    def output_scale(self) -> Array | None:
+        """`[out]` where the change is nothing but a factor for each output, or None."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +61,14 @@ class Replacement:
     """A whole parameter. `in_graph_layout`: already as the graph input takes it, rows included.
 
     `in_place`: PEFT writes it over the base's own parameter, and so over every other parameter that
-    shares its storage; a module of `modules_to_save` has storage of its own.
+    shares its storage; a module of `modules_to_save` has storage of its own. `operation`: what is done to the
+    base's own value with this one; "multiply" does nothing where the base has no such parameter (a bias).
     """
 
     value: Array
     in_graph_layout: bool = False
     in_place: bool = False
+    operation: Literal["set", "add", "multiply"] = "set"
 
 
 @dataclass(frozen=True)
@@ -39,14 +77,14 @@ class Origin:
 
     path: str
     sha256: str  # of the weight file
-    format: str  # "peft", "safetensors" or "onnx_adapter"
+    format: str  # "peft", "safetensors" or "onnx_adapter", or a foreign format's name
     method: str  # "LoRA", "rsLoRA", ...
     base_model: str
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was trained, tied to no graph: deltas by module, whole weights by torch parameter name.
+    """What was trained, tied to no graph: deltas and other changes by module, whole weights by torch parameter name.
 
     `base_digests`: the SHA-256 of the base weights it was bound to, by module or parameter name;
     empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
@@ -60,6 +98,7 @@ class Adapter:
     base_digests: Mapping[str, str] = field(default_factory=dict)
     saved_modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,15 +111,17 @@ class Coverage:
     silent: tuple[str, ...]  # applied, and without effect: every B is zero
     ranks: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    fold_only: Mapping[str, str] = field(default_factory=dict)  # modules, and why they cannot run unfolded
 
 
 @dataclass(frozen=True)
 class BoundAdapter:
     """An adapter checked against one package, laid out by point and parameter: nothing left to check.
 
-    `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, replaced weights
-    as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
-    what the adapter touches. `graphs`: the package's, for `graph_inputs`.
+    `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, `M.dora_scale` `[1, 1, out]`,
+    replaced weights as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
+    what the adapter touches. `graphs`: the package's, for `graph_inputs`. `changes`: by module, what only folding
+    can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own.
     """
 
     name: str
@@ -89,9 +130,22 @@ class BoundAdapter:
     origin: Origin
     base_digests: Mapping[str, str]
     graphs: tuple[GraphInfo, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    magnitudes: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def graph_inputs(self) -> dict[str, Array]:
         """What to feed the package's graphs: as `tensors`, the modules of packed projections put together."""
         inputs = [graph.inputs(self.tensors) for graph in self.graphs]
         return {name: value for one in inputs for name, value in one.items()} if inputs else dict(self.tensors)
+
+
+def refuse_fold_only(bound: BoundAdapter, modules: Collection[str]) -> None:
+    """Raises BindError: `modules`, which only folding can change, are any."""
+    if modules:
+        raise BindError(
+            f"adapter {bound.name!r} can be folded into this package, and not run or written apart from it: "
+            "use fold or fold_to (`onnx-lora fold`)",
+            path=bound.origin.path,
+            problems=[f"{module}: {bound.coverage.fold_only[module]}" for module in modules],
+        )

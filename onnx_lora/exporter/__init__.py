@@ -39,6 +39,7 @@ def export(
     targets: str | Iterable[str] = ALL_LINEAR,
     replaceable: str | Iterable[str] = HEADS_ONLY,
     default_rank: int = 0,
+    dora: bool = False,
     example_inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | None = None,
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
@@ -56,16 +57,18 @@ def export(
     precision: "fp32", "fp16", and from the builder "int8" and "int4": symmetric, in blocks of `block_size`
         inputs (default 32). `accuracy_level`: the arithmetic of quantised products, 4 (the default) for int8,
         which rounds activations too and is the fastest, 1 for float32.
-    targets: what gets points, as PEFT's `target_modules`: "all-linear", a regular expression, or names.
-    replaceable: whole weights that an adapter may replace, as PEFT's `modules_to_save`; by default the
-        heads of classification models, which PEFT always saves.
+    targets: what gets points, as PEFT's `target_modules`: "all-linear", a regular expression, or names, those of
+        embeddings and convolutions too; "all" gives a point to everything that can have one.
+    replaceable: whole weights that an adapter may replace, as PEFT's `modules_to_save`, or suffixes of parameters
+        ("bias"); by default the heads of classification models, which PEFT always saves.
     default_rank: 1 for execution providers that cannot run rank 0 (DirectML, CoreML).
+    dora: whether points take DoRA's scale: one product and one input more at each.
     verify: compare the package with the model in PyTorch, base and with random adapters.
 
     Raises ModelError, ExportError, VerificationError, OutputExistsError, StorageError,
     MissingDependencyError.
     """
-    options = Options.of(targets, replaceable, default_rank)
+    options = Options.of(targets, replaceable, default_rank, dora=dora)
     kept = Precision.of(precision, block_size=block_size, accuracy_level=accuracy_level)
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         progress("export", 0, 1)
@@ -99,6 +102,7 @@ def attach(
     targets: str | Iterable[str] = ALL_LINEAR,
     replaceable: str | Iterable[str] = HEADS_ONLY,
     default_rank: int = 0,
+    dora: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Package:
@@ -111,7 +115,7 @@ def attach(
 
     Raises ModelError, OutputExistsError, StorageError, MissingDependencyError.
     """
-    options = Options.of(targets, replaceable, default_rank)
+    options = Options.of(targets, replaceable, default_rank, dora=dora)
     with staged(out) as folder:
         _build(folder, load_onnx(onnx_file, checkpoint), options, progress)
     return Package.open(out)

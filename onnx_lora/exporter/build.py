@@ -42,27 +42,38 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One ONNX file to be given points, and its name in the package."""
+    """One ONNX file to be given points, and its name in the package.
+
+    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
+    then its own.
+    """
 
     name: str
     file: Path
+    prefix: str = ""
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What gets points. `default_rank`: 1 where an execution provider cannot run rank 0."""
+    """What gets points. `default_rank`: 1 where an execution provider cannot run rank 0; `dora`: whether points take
+    DoRA's scale."""
 
     targets: str | tuple[str, ...] = ALL_LINEAR
     replaceable: str | tuple[str, ...] = HEADS_ONLY
     default_rank: int = 0
+    dora: bool = False
 
     @staticmethod
-    def of(targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int) -> Options:
+    def of(
+        targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int, *, dora: bool = False
+    ) -> Options:
         """Raises ModelError: `default_rank` is neither 0 nor 1."""
         return Options(
             targets if isinstance(targets, str) else tuple(targets),
             replaceable if isinstance(replaceable, str) else tuple(replaceable),
             default_rank,
+            dora,
         )
 
     def __post_init__(self) -> None:
@@ -92,7 +103,7 @@ def build(
     scratch: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Package:
-    """Write a package's files into `folder`: graphs, weights, manifest, and copies of `companions`.
+    """Write a package's files into `folder`: graphs, weights, manifest, and copies of `companions`, files or folders.
 
     Data files in `scratch` are moved, others copied.
 
@@ -107,7 +118,7 @@ def build(
         graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint, names)))  # type: ignore[misc]
     settled = settle([graph.sites for graph in graphs])
     exposures = [
-        find_exposures(graph.model.graph, sites, options.replaceable)
+        find_exposures(graph.model.graph, sites, options.replaceable, prefix=graph.source.prefix)
         for graph, sites in zip(graphs, settled, strict=True)
     ]
     chosen = _choose(graphs, settled, exposures, options, checkpoint)
@@ -120,7 +131,8 @@ def build(
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     for companion in companions:
         if not (folder / companion.name).exists():
-            shutil.copyfile(companion, folder / companion.name)
+            copy: Callable[[Path, Path], object] = shutil.copytree if companion.is_dir() else shutil.copyfile
+            copy(companion, folder / companion.name)
     return Package.open(folder)
 
 
@@ -136,9 +148,12 @@ def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, nam
     # First of all: from here on the weights are in a file, not in memory.
     store.externalize(model.graph)
     shapes = infer_shapes(model)
-    located = locate(model.graph, checkpoint)
-    if checkpoint is None and names is not None:
+    own = source.checkpoint or checkpoint
+    located = locate(model.graph, own)
+    if own is None and names is not None:
         located = _renamed(located, names)
+    if source.prefix:
+        located = located.under(source.prefix)
     return _Graph(source, model, shapes, Sites.of(located, shapes))
 
 
@@ -166,10 +181,12 @@ def _choose(
     before = dict.fromkeys(name for graph in graphs for site in graph.sites.sites for name in site.modules)
     strays = [stray for sites in settled for stray in sites.strays]
     if not modules:
-        raise _nothing("an injection point needs a linear node (MatMul or Gemm with a weight)", graphs, strays)
+        raise _nothing("an injection point needs a node with a weight (MatMul, Gemm, Conv, Gather)", graphs, strays)
     check_names(options.replaceable, exposures, modules)
     heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
-    wanted = select(list(before), options.targets, heads=heads)
+    linears = [linear for graph in graphs for site in graph.sites.sites for linear in site.linears]
+    others = {linear.module for linear in linears if linear.product.kind != "linear"}
+    wanted = select(list(before), options.targets, heads=heads, others=others)
     exposed = {found.linear.module for graph in exposures for found in graph.found if found.linear is not None}
     if options.targets == ALL_LINEAR:
         wanted -= exposed  # as PEFT leaves out what modules_to_save holds
@@ -184,7 +201,7 @@ def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> Mo
     return ModelError(
         f"{must}, and none could be placed",
         path=graphs[0].source.file,
-        problems=problems[:20] or ["the graph has no MatMul or Gemm with a constant weight"],
+        problems=problems[:20] or ["the graph has no such node with a constant weight"],
     )
 
 
@@ -245,16 +262,15 @@ class _Writing:
         self.store.externalize(model.graph, owned | {exposure.value.name or "" for exposure in exposures})
         ir.save(model, self.files.base)
         given = [site for site in sites if self.chosen & set(site.modules)]
-        points, branches = points_of(given), branches_of(given)
-        heads = free_modules(model, exposures)
-        replaceable = [replaceable_of(exposure, heads) for exposure in exposures]
+        points, branches = points_of(given), branches_of(given, dora=self.options.dora)
+        heads, pointed = free_modules(model, exposures), {point.module for point in points}
+        replaceable = [replaceable_of(exposure, heads, pointed) for exposure in exposures]
         self._inject(surgeon, sites, points, branches, replaceable, exposures)
         self.store.externalize(model.graph)  # the defaults of large replaceable weights
         ir.save(model, self.files.points)
         # Both graphs hold the same nodes, so what the base could get wrong shows here too.
         check(self.files.points, self.graph.source.file)
         check_opens(self.files.points, self.graph.source.file)
-        placed = {point.module for point in points}
         modules = dict.fromkeys(module for site in self.settled.sites for module in site.modules)
         return GraphInfo(
             name=self.graph.source.name,
@@ -263,7 +279,7 @@ class _Writing:
             points=points,
             branches=branches,
             replaceable=tuple(replaceable),
-            untargeted=tuple(module for module in modules if module not in placed),
+            untargeted=tuple(module for module in modules if module not in pointed),
             unplaced=tuple(Unplaced(stray.node, stray.reason) for stray in self.settled.strays),
         )
 
@@ -288,15 +304,17 @@ class _Writing:
             inputs[branch.lora_b] = surgeon.optional_input(
                 branch.lora_b, [rows, symbol, outputs], np.zeros((1, rank, outputs), dtype)
             )
+            if branch.dora:
+                inputs[branch.dora_scale] = surgeon.optional_input(
+                    branch.dora_scale, [f"{branch.name}.dora_rows", 1, outputs], np.ones((1, 1, outputs), dtype)
+                )
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
         by_modules = {branch.modules: branch for branch in branches}
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
             own_replaced = {
-                weight.name: weight
-                for weight in replaceable
-                if weight.role != "whole" and weight.module in site.modules
+                weight.name: weight for weight in replaceable if weight.of_linear and weight.module in site.modules
             }
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
         unused = [name for name, value in inputs.items() if not value.uses()]
@@ -309,15 +327,16 @@ def _expose(surgeon: Surgeon, weight: Replaceable, exposure: Exposure) -> ir.Val
     stored = exposure.value.const_value.numpy().astype(weight.dtype, copy=False)
     default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
-    if weight.role != "whole":
+    if weight.of_linear:
         symbols[0] = f"{weight.name}.rows"
-        if weight.free_outputs:
-            symbols[-1] = f"{weight.module}.outputs"
+    if weight.free_outputs:
+        symbols[0 if weight.role == "table" else -1] = f"{weight.module}.outputs"
     if surgeon.graph.initializers.get(weight.name) is not None:
         surgeon.free_name(surgeon.graph.initializers[weight.name])
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
-    if weight.role == "whole":
+    if not weight.of_linear:
         surgeon.replace(exposure.value, value)
+        value.shape = ir.Shape(symbols)  # a table's length is free
         if exposure.value.name in surgeon.graph.initializers:
             surgeon.free_name(exposure.value)
     return value

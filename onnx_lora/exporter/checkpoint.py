@@ -4,8 +4,9 @@ its values. It reads a torch model or a folder of safetensors; it knows no graph
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from onnx_lora.errors import ModelError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable
+from onnx_lora.points import Array, Bias, InjectionPoint, Kind, Replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ class Match:
     """A checkpoint's module whose weight a graph holds: its outputs `start` to `start + outputs` are the
     module's from `first` on, of `size` in all.
 
-    `in_out`: torch keeps this weight `[in, out]` (transformers' Conv1D), not `[out, in]`. `read` gives it whole.
+    `in_out`: torch keeps this weight `[in, out]` (transformers' Conv1D, embeddings), not `[out, in]`. `read` gives it
+    whole. `bias`: whether the module has one.
     """
 
     module: str
@@ -50,20 +52,32 @@ class Match:
     first: int
     size: int
     read: Callable[[], Array]
+    bias: Bias = "unknown"
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One 2-D parameter, read only when asked for."""
+    """One parameter, a convolution's as `[out, channels · kernel]`, read only when asked for.
+
+    `kind` is None where only its axes are known: linear, or an embedding.
+    """
 
     module: str
     shape: tuple[int, int]
     read: Callable[[tuple[slice, slice]], Array]
+    kind: Kind | None = None
+    bias: Bias = "unknown"
+
+    def layouts(self, kind: Kind) -> tuple[bool, ...]:
+        """Whether torch may keep it `[in, out]`, if it is a module of this kind; nothing if it is none."""
+        if self.kind not in (None, kind):
+            return ()
+        return {"linear": (False, True), "embedding": (True,), "conv": (False,)}[kind]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every 2-D `.weight` of a model, by its module's torch name, read only when asked for.
+    """Every `.weight` of a model with two axes or more, by its module's torch name, read only when asked for.
 
     `heads` are the output layers that "all-linear" leaves out. None: the checkpoint is only a file,
     which says neither what is an output layer nor what is linear and what an embedding.
@@ -75,61 +89,74 @@ class Checkpoint:
 
     @staticmethod
     def of_module(model: nn.Module, *, heads: frozenset[str]) -> Checkpoint:
-        """The linear modules of a torch model: `nn.Linear` and transformers' `Conv1D`."""
+        """The modules of a torch model that can have LoRA: `nn.Linear`, transformers' `Conv1D`, convolutions and
+        embeddings."""
         weights = []
+        elsewhere = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
         for name, module in model.named_modules():
-            if _is_linear(module):
-                weight = module.weight
-                rows, columns = (int(size) for size in weight.shape)
-
-                weights.append(_Weight(name, (rows, columns), partial(_read_tensor, weight)))
+            kind = _kind_of(module)
+            # PEFT wraps an embedding under its first name only: by others it is called without the adapter.
+            if kind is None or (kind == "embedding" and elsewhere[id(module)] > 1):
+                continue
+            weight = module.weight
+            shape = int(weight.shape[0]), math.prod(weight.shape[1:])
+            bias: Bias = "none" if getattr(module, "bias", None) is None else "added"
+            weights.append(_Weight(name, shape, partial(_read_tensor, weight), kind, bias))
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads)
 
     @staticmethod
     def of_folder(folder: Path) -> Checkpoint:
-        """The 2-D weights of a folder with `model.safetensors`, or its shards and their index.
+        """The weights of a folder with `model.safetensors`, or its shards and their index.
 
         Raises ModelError: there are none, or they are damaged.
         """
-        files = _safetensors_files(folder)
-        weights: list[_Weight] = []
-        for file in files:
+        shapes: dict[str, tuple[Path, list[int]]] = {}
+        for file in _safetensors_files(folder):
             try:
                 with safe_open(str(file), framework="numpy") as opened:
                     for key in opened.keys():  # noqa: SIM118 - not a mapping
-                        shape = opened.get_slice(key).get_shape()
-                        if key.endswith(".weight") and len(shape) == 2:
-                            weights.append(
-                                _Weight(key.removesuffix(".weight"), tuple(shape), partial(_read_file, file, key))
-                            )
+                        shapes[key] = file, opened.get_slice(key).get_shape()
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"must be a safetensors file: {error}", path=file) from error
+        weights: list[_Weight] = []
+        for key, (file, shape) in shapes.items():
+            if key.endswith(".weight") and len(shape) > 1:
+                module = key.removesuffix(".weight")
+                kind: Kind | None = "conv" if len(shape) > 2 else None
+                bias: Bias = "added" if f"{module}.bias" in shapes else "none"
+                rows = shape[0], math.prod(shape[1:])
+                weights.append(_Weight(module, rows, partial(_read_file, file, key), kind, bias))
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights))
 
     @staticmethod
     def of_package(package: Package) -> Checkpoint:
         """The weights of a package's points, and those that it lets adapters replace."""
-        weights = [
-            _Weight(name, (point.out_features, point.in_features), partial(_read_point, package, point))
-            for name, point in package.points.items()
-        ]
+        weights: list[_Weight] = []
+        for name, point in package.points.items():
+            inputs, outputs = point.in_features // point.groups, point.out_features
+            shape = (inputs, outputs) if point.kind == "embedding" else (outputs, inputs)
+            weights.append(_Weight(name, shape, partial(_read_point, package, point), point.kind, point.bias))
         for weight in package.replaceable.values():
             if weight.role == "linear_weight" and weight.module not in package.points:
                 outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
-                weights.append(_Weight(weight.module, (outputs, inputs), partial(_read_replaceable, package, weight)))
+                read = partial(_read_replaceable, package, weight)
+                weights.append(_Weight(weight.module, (outputs, inputs), read, "linear"))
         # Not None: the modules are known to be linear, whatever else reads an equal weight.
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), frozenset())
 
-    def find(self, weight: Array, *, within: float = 0.0) -> list[list[Match]]:
-        """Every way to read `weight` `[in, out]` as one module's, or several packed side by side.
+    def find(self, weight: Array, kind: Kind = "linear", *, within: float = 0.0) -> list[list[Match]]:
+        """Every way to read `weight` `[in, out]` as one module's of a kind, or several linear ones packed side by side.
 
         Compared in the graph's type, bit for bit; a quantised weight by its distance, which may be so many times
         the norm of the checkpoint's. Usually one way; none where the graph's weight is not the
         checkpoint's; several where modules hold equal values.
         """
         same = _comparison(within)
-        whole = {match.module: [match] for match in self._at(weight, 0, same) if match.outputs == weight.shape[1]}
-        return list(whole.values()) or list(self._packed(weight, 0, (), same))
+        matches = self._at(weight, 0, same, kind)
+        whole = {match.module: [match] for match in matches if match.outputs == weight.shape[1]}
+        if whole or kind != "linear":
+            return list(whole.values())
+        return list(self._packed(weight, 0, (), same))
 
     def find_piece(self, weight: Array, guess: str, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
@@ -142,7 +169,7 @@ class Checkpoint:
         for candidate in self.weights:
             if re.findall(r"\d+", candidate.module) != re.findall(r"\d+", guess):
                 continue
-            for in_out in (False, True):
+            for in_out in candidate.layouts("linear"):
                 inputs, outputs = candidate.shape if in_out else candidate.shape[::-1]
                 if inputs != weight.shape[0] or outputs <= weight.shape[1]:
                     continue
@@ -152,7 +179,10 @@ class Checkpoint:
                     ends = alike(values[begin], first) and alike(values[end - 1], last)
                     if ends and same(values[begin:end], weight.T):
                         read = partial(candidate.read, _ALL)
-                        found.append([Match(candidate.module, 0, weight.shape[1], in_out, begin, outputs, read)])
+                        match = Match(
+                            candidate.module, 0, weight.shape[1], in_out, begin, outputs, read, candidate.bias
+                        )
+                        found.append([match])
         return found
 
     def _packed(self, weight: Array, start: int, before: tuple[Match, ...], same: _Same) -> Iterator[list[Match]]:
@@ -165,15 +195,16 @@ class Checkpoint:
             if match.module not in used:
                 yield from self._packed(weight, start + match.outputs, (*before, match), same)
 
-    def _at(self, weight: Array, start: int, same: _Same) -> Iterator[Match]:
+    def _at(self, weight: Array, start: int, same: _Same, kind: Kind = "linear") -> Iterator[Match]:
         """Modules whose weight is `weight[:, start : start + their outputs]`."""
         first = np.ascontiguousarray(weight[:, start])
         for candidate, in_out in self._starting_with(first, same):
             outputs = candidate.shape[1 if in_out else 0]
-            if start + outputs > weight.shape[1]:
+            if start + outputs > weight.shape[1] or in_out not in candidate.layouts(kind):
                 continue
             if same(_by_output(candidate, in_out, weight.dtype), weight[:, start : start + outputs].T):
-                yield Match(candidate.module, start, outputs, in_out, 0, outputs, partial(candidate.read, _ALL))
+                read = partial(candidate.read, _ALL)
+                yield Match(candidate.module, start, outputs, in_out, 0, outputs, read, candidate.bias)
 
     def _starting_with(self, first: Array, same: _Same) -> Iterator[tuple[_Weight, bool]]:
         """Weights whose first output's weights are `first`, and whether they are kept `[in, out]`."""
@@ -226,13 +257,21 @@ def _by_output(weight: _Weight, in_out: bool, dtype: np.dtype[np.generic]) -> Ar
     return values.T if in_out else values
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _kind_of(module: nn.Module) -> Kind | None:
     """By name, along the classes it inherits from: torch is not needed to attach points to a file.
 
-    MultiheadAttention reads the weight of its `out_proj` and never calls it: an adapter there has no effect.
+    MultiheadAttention reads the weight of its `out_proj` and never calls it: an adapter there has no effect. A
+    convolution that pads otherwise than with zeros does what PEFT's A beside it does not.
     """
     kinds = {kind.__name__ for kind in type(module).__mro__}
-    return bool(kinds & {"Linear", "Conv1D"}) and "NonDynamicallyQuantizableLinear" not in kinds
+    if kinds & {"Linear", "Conv1D"} and "NonDynamicallyQuantizableLinear" not in kinds:
+        return "linear"
+    if kinds & {"Conv1d", "Conv2d", "Conv3d"} and getattr(module, "padding_mode", "zeros") == "zeros":
+        return "conv"
+    # PEFT looks its A up by what the module is called with, and knows of what a class of its own adds one thing: a
+    # scale. Another forward (OPT's positions, which begin at 2) has rows that A's are not.
+    plain = type(module).forward.__qualname__ == "Embedding.forward" or hasattr(module, "embed_scale")
+    return "embedding" if "Embedding" in kinds and plain else None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -254,15 +293,16 @@ def _safetensors_files(folder: Path) -> list[Path]:
 
 
 def _read_tensor(tensor: torch.Tensor, part: tuple[slice, slice]) -> Array:
-    values = tensor.detach()[part]
+    values = tensor.detach().flatten(1)[part]
     # numpy has no bfloat16; float32 holds each of its values exactly.
     array: Array = (values.float() if str(values.dtype) == "torch.bfloat16" else values).cpu().numpy()
     return array
 
 
 def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slice]) -> Array:
-    weight: Array = package.module_weight(point).T[part]
-    return weight
+    weight = package.module_weight(point)
+    values: Array = (weight if point.kind == "embedding" else weight.T)[part]
+    return values
 
 
 def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, slice]) -> Array:
@@ -272,5 +312,6 @@ def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, 
 
 def _read_file(file: Path, key: str, part: tuple[slice, slice]) -> Array:
     with safe_open(str(file), framework="numpy") as opened:
-        values: Array = opened.get_slice(key)[part]
+        rows: Array = opened.get_slice(key)[part[0]]
+    values = rows.reshape(len(rows), -1)[:, part[1]]
     return values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,9 +18,10 @@ from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantisation, 
 __all__ = ["branches_of", "free_modules", "points_of", "replaceable_of"]
 
 
-def branches_of(sites: Sequence[Site]) -> tuple[Branch, ...]:
+def branches_of(sites: Sequence[Site], *, dora: bool) -> tuple[Branch, ...]:
     """One per set of modules that places compute together."""
-    return tuple(dict.fromkeys(Branch(site.modules) for site in sites))
+    # PEFT has no DoRA on convolutions in groups.
+    return tuple(dict.fromkeys(Branch(site.modules, dora and site.products[0].groups == 1) for site in sites))
 
 
 def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
@@ -33,14 +35,19 @@ def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
 
 def _point(module: str, uses: Sequence[tuple[Site, Linear]]) -> InjectionPoint:
     first = uses[0][1]
+    product = first.product
     return InjectionPoint(
         module=module,
-        in_features=first.in_features,
+        in_features=product.inputs * product.groups,
         out_features=first.size,
         dtype=first.dtype,
         per_row=all(site.placement.per_row for site, _ in uses),
         sha256=_digest(first),
         parts=tuple({linear.weight.name: _part(linear) for _, linear in uses}.values()),
+        kind=product.kind,
+        kernel=product.kernel,
+        groups=product.groups,
+        bias=first.has_bias,
     )
 
 
@@ -90,7 +97,8 @@ def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[st
     return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
 
 
-def replaceable_of(exposure: Exposure, heads: frozenset[str]) -> Replaceable:
+def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collection[str]) -> Replaceable:
+    """`heads`: modules whose number of outputs is free; `pointed`: those with a point."""
     assert exposure.value.name is not None
     assert exposure.value.const_value is not None
     stored = where(exposure.value)
@@ -98,7 +106,11 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str]) -> Replaceable:
     linear, site = exposure.linear, exposure.site
     part = WeightPart(exposure.value.name, stored, outputs=stored.shape[-1] if stored.shape else 1)
     if linear is None or site is None:
-        return Replaceable(exposure.name, "whole", stored.shape, stored.dtype, False, False, digest(values), (part,))
+        table = exposure.user is not None and exposure.user.op_type == "Gather" and len(stored.shape) == 2
+        # Rows behind those that a point's A has would have no delta.
+        free = table and exposure.name.removesuffix(".weight") not in pointed
+        role: Literal["table", "whole"] = "table" if table else "whole"
+        return Replaceable(exposure.name, role, stored.shape, stored.dtype, free, False, digest(values), (part,))
     rows, free = site.placement.per_row, linear.module in heads
     if exposure.is_bias:
         return Replaceable(

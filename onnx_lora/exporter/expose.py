@@ -53,28 +53,34 @@ class Exposures:
     refused: dict[str, str]
 
 
-def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[str]) -> Exposures:
-    """The parameters that `replaceable` names (modules, suffixes, or parameters)."""
+def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[str], *, prefix: str = "") -> Exposures:
+    """The parameters that `replaceable` names (modules, or parameters, or suffixes of either); `prefix` is put before
+    the names that the graph has.
+
+    A linear module's weight takes its bias along. A bias asked for by itself keeps its place, and has no rows.
+    """
     names = _names(replaceable)
     found: dict[str, Exposure] = {}
     refused: dict[str, str] = {}
     uses: dict[str, list[Site]] = {}
     for site in sites.sites:
-        for module in site.modules:
+        for module in site.modules if site.products[0].kind == "linear" else ():
             uses.setdefault(module, []).append(site)
     for module, used in uses.items():
         exposures = _of_linear(used[0], module)
-        if not any(_asked(exposure.name, names) for exposure in exposures):
+        if not _asked(exposures[0].name, names):
             continue
         if (reason := _not_whole(used, module)) is not None:
             refused[module] = reason
         else:
             found.update((exposure.name, exposure) for exposure in exposures)
-    nodes = {operand.node for site in sites.sites for product in site.products for operand in product.operands}
-    nodes |= {product.node for site in sites.sites for product in site.products}
+    linear = [product for site in sites.sites for product in site.products if product.kind == "linear"]
+    places = {(operand.node, operand.position) for product in linear for operand in product.operands}
+    places |= {(product.node, product.factor) for product in linear}
     taken = {exposure.value for exposure in found.values()}
-    for name, value in _named_initializers(graph).items():
-        users = _own_users(value, nodes)  # none: a linear module's weight
+    for own_name, value in _named_initializers(graph).items():
+        name = prefix + own_name
+        users = _own_users(value, places)  # none: a linear module's weight
         if name in found or value in taken or not users or not _asked(name, names):
             continue
         if len(users) > 1:
@@ -84,11 +90,11 @@ def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[st
     return Exposures(tuple(found.values()), refused)
 
 
-def _own_users(value: ir.Value, linear_nodes: set[ir.Node]) -> list[ir.Node]:
-    """The nodes that compute with a parameter as it is: no linear module's, which have weights of their own,
-    and nothing behind an Identity or a Transpose, which stand for another parameter."""
-    users = [use.node for use in value.uses() if use.node.op_type not in ("Cast", "Identity", "Transpose")]
-    return [node for node in dict.fromkeys(users) if node not in linear_nodes]
+def _own_users(value: ir.Value, weights: set[tuple[ir.Node, int]]) -> list[ir.Node]:
+    """The nodes that compute with a parameter as it is: not as a linear module's weight, of which `weights` are the
+    places, and nothing behind an Identity or a Transpose, which stand for another parameter."""
+    uses = [use for use in value.uses() if use.node.op_type not in ("Cast", "Identity", "Transpose")]
+    return list(dict.fromkeys(use.node for use in uses if (use.node, use.idx) not in weights))
 
 
 def check_names(replaceable: str | Sequence[str], graphs: Sequence[Exposures], modules: Sequence[str]) -> None:
@@ -163,7 +169,8 @@ def _of_linear(site: Site, module: str) -> list[Exposure]:
 
 
 def _asked(parameter: str, names: Sequence[str]) -> bool:
-    return parameter in names or matches(parameter.rpartition(".")[0], names)
+    named = any(parameter == name or parameter.endswith(f".{name}") for name in names)
+    return named or matches(parameter.rpartition(".")[0], names)
 
 
 def _asked_any(module_or_parameter: str, name: str) -> bool:

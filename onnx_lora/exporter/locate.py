@@ -1,5 +1,5 @@
-"""Which nodes of a graph compute which linear module, and where their weights come from. It reads
-the graph and changes nothing."""
+"""Which nodes of a graph compute which module, and where their weights come from. It reads the graph and changes
+nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.checkpoint import Checkpoint, Match
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
-from onnx_lora.points import FLOAT_TYPES, Array
+from onnx_lora.points import FLOAT_TYPES, Array, Bias
 from onnx_lora.quantised import Scheme
 
 __all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight"]
@@ -25,10 +25,13 @@ _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 # `_Q4`, `_matmul_Q4` or `_quant`.
 _NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
 
+# Of a table that may be an embedding: its torch name, or what a quantiser made of it.
+_NAMED_TABLE = re.compile(r"(?P<module>.+)\.weight(_(Q|quant).*)?")
+
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
 
-# Operators whose weights an adapter may mean, and that get no point yet: Conv, FusedMatMul, LSTM, ... Of the
+# Operators whose weights an adapter may mean, and that get no point yet: FusedMatMul, LSTM, ... Of the
 # attentions only those that hold projections: the others have caches and tables at most.
 _WEIGHTED = re.compile(
     r"(Decoder|Longformer|Packed|Q)?Attention|.*(BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*"
@@ -48,7 +51,7 @@ class Linear:
     projection. They are the module's outputs from `first` on, of `size` in all: some of them where the
     module was cut up.
     `in_out`: torch keeps the weight `[in, out]`. `reference` reads the checkpoint's weight, as torch
-    keeps it, where the checkpoint said which module this is.
+    keeps it, where the checkpoint said which module this is, and `known_bias` whether that module has a bias.
     """
 
     product: Product
@@ -60,6 +63,7 @@ class Linear:
     first: int = 0
     in_out: bool = False
     reference: Callable[[], Array] | None = field(default=None, compare=False)
+    known_bias: Bias = "unknown"
 
     @property
     def node(self) -> ir.Node:
@@ -88,7 +92,7 @@ class Linear:
     def bias(self) -> tuple[ir.Node, int] | None:
         """The node and input position of the bias added to the product, if one is."""
         node, output = self.node, self.product.output
-        if node.op_type == "Gemm":
+        if node.op_type in ("Conv", "Gemm"):
             return (node, 2) if len(node.inputs) > 2 and self._is_bias(node.inputs[2]) else None
         uses = list(output.uses())
         if len(uses) != 1 or output.is_graph_output():
@@ -105,6 +109,14 @@ class Linear:
         if initializer is None or initializer.shape is None:
             return False
         return tuple(initializer.shape.numpy()) == (self.product.outputs,)
+
+    @property
+    def has_bias(self) -> Bias:
+        """By the checkpoint, else by the graph, where it shows one."""
+        shown = self.product.kind == "embedding" or self.bias is not None
+        if self.known_bias != "unknown" or not shown:
+            return self.known_bias
+        return "none" if self.product.kind == "embedding" else "added"
 
     @property
     def adds_more(self) -> bool:
@@ -132,6 +144,13 @@ class Located:
     linears: tuple[Linear, ...]
     strays: tuple[Stray, ...]
 
+    def under(self, prefix: str) -> Located:
+        """The same with `prefix` before every module's name."""
+        return Located(
+            tuple(replace(one, module=prefix + one.module, guess=prefix + one.guess) for one in self.linears),
+            tuple(replace(one, modules=tuple(prefix + name for name in one.modules)) for one in self.strays),
+        )
+
 
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     """Find the modules behind the nodes.
@@ -143,7 +162,7 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     found: list[Linear] = []
     strays: list[Stray] = []
     for node in ir.traversal.RecursiveGraphIterator(graph):
-        linear = _candidate(node)
+        linear = _candidate(node, named=checkpoint is None)
         if isinstance(linear, Stray):
             strays.append(linear)
         elif linear is not None and node.graph is not graph:
@@ -157,6 +176,8 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     embedded = _embedded(graph, checkpoint) if checkpoint.heads is None else frozenset[str]()
     for linear in found:
         result = _identify(linear, checkpoint, embedded)
+        if result is None:
+            continue
         if isinstance(result, str):
             strays.append(Stray(label_of(linear.node), result, _possible(linear.guess, checkpoint)))
         else:
@@ -190,14 +211,21 @@ def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
     return kept, strays
 
 
-def _candidate(node: ir.Node) -> Linear | Stray | None:
-    """A linear node by its form alone (named by its best guess), one that has no place, or None."""
+def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
+    """A product by its form alone (named by its best guess), one that has no place, or None.
+
+    A table that is looked up may be anything. `named`: it is an embedding's only if it has the name of a weight.
+    """
     product = product_of(node)
     if isinstance(product, Product):
-        guess = _name(node, product.weight.value)
+        weight = product.weight.value
+        embedding = product.kind == "embedding"
+        if embedding and named and not _NAMED_TABLE.fullmatch(weight.name or ""):
+            return None
+        guess = _name(node, weight)
         # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
         plain = node.op_type == "Gemm" and not product.transposed
-        in_out = plain and product.weight.value.name == f"{guess}.weight"
+        in_out = embedding or (plain and weight.name == f"{guess}.weight")
         return Linear(product, guess, guess, product.outputs, product.outputs, in_out=in_out)
     if isinstance(product, Unfit):
         return Stray(label_of(node), product.reason, _possible(_name(node, product.weight), None))
@@ -276,7 +304,9 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
             if table is not None and axes_of(table) == 2 and table.const_value is not None and table.name:
                 tables[table.name] = table
         product = product_of(node)
-        if isinstance(product, Product) and product.quantised is not None and _is_looked_up(product.weight):
+        if not isinstance(product, Product) or product.kind != "linear":
+            continue
+        if product.quantised is not None and _is_looked_up(product.weight):
             names.update(
                 match.module for way in checkpoint.find(product.values(), within=_distance(product)) for match in way
             )
@@ -295,11 +325,16 @@ def _is_looked_up(weight: Operand) -> bool:
     return any(node.op_type == "GatherBlockQuantized" for node in users)
 
 
-def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str:
-    """The checkpoint's modules that this node computes, or why that cannot be said."""
+def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str | None:
+    """The checkpoint's modules that this node computes, why that cannot be said, or None: a table of no module."""
+    kind = linear.product.kind
     weight, within = np.asarray(linear.product.values()), _distance(linear.product)
-    ways = checkpoint.find(weight, within=within) or checkpoint.find_piece(weight, linear.guess, within=within)
-    own = [way for way in ways if not (len(way) == 1 and way[0].module in embedded)]
+    ways = checkpoint.find(weight, kind, within=within)
+    if not ways and kind == "linear":
+        ways = checkpoint.find_piece(weight, linear.guess, within=within)
+    own = [way for way in ways if kind != "linear" or not (len(way) == 1 and way[0].module in embedded)]
+    if not own and kind == "embedding" and linear.module not in checkpoint.modules:
+        return None
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:
             # A head tied to the embeddings: the checkpoint has its values under the other name.
@@ -340,4 +375,5 @@ def _placed(linear: Linear, match: Match) -> Linear:
         size=match.size,
         in_out=match.in_out,
         reference=match.read,
+        known_bias=match.bias,
     )

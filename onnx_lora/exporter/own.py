@@ -53,7 +53,7 @@ def _reading(surgeon: Surgeon, product: Product, mine: Mapping[ir.Value, ir.Valu
     """The product, with initializers of `mine` in the place of its own."""
     if not mine:
         return product
-    moved = _rewire(surgeon, product.node, 1, mine, product.path)
+    moved = _rewire(surgeon, product.node, product.factor, mine, product.path)
     for operand in product.operands:
         if operand.node not in product.path and operand.value in mine:
             operand.node.replace_input_with(operand.position, mine[operand.value])
@@ -75,7 +75,12 @@ def own_exposures(surgeon: Surgeon, exposures: Sequence[Exposure], sites: Sequen
     owned: list[Exposure] = []
     for exposure in exposures:
         if exposure.site is None:
-            owned.append(replace(exposure, value=_own_value(surgeon, exposure)))
+            point = by_node.get(exposure.user) if exposure.user is not None else None
+            own = None if point is None else point.linears[0].product.weight
+            # The weight of an embedding or a convolution that has a point too is its own already.
+            is_weight = own is not None and own.node is exposure.user and exposure.name.endswith(".weight")
+            value = own.value if own is not None and is_weight else _own_value(surgeon, exposure)
+            owned.append(replace(exposure, value=value))
             continue
         site = by_node[exposure.site.node]
         value = _own_bias(surgeon, exposure, site) if exposure.is_bias else site.linears[0].weight

@@ -3,13 +3,14 @@ It looks at one node and what stands around it; which module that is, it does no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.points import FLOAT_TYPES, Array
+from onnx_lora.points import FLOAT_TYPES, Array, Kind
 from onnx_lora.quantised import Scheme, dequantise
 
 __all__ = ["Operand", "Product", "Quantised", "Unfit", "axes_of", "product_of", "unwrap"]
@@ -17,6 +18,9 @@ __all__ = ["Operand", "Product", "Quantised", "Unfit", "axes_of", "product_of", 
 _FLOATS = ("FLOAT", "FLOAT16", "DOUBLE")
 _BYTES = ("INT8", "UINT8")
 _NIBBLES = ("INT4", "UINT4")
+
+# Which input of a node is added to its product.
+_BIASES = {"Conv": 2, "DynamicQuantizeMatMul": 4, "Gemm": 2, "MatMulNBits": 5}
 
 # Operators between an initializer and the node that multiplies with it.
 _WRAPPERS = ("Cast", "Identity", "Transpose")
@@ -54,11 +58,12 @@ class Quantised:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """`output = source · W0` (and a bias, in some forms).
+    """`output = source · W0` (and a bias, in some forms); a lookup of rows, or a convolution, by its `kind`.
 
     `node` multiplies; `reader` takes in the activation, before anything quantises it; `output` is the product
     as a float. `weight` is the operand that holds W0; `wrappers` lead from it to the node, nearest to the node
-    first. `transposed`: W0 is stored `[out, in]`. `dtype`: what the product is computed in.
+    first. `transposed`: W0 is stored `[out, in]`, of a convolution `[out, channels / groups, *kernel]`. `dtype`: what
+    the product is computed in. `inputs`, `outputs`: W0's own; of a convolution in groups, those of one.
     """
 
     node: ir.Node
@@ -71,13 +76,27 @@ class Product:
     dtype: str
     wrappers: tuple[ir.Node, ...] = ()
     quantised: Quantised | None = None
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def source(self) -> ir.Value:
-        """The activation, as the graph has it now."""
-        value = self.reader.inputs[0]
+        """The activation, as the graph has it now; of a lookup the rows' numbers."""
+        value = self.reader.inputs[1 if self.kind == "embedding" else 0]
         assert value is not None  # every form checks it
         return value
+
+    @property
+    def factor(self) -> int:
+        """Which of the node's inputs W0 comes in by."""
+        return 0 if self.kind == "embedding" else 1
+
+    @property
+    def added(self) -> ir.Value | None:
+        """What the node itself adds to the product: its bias."""
+        position = _BIASES.get(self.node.op_type)
+        return None if position is None else _input(self.node, position)
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -97,7 +116,8 @@ class Product:
             zero = self.quantised.zero_point
             zeros = None if zero is None else _numbers(zero.value)
             values = dequantise(self.quantised.scheme, values, _numbers(self.quantised.scale.value), zeros)
-        return values.T if self.transposed else values
+        matrix = values.reshape(len(values), -1)
+        return matrix.T if self.transposed else matrix
 
 
 def product_of(node: ir.Node) -> Product | Unfit | None:
@@ -253,9 +273,105 @@ def _dynamic(
     return Product(node, reader, output, operand, False, rows, columns, dtype, quantised=quantised)
 
 
+def _lookup(node: ir.Node) -> Product | Unfit | None:
+    """Gather of rows of a table: an embedding, if the table is one's."""
+    table, wrappers = unwrap(_input(node, 0))
+    if table is None or axes_of(table) != 2 or node.attributes.get_int("axis", 0) != 0:
+        return None
+    if table.dtype is None or table.dtype.name not in _FLOATS or _input(node, 1) is None:
+        return None
+    reason = _unfit_weight(table, wrappers)
+    if reason is None and any(wrapper.op_type == "Transpose" for wrapper in wrappers):
+        reason = "the table is transposed on the way"
+    if reason is not None:
+        return Unfit(reason, table)
+    operand = Operand(wrappers[-1] if wrappers else node, 0, table)
+    rows, columns = _sizes(table)
+    dtype = _computed(table, wrappers)
+    return Product(node, node, node.outputs[0], operand, False, rows, columns, dtype, wrappers, kind="embedding")
+
+
+def _lookup_in_blocks(node: ir.Node) -> Product | Unfit | None:
+    """GatherBlockQuantized of ONNX Runtime: table, rows, scales, zero points. The table may be a head's weight
+    (MatMulNBits) in another shape."""
+    table, scale, zero = (_input(node, position) for position in (0, 2, 3))
+    reshape = _producer(table, "Reshape")
+    weight = table if reshape is None else _input(reshape, 0)
+    if weight is None or not _is_constant(weight):
+        return None
+    if not _is_constant(scale) or not (zero is None or _is_constant(zero)):
+        return Unfit("its scales or zero points are not constant", weight)
+    assert scale is not None
+    if node.attributes.get_int("gather_axis", 0) != 0 or node.attributes.get_int("quantize_axis", 1) % 2 != 1:
+        return Unfit("it is quantised along its entries", weight)
+    size, kind = node.attributes.get_int("block_size", 128), "" if weight.dtype is None else weight.dtype.name
+    if axes_of(scale) != 2 or kind not in ("UINT8", *_NIBBLES):
+        return Unfit(f"its table is {kind}, not one of UINT8, {', '.join(_NIBBLES)}", weight)
+    rows, blocks = _sizes(scale)
+    if kind in _NIBBLES:
+        scheme = Scheme("affine", 4, size, 1, rows, _dims(weight)[-1])
+    else:
+        scheme = Scheme("blocks", node.attributes.get_int("bits", 4), size, -1, rows, blocks * size)
+    if (reason := _misfit(scheme, weight, scale, zero)) is not None:
+        return Unfit(reason, weight)
+    quantised = Quantised(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
+    operand = Operand(node if reshape is None else reshape, 0, weight)
+    return Product(
+        *(node, node, node.outputs[0], operand, False, rows, scheme.columns, _type(scale)),
+        quantised=quantised,
+        kind="embedding",
+    )
+
+
+def _convolution(node: ir.Node) -> Product | Unfit | None:
+    """Conv of any number of axes. PEFT's A has the base's kernel, stride and padding, no dilation and no groups."""
+    weight, wrappers = unwrap(_input(node, 1))
+    origin = None if _input(node, 1) is None else node.inputs[1].producer()  # type: ignore[union-attr]
+    if weight is None:
+        quantised = origin is not None and "Dequantize" in origin.op_type
+        return Unfit("its weight is quantised, which gets no point in a convolution") if quantised else None
+    source, rank = _input(node, 0), axes_of(weight)
+    if source is None or rank is None or rank < 3 or weight.shape is None or 0 in weight.shape.numpy():
+        return Unfit("the weight is no convolution's", weight)
+    reason = _unfit_type(weight, wrappers) or _unfit_padding(source)
+    if any(wrapper.op_type == "Transpose" for wrapper in wrappers):
+        reason = "the weight is transposed on the way"
+    outputs, channels, *kernel = (int(size) for size in weight.shape.numpy())
+    dilated = any(step != 1 for step in node.attributes.get_ints("dilations", []) or [])
+    if reason is None and dilated and math.prod(kernel) != 1:
+        reason = "it is dilated, and PEFT's A is not: their outputs do not meet"
+    if reason is not None:
+        return Unfit(reason, weight)
+    operand = Operand(wrappers[-1] if wrappers else node, 0 if wrappers else 1, weight)
+    return Product(
+        *(node, node, node.outputs[0], operand, True, channels * math.prod(kernel), outputs),
+        dtype=_computed(weight, wrappers),
+        wrappers=wrappers,
+        kind="conv",
+        kernel=tuple(kernel),
+        groups=node.attributes.get_int("group", 1),
+    )
+
+
+def _unfit_padding(source: ir.Value) -> str | None:
+    """Why what a convolution reads may have been padded by itself, otherwise than PEFT's A pads; or None."""
+    maker = source.producer()
+    if maker is None:
+        return None
+    mode = maker.attributes.get_string("mode", "constant") if maker.op_type == "Pad" else "constant"
+    # torch writes circular padding as Concat along the axes of space; channels are axis 1.
+    around = maker.op_type == "Concat" and maker.attributes.get_int("axis", 1) != 1
+    if mode == "constant" and not around:
+        return None
+    return f"its input is padded ({'circular' if around else mode}), and PEFT's A would pad with zeros"
+
+
 _FORMS: dict[tuple[str, str], Callable[[ir.Node], Product | Unfit | None]] = {
     ("", "MatMul"): _plain,
     ("", "Gemm"): _plain,
+    ("", "Conv"): _convolution,
+    ("", "Gather"): _lookup,
+    ("com.microsoft", "GatherBlockQuantized"): _lookup_in_blocks,
     ("com.microsoft", "MatMulNBits"): _blocks,
     ("", "MatMulInteger"): _integer,
     ("com.microsoft", "DynamicQuantizeMatMul"): _dynamic_fused,
@@ -283,6 +399,10 @@ def _unfit_weight(weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str | None
         return f"the weight has {axes_of(weight)} axes, not 2"
     if 0 in weight.shape.numpy():
         return "the weight is empty"
+    return _unfit_type(weight, wrappers)
+
+
+def _unfit_type(weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str | None:
     stored = "of unknown type" if weight.dtype is None else weight.dtype.name
     if stored not in _FLOATS:
         return f"the weight is {stored}, not one of {', '.join(FLOAT_TYPES)}"

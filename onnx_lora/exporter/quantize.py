@@ -112,7 +112,8 @@ def _options(package: Package) -> Options:
     info = package.manifest.graphs[0]
     model = onnx.load(package.path / info.file, load_external_data=False)
     ranks = {value.dims[-1] for value in model.graph.initializer if value.name.endswith(".lora_A.weight")}
-    return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0)
+    dora = any(branch.dora for graph in package.manifest.graphs for branch in graph.branches)
+    return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
 
 
 def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -> None:

@@ -28,7 +28,8 @@ class Placement:
     @staticmethod
     def of(product: Product, shapes: Shapes) -> Placement | None:
         """None: the number of axes is unknown, or less than two."""
-        value = product.source
+        # Of a lookup the output has the axes that count: the rows' numbers, and the features behind them.
+        value = product.output if product.kind == "embedding" else product.source
         rank = 2 if product.node.op_type == "Gemm" else shapes.rank(value)
         if rank is None or rank < 2:
             return None

@@ -21,7 +21,7 @@ class Surgeon:
         self.graph = model.graph
         self._opset = model.opset_imports.get("", 1)
         self._names = {value.name for value in _values(model.graph)} | {node.name for node in model.graph}
-        self._constants: dict[tuple[int, ...], ir.Value] = {}
+        self._constants: dict[tuple[int, ...] | int, ir.Value] = {}
         self._after: ir.Node | None = None
         self._before: ir.Node | None = None
 
@@ -38,13 +38,13 @@ class Surgeon:
         self._after = None
         self._before = node
 
-    def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: int | Sequence[int]) -> ir.Value:
+    def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: int | str | Sequence[int]) -> ir.Value:
         """Add a node with one output, and return it."""
         (output,) = self.ops(kind, *inputs, name=name, outputs=1, **attributes)
         return output
 
     def ops(
-        self, kind: str, *inputs: ir.Value, name: str, outputs: int, **attributes: int | Sequence[int]
+        self, kind: str, *inputs: ir.Value, name: str, outputs: int, **attributes: int | str | Sequence[int]
     ) -> list[ir.Value]:
         """Add a node with several outputs, and return them."""
         name = self._free(name)
@@ -80,10 +80,21 @@ class Surgeon:
 
     def integers(self, values: Sequence[int]) -> ir.Value:
         """A constant int64 vector; equal ones are shared."""
-        key = tuple(values)
+        return self._constant(tuple(values), "_".join(str(value) for value in values))
+
+    def integer(self, value: int) -> ir.Value:
+        """A constant int64 scalar."""
+        return self._constant(value, f"scalar_{value}")
+
+    def number(self, value: float, dtype: np.dtype[np.generic]) -> ir.Value:
+        """A constant scalar of a float type."""
+        name = f"onnx_lora.{dtype.name}_{value:g}"
+        known = self.graph.initializers.get(name)
+        return self._initializer(self._free(name), np.array(value, dtype)) if known is None else known
+
+    def _constant(self, key: tuple[int, ...] | int, name: str) -> ir.Value:
         if key not in self._constants:
-            name = self._free("onnx_lora." + "_".join(str(value) for value in key))
-            self._constants[key] = self._initializer(name, np.array(key, dtype=np.int64))
+            self._constants[key] = self._initializer(self._free(f"onnx_lora.{name}"), np.array(key, dtype=np.int64))
         return self._constants[key]
 
     def optional_input(self, name: str, shape: Sequence[int | str], default: Array | ir.TensorProtocol) -> ir.Value:

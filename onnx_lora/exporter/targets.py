@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.errors import ModelError
 
-__all__ = ["ALL_LINEAR", "HEADS", "select"]
+__all__ = ["ALL", "ALL_LINEAR", "HEADS", "select"]
 
 ALL_LINEAR = "all-linear"
+
+# Ours: every module that can have a point, embeddings, convolutions and output layers too.
+ALL = "all"
 
 # Where no torch model says which module is the output layer: the names transformers gives it.
 # "all-linear" leaves it out, as PEFT does.
 HEADS = ("classifier", "embed_out", "lm_head", "proj_out", "qa_outputs", "score")
 
 
-def select(modules: Sequence[str], targets: str | Iterable[str], *, heads: Iterable[str] = HEADS) -> frozenset[str]:
+def select(
+    modules: Sequence[str],
+    targets: str | Iterable[str],
+    *,
+    heads: Iterable[str] = HEADS,
+    others: Collection[str] = (),
+) -> frozenset[str]:
     """The modules that `targets` names, as PEFT's `check_target_module_exists` does.
 
-    `targets`: "all-linear" (every module but the `heads`), a regular expression that must match a
-    whole name, or names and suffixes (`q_proj`, `attn.c_attn`).
+    `targets`: "all-linear" (every module but the `heads`, and the `others`, which are not linear), "all", a regular
+    expression that must match a whole name, or names and suffixes (`q_proj`, `attn.c_attn`).
 
     Raises ModelError: `targets` is no valid expression, or one of it names nothing.
     """
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
-            excluded = set(heads)
+            excluded = set(heads) | set(others)
             return frozenset(name for name in modules if name not in excluded and name.split(".")[0] not in excluded)
+        if targets.lower() == ALL:
+            return frozenset(modules)
         try:
             pattern = re.compile(targets)
         except re.error as error:
             raise ModelError(
-                f"targets {targets!r} must be a regular expression, a list of names, or {ALL_LINEAR!r}: {error}"
+                f"targets {targets!r} must be a regular expression, a list of names, {ALL_LINEAR!r} or {ALL!r}: {error}"
             ) from error
         found = frozenset(name for name in modules if pattern.fullmatch(name))
         if not found:
@@ -45,10 +56,8 @@ def select(modules: Sequence[str], targets: str | Iterable[str], *, heads: Itera
     by_name = {target: [name for name in modules if name == target or name.endswith(f".{target}")] for target in wanted}
     missing = [target for target, names in by_name.items() if not names]
     if missing or not wanted:
-        problems = [f"{target!r} names no linear module{_closest(target, modules)}" for target in missing]
-        raise ModelError(
-            f"targets must name linear modules of the graph; there are {_sample(modules)}", problems=problems
-        )
+        problems = [f"{target!r} names no module{_closest(target, modules)}" for target in missing]
+        raise ModelError(f"targets must name modules of the graph; there are {_sample(modules)}", problems=problems)
     return frozenset(name for names in by_name.values() for name in names)
 
 

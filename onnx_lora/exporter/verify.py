@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from onnx_lora.exporter.frontends.torch_module import reference
 from onnx_lora.exporter.oracle import adopt_quantised, in_floats
 from onnx_lora.exporter.trial import open_graph, run_graph
 from onnx_lora.package import Package
-from onnx_lora.points import Array
+from onnx_lora.points import Array, InjectionPoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,7 +183,8 @@ def _run(
 def _compare(
     package: Package, case: Reference, label: str, outputs: Mapping[str, Array], base: Mapping[str, Array] | None = None
 ) -> Iterator[Comparison]:
-    expected = case.answer()
+    with _run_errors(label):
+        expected = case.answer()
     missing = sorted(set(outputs) - set(expected))
     if missing:
         raise VerificationError(
@@ -218,9 +220,13 @@ def _compare_rows(
     count = _batch_size(package, case)
     if not points or count < 2:
         return
-    own = {name: tensors[name] for point in points for name in (point.lora_a, point.lora_b)}
+    names = [name for point in points for name in (point.lora_a, point.lora_b, point.dora_scale)]
+    own = {name: tensors[name] for name in names if name in tensors}
     adapted = np.arange(count) % 2 == 1
-    rows = {name: np.where(adapted[:, None, None], value, np.zeros_like(value)) for name, value in own.items()}
+    rows = {
+        name: np.where(adapted[:, None, None], value, np.full_like(value, name.endswith(".dora_scale")))
+        for name, value in own.items()
+    }
     alone, mixed = _run(package, case, own), _run(package, case, rows)
     for name, value in mixed.items():
         if value.ndim and value.shape[0] == count and value.shape == base[name].shape and value.size:
@@ -280,7 +286,10 @@ def _random_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
 
     modules = list(package.points)
     # Whole names: PEFT takes a plain name for a suffix, and every pattern for a regular expression.
-    ranks = {f"^{re.escape(name)}": _RANKS[index % len(_RANKS)] for index, name in enumerate(modules)}
+    ranks = {
+        f"^{re.escape(name)}": _RANKS[index % len(_RANKS)] * package.points[name].groups
+        for index, name in enumerate(modules)
+    }
     config = peft.LoraConfig(
         r=_RANKS[0],
         lora_alpha=_SCALE,
@@ -288,23 +297,62 @@ def _random_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
         rank_pattern=ranks,
         alpha_pattern={name: rank * _SCALE for name, rank in ranks.items()},
         init_lora_weights=False,
+        use_dora=bool(modules) and package.dora >= set(modules),
     )
-    with torch.random.fork_rng(devices=[]), _peft_errors():
+    with torch.random.fork_rng(devices=[]), _peft_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of convolutions in groups
         torch.manual_seed(0)
         tuned = peft.tuners.lora.LoraModel(model, config, "default")
+        for layer in tuned.modules() if config.use_dora else ():
+            for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+                magnitude.weight.data *= 1 + _SCALE * torch.rand_like(magnitude.weight)
     model.eval()
     tensors: dict[str, Array] = {}
     try:
         for name, module in model.named_modules():
             if name in package.points:
-                point = package.points[name]
-                a = module.lora_A["default"].weight.detach().float().numpy()
-                b = module.lora_B["default"].weight.detach().float().numpy() * module.scaling["default"]
-                tensors[point.lora_a] = np.ascontiguousarray(a.T[None]).astype(point.dtype)
-                tensors[point.lora_b] = np.ascontiguousarray(b.T[None]).astype(point.dtype)
+                tensors.update(_tensors_of(module, package.points[name]))
         yield tensors
     finally:
         tuned.unload()
+
+
+def _tensors_of(layer: Any, point: InjectionPoint) -> dict[str, Array]:
+    """A layer of PEFT's as graph inputs, written down anew: nothing here is shared with what reads adapters."""
+    if point.kind == "embedding":
+        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    else:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = (factor.detach().double().flatten(1).numpy() for factor in (a, b))
+    if point.groups > 1:
+        outputs, rank = len(b) // point.groups, b.shape[1]
+        blocks = np.zeros((len(b), rank * point.groups))
+        for group in range(point.groups):
+            rows = slice(group * outputs, (group + 1) * outputs)
+            blocks[rows, group * rank : (group + 1) * rank] = b[rows]
+        b = blocks
+    b = b * layer.scaling["default"]
+    tensors = {point.lora_a: a.T[None], point.lora_b: b.T[None]}
+    if "default" in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().numpy().reshape(-1)
+        weight = layer.get_base_layer().weight.detach().double().flatten(1).numpy()
+        by_output = weight.T if point.kind == "embedding" or getattr(layer, "fan_in_fan_out", False) else weight
+        tensors[point.dora_scale] = (magnitude / np.linalg.norm(by_output + b @ a, axis=1))[None, None]
+    return {name: np.ascontiguousarray(value).astype(point.dtype) for name, value in tensors.items()}
+
+
+@contextmanager
+def _run_errors(case: str) -> Iterator[None]:
+    """PyTorch's exceptions as ours, where PEFT's layers take the place of a model's own."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if case not in ("adapter", "rows"):
+            raise
+        raise ModelError(
+            f"PyTorch cannot run the model with PEFT's layers at all of these points: {error}; choose other targets, "
+            "or do without the verification"
+        ) from error
 
 
 @contextmanager

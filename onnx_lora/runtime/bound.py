@@ -8,7 +8,8 @@ from typing import TypeAlias, Union
 
 import numpy as np
 
-from onnx_lora.adapters import Adapter, BoundAdapter, bind, blend, read_adapter
+from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
+from onnx_lora.adapters.compose import blended
 from onnx_lora.errors import BindError, SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, Replaceable
@@ -41,13 +42,13 @@ def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None) 
     raise SelectionError(f"an adapter must be a path, an Adapter or a BoundAdapter, and is a {type(adapter).__name__}")
 
 
-def mixed(adapter: AnyAdapter | Mixture, package: Package) -> Mapping[str, Array]:
-    """The tensors of one adapter, or of a blend of several.
+def mixed(adapter: AnyAdapter | Mixture, package: Package) -> BoundAdapter:
+    """One adapter, or several blended into one.
 
     Raises AdapterError: one cannot be read, or does not fit. SelectionError: they cannot be blended.
     """
     if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
-        return as_bound(adapter, package).tensors
+        return as_bound(adapter, package)
     pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise SelectionError(
@@ -56,7 +57,7 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package) -> Mapping[str, Array
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    return blend([(as_bound(part, package), weight) for part, weight in pairs])
+    return blended([(as_bound(part, package), weight) for part, weight in pairs], name="blend")
 
 
 def _check(bound: BoundAdapter, package: Package) -> None:
@@ -84,9 +85,10 @@ def _shapes(package: Package) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     for point in package.points.values():
         shapes[point.lora_a] = point.dtype, (1, point.in_features, None)
         shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
+        shapes[point.dora_scale] = point.dtype, (1, 1, point.out_features)
     for weight in package.replaceable.values():
         shape = _input_shape(weight)
-        shapes[weight.name] = weight.dtype, (*shape[:-1], None) if weight.free_outputs else shape
+        shapes[weight.name] = weight.dtype, weight.free(shape)
     return shapes
 
 

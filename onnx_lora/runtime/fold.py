@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from onnx_lora.adapters import BoundAdapter
 from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.points import NIBBLES, Array
@@ -75,12 +76,12 @@ def fold(
 
 def _folded(
     info: GraphInfo,
-    tensors: Mapping[str, Array],
+    adapter: BoundAdapter,
     package: Package,
     requantize: Requantize | None,
     progress: Progress,
 ) -> dict[str, Array]:
-    todo = edits(info, tensors)
+    todo = edits(info, adapter)
     progress(0, len(todo))
     values: dict[str, Array] = {}
     for done, edit in enumerate(todo, start=1):

@@ -1,20 +1,23 @@
 """The arithmetic of folding: which initializers of a base graph an adapter changes, and their new values.
 It knows where weights lie; it knows neither ONNX nor sessions.
 
-W = W0 + B·A with the scale in B: LoRA (Hu et al. 2021), section 4.1."""
+W = W0 + B·A with the scale in B: LoRA (Hu et al. 2021), section 4.1; times a factor for each output: DoRA (Liu et al.
+2024), equation 5. What else a method does to a weight, the method itself knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from onnx_lora.adapters import BoundAdapter, Change
 from onnx_lora.errors import BindError, PackageError
 from onnx_lora.package import GraphInfo, Package
-from onnx_lora.points import Array, Replaceable, StoredTensor, WeightPart
+from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart
 
-__all__ = ["Edit", "Low", "Whole", "add", "edits", "folded"]
+__all__ = ["Changed", "Edit", "Low", "Whole", "edits", "folded"]
 
 # Elements of a weight computed at once in float64: 1 MiB, which stays in the cache. Measured on
 # 4096 x 4096: 0.20 s, against 0.49 s with 16 MiB and 1.3 s with 64.
@@ -23,12 +26,60 @@ _BLOCK = 2**17
 
 @dataclass(frozen=True, slots=True)
 class Low:
-    """A low-rank change of one module: `a` `[in, rank]`, `b` `[rank, out]`, the scale in `b`."""
+    """A low-rank change of one module, and a factor for each output: `a` `[in, rank]`, `b` `[rank, out]`, the scale in
+    `b`; `gain` `[out]` is DoRA's, and multiplies the sum."""
 
     module: str
     part: WeightPart
     a: Array
     b: Array
+    gain: Array | None = None
+
+    def apply(self, values: Array, package: Package) -> None:  # noqa: ARG002 - a method's change needs it
+        """Change the module's window of `values`, an initializer's."""
+        window = self.part.window(values)
+        if window.shape != (self.a.shape[0], self.b.shape[1]):
+            raise BindError(
+                f"{self.module}: the adapter's change is {self.a.shape[0]} to {self.b.shape[1]}, and the weight "
+                f"{window.shape[0]} to {window.shape[1]}; a replaced weight needs a change of its own shape"
+            )
+        wide = np.promote_types(values.dtype, np.float32)
+        a, b = self.a.astype(wide, copy=False), self.b.astype(wide, copy=False)
+        gain = np.ones(1, wide) if self.gain is None else self.gain.astype(wide, copy=False)
+        for rows, columns in _blocks(window.shape, by_output=self.part.transposed):
+            # In the order in which the weight lies in memory: a third of the time of the other.
+            delta = (b[:, columns].T @ a[rows].T).T if self.part.transposed else a[rows] @ b[:, columns]
+            with np.errstate(over="ignore"):
+                if self.gain is None:
+                    np.add(window[rows, columns], delta, out=window[rows, columns], casting="same_kind")
+                else:
+                    window[rows, columns] = (window[rows, columns].astype(wide) + delta) * gain[columns]
+            _check_fits(self.module, window[rows, columns], values.dtype, delta)
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A module's new weight as a function of the whole old one; `part` says which outputs of it lie here."""
+
+    point: InjectionPoint
+    part: WeightPart
+    change: Change
+
+    @property
+    def module(self) -> str:
+        return self.point.module
+
+    def apply(self, values: Array, package: Package) -> None:
+        """Change the module's window of `values`, an initializer's. Nothing else changes such a module."""
+        point, part = self.point, self.part
+        outputs = slice(part.first, part.first + part.outputs)
+        whole = package.module_weight(point)
+        whole = whole.astype(np.promote_types(whole.dtype, np.float32))
+        whole[:, outputs] = part.window(values)
+        new = point.from_torch(self.change.merged(point.to_torch(whole)))[:, outputs]
+        with np.errstate(over="ignore"):
+            part.window(values)[...] = new
+        _check_fits(self.module, part.window(values), values.dtype, new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +98,7 @@ class Edit:
     initializer: str
     stored: StoredTensor
     whole: Whole | None
-    lows: tuple[Low, ...]
+    lows: tuple[Low | Changed, ...]
 
     @property
     def quantised(self) -> bool:
@@ -69,10 +120,11 @@ class Edit:
         return self.stored, (self.whole.weight.name, self.whole.part.transposed) if self.whole else None, lows
 
 
-def edits(graph: GraphInfo, tensors: Mapping[str, Array]) -> tuple[Edit, ...]:
-    """What the tensors of an adapter, by graph input name, change in the base of `graph`."""
+def edits(graph: GraphInfo, adapter: BoundAdapter) -> tuple[Edit, ...]:
+    """What an adapter changes in the base of `graph`. Raises BindError: of a convolution in groups."""
+    tensors = adapter.tensors
     wholes: dict[str, Whole] = {}
-    lows: dict[str, list[Low]] = {}
+    lows: dict[str, list[Low | Changed]] = {}
     stored: dict[str, StoredTensor] = {}
     for weight in graph.replaceable:
         if weight.name in tensors:
@@ -80,15 +132,32 @@ def edits(graph: GraphInfo, tensors: Mapping[str, Array]) -> tuple[Edit, ...]:
                 wholes[part.initializer] = Whole(weight, part, tensors[weight.name])
                 stored[part.initializer] = part.stored
     for point in graph.points:
-        if point.lora_b in tensors and np.any(tensors[point.lora_b]):
-            for part in point.parts:
-                b = tensors[point.lora_b][0][:, part.first : part.first + part.outputs]
-                low = Low(point.module, part, tensors[point.lora_a][0], b)
-                lows.setdefault(part.initializer, []).append(low)
-                stored[part.initializer] = part.stored
+        for low in _of_point(point, adapter):
+            lows.setdefault(low.part.initializer, []).append(low)
+            stored[low.part.initializer] = low.part.stored
     return tuple(
         Edit(name, place, wholes.get(name), tuple(lows.get(name, ()))) for name, place in sorted(stored.items())
     )
+
+
+def _of_point(point: InjectionPoint, adapter: BoundAdapter) -> Iterator[Low | Changed]:
+    """What an adapter does to each part of a module; nothing where its B is zero."""
+    if (change := adapter.changes.get(point.module)) is not None:
+        yield from (Changed(point, part, change) for part in point.parts)
+        return
+    scale, b = adapter.tensors.get(point.dora_scale), adapter.tensors.get(point.lora_b)
+    if scale is None and (b is None or not np.any(b)):
+        return
+    if point.groups > 1:
+        raise BindError(
+            f"{point.module}: LoRA on a convolution in {point.groups} groups reads all channels, which no weight of "
+            "it does: it cannot be folded, in PEFT neither; run it unfolded"
+        )
+    a = np.zeros((point.in_features, 0), np.float32) if b is None else adapter.tensors[point.lora_a][0]
+    wide_b = np.zeros((0, point.out_features), np.float32) if b is None else b[0]
+    for part in point.parts:
+        outputs = slice(part.first, part.first + part.outputs)
+        yield Low(point.module, part, a, wide_b[:, outputs], None if scale is None else scale[0, 0, outputs])
 
 
 def folded(edit: Edit, package: Package) -> Array:
@@ -99,7 +168,7 @@ def folded(edit: Edit, package: Package) -> Array:
     """
     values = _start(edit, package)
     for low in edit.lows:
-        add(values, low)
+        low.apply(values, package)
     return values
 
 
@@ -124,26 +193,12 @@ def _read(stored: StoredTensor, package: Package) -> Array:
         ) from error
 
 
-def add(values: Array, low: Low) -> None:
-    """Add a low-rank change to its window of `values`."""
-    window = low.part.window(values)
-    if window.shape != (low.a.shape[0], low.b.shape[1]):
+def _check_fits(module: str, new: Array, dtype: np.dtype[Any], change: Array) -> None:
+    if not np.isfinite(new).all():
         raise BindError(
-            f"{low.module}: the adapter's change is {low.a.shape[0]} to {low.b.shape[1]}, "
-            f"and the weight {window.shape[0]} to {window.shape[1]}; a replaced weight needs a change of its own shape"
+            f"{module}: the folded weight must fit {dtype}, and its change reaches {np.abs(change).max():.3g}; "
+            "run it unfolded, or fold into a package of a wider type"
         )
-    wide = np.promote_types(values.dtype, np.float32)
-    a, b = low.a.astype(wide, copy=False), low.b.astype(wide, copy=False)
-    for rows, columns in _blocks(window.shape, by_output=low.part.transposed):
-        # In the order in which the weight lies in memory: a third of the time of the other.
-        delta = (b[:, columns].T @ a[rows].T).T if low.part.transposed else a[rows] @ b[:, columns]
-        with np.errstate(over="ignore"):
-            np.add(window[rows, columns], delta, out=window[rows, columns], casting="same_kind")
-        if not np.isfinite(window[rows, columns]).all():
-            raise BindError(
-                f"{low.module}: the folded weight must fit {values.dtype}, and its change reaches "
-                f"{np.abs(delta).max():.3g}; run it unfolded, or fold into a package of a wider type"
-            )
 
 
 def _blocks(shape: tuple[int, ...], *, by_output: bool) -> Iterator[tuple[slice, slice]]:

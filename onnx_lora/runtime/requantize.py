@@ -12,7 +12,7 @@ from onnx_lora.errors import BindError, PackageError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, WeightPart
 from onnx_lora.quantised import Scheme, dequantise, quantise
-from onnx_lora.runtime.merge import Edit, Low, add, folded
+from onnx_lora.runtime.merge import Changed, Edit, Low, folded
 
 __all__ = ["Requantize", "Rounding", "merged"]
 
@@ -85,7 +85,7 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
             low.part.window(start)[...] = source[:, low.part.first : low.part.first + low.part.outputs]
     wanted = start.copy()
     for low in edit.lows:
-        add(wanted, low)
+        low.apply(wanted, package)
     if len(old) == 2 and old[0].dtype == np.uint8 and scheme.layout == "affine" and wanted.min() < 0:
         raise BindError(f"{edit.lows[0].module}: unsigned weights without a zero point hold no negative numbers")
     made = [
@@ -122,6 +122,8 @@ def _tensors(part: WeightPart, package: Package) -> list[Array]:
 def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:
     """`new`, with what belongs to outputs that no adapter touches as it was, where outputs have scales of their
     own."""
+    if scheme.layout == "blocks" and not part.transposed:
+        return new  # a table's blocks lie along its outputs
     if scheme.layout == "blocks":
         rows = touched.size
         return np.where(touched[:, None], new.reshape(rows, -1), was.reshape(rows, -1)).reshape(was.shape)
@@ -133,7 +135,7 @@ def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPa
     return np.where(own, new, was)
 
 
-def _rounding(low: Low, base: Array, start: Array, wanted: Array, got: Array) -> Rounding:
+def _rounding(low: Low | Changed, base: Array, start: Array, wanted: Array, got: Array) -> Rounding:
     """The change that arrived is measured from the base as it runs."""
     windows = [low.part.window(weight).astype(np.float32, copy=False) for weight in (base, start, wanted, got)]
     before, first, aim, after = windows

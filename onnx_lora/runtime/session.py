@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.adapters.model import refuse_fold_only
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.runtime._ort import Device, Options, Providers, fed_value, running, start
@@ -95,12 +96,14 @@ class AdapterSession:
 
         `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned.
 
-        Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, or does not fit.
+        Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, does not fit, or can only
+        be folded.
         """
         if not isinstance(name, str) or not name:
             raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
         self._store.check_free(name)
         bound = as_bound(adapter, self._package, name=name)
+        refuse_fold_only(bound, bound.coverage.fold_only)
         self._store.add(name, bound)
         return bound
 

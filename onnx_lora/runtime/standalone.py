@@ -81,8 +81,8 @@ def fold_to(
     if whole.path.resolve() in Path(out).resolve().parents:
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
-    tensors = mixed(adapter, whole)
-    plans = [(info, {name: edit for edit in edits(info, tensors) for name in edit.tensors}) for info in infos]
+    bound = mixed(adapter, whole)
+    plans = [(info, {name: edit for edit in edits(info, bound) for name in edit.tensors}) for info in infos]
     step = _stepper(progress, sum(len(plan) for _, plan in plans))
     with staged(out) as folder:
         with (folder / _DATA).open("wb") as file:

@@ -149,12 +149,13 @@ def _uses(key: Key, loaded: Loaded) -> bool:
 
 def _restricted(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapter:
     """What of an adapter concerns a graph, under the name it is loaded as."""
-    names = {name for point in graph.points for name in (point.lora_a, point.lora_b)}
+    names = {name for point in graph.points for name in (point.lora_a, point.lora_b, point.dora_scale)}
     names |= {weight.name for weight in graph.replaceable}
     tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in names}
+    modules = {point.module for point in graph.points}
     coverage = replace(
         bound.coverage,
-        applied=tuple(module for module in bound.coverage.applied if f"{module}.lora_A.weight" in tensors),
+        applied=tuple(module for module in bound.coverage.applied if module in modules),
         replaced=tuple(key for key in bound.coverage.replaced if key in tensors),
     )
     return replace(bound, name=name, tensors=tensors, coverage=coverage)

@@ -32,7 +32,6 @@ P = "base_model.model."
         ("target_parameters", ["experts.w"]),
         ("trainable_token_indices", [0, 1]),
         ("use_bdlora", {"nblocks": 2}),
-        ("use_dora", True),
         ("use_qalora", True),
         ("a_field_of_tomorrow", {"x": 1}),
         ("init_lora_weights", "pissa"),
@@ -164,7 +163,7 @@ def test_a_huge_config_is_refused_unread(tmp_path: Path) -> None:
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError) as caught:
-        read_adapter(peft_folder(tmp_path, use_dora=True, lora_bias=True, new=1))
+        read_adapter(peft_folder(tmp_path, use_qalora=True, lora_bias=True, new=1))
     assert len(caught.value.problems) == 3
 
 
@@ -316,10 +315,6 @@ def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path, config: dict
 @pytest.mark.parametrize(
     "key, reason",
     [
-        ("m.q.lora_magnitude_vector", "DoRA"),
-        ("m.q.lora_magnitude_vector.default.weight", "DoRA"),
-        ("m.emb.lora_embedding_A", "embedding"),
-        ("m.emb.lora_embedding_B.default", "embedding"),
         ("m.q.lora_B.bias", "lora_bias"),
         ("m.q.lora_B.default.bias", "lora_bias"),
         ("m.q.lora_E", "AdaLoRA"),
@@ -337,11 +332,26 @@ def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, 
     assert P + key in str(caught.value)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 4, 1), (2, 4, 3, 3)])
-def test_factors_that_are_no_matrices_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    tensors = lora("m.q", 4, 6) | {f"{P}m.q.lora_A.weight": numbers(*shape)}
+@pytest.mark.parametrize("side, shape", [("A", (2,)), ("A", (2, 1, 1, 1, 1, 1)), ("B", (6, 2, 3))])
+def test_factors_of_no_module_s_shape_are_refused(tmp_path: Path, side: str, shape: tuple[int, ...]) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.lora_{side}.weight": numbers(*shape)}
     with pytest.raises(UnsupportedAdapterError, match="must have 2 axes"):
         read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_dora_by_the_config_and_by_the_tensors_must_agree(tmp_path: Path) -> None:
+    magnitude = {f"{P}m.q.lora_magnitude_vector.weight": numbers(6)}
+    with pytest.raises(
+        AdapterFileError, match=r"m\.q: has DoRA's magnitude, and adapter_config.json does not say use_dora"
+    ):
+        read_adapter(peft_folder(tmp_path / "a", lora("m.q", 4, 6) | magnitude))
+    with pytest.raises(AdapterFileError, match=r"m\.q: must have lora_A, lora_B and lora_magnitude_vector"):
+        read_adapter(peft_folder(tmp_path / "b", lora("m.q", 4, 6), use_dora=True))
+    flat = {f"{P}m.q.lora_magnitude_vector.weight": numbers(2, 3)}
+    with pytest.raises(AdapterFileError, match=r"must have one number for each output, and has shape \(2, 3\)"):
+        read_adapter(peft_folder(tmp_path / "c", lora("m.q", 4, 6) | flat, use_dora=True))
+    read = read_adapter(peft_folder(tmp_path / "d", lora("m.q", 4, 6) | magnitude, use_dora=True))
+    assert read.deltas["m.q"].magnitude is not None
 
 
 def test_integers_are_refused_by_name(tmp_path: Path) -> None:

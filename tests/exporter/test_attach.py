@@ -108,8 +108,8 @@ def test_a_package_can_be_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"targets": ["q_prj"]}, r"'q_prj' names no linear module; close: q_proj"),
-        ({"targets": []}, r"targets must name linear modules"),
+        ({"targets": ["q_prj"]}, r"'q_prj' names no module; close: q_proj"),
+        ({"targets": []}, r"targets must name modules"),
         ({"targets": "layers.*k_proj"}, r"matches none; there are classifier, q_proj"),
         ({"targets": "q_proj("}, r"must be a regular expression"),
         ({"replaceable": ["pooler"]}, r"pooler: nothing of that name"),

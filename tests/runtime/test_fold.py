@@ -72,7 +72,9 @@ def test_float16_weights_are_folded_and_rounded_once(tmp_path):
     package = tiny.make_package(tmp_path / "p", dtype="float16")
     half = tiny.adapter("half", 1, dtype="float16")
     point = package.points["layer.up"]
-    (edit,) = merge.edits(package.graph(), {key: half.tensors[key] for key in (point.lora_a, point.lora_b)})
+    (edit,) = merge.edits(
+        package.graph(), replace(half, tensors={key: half.tensors[key] for key in (point.lora_a, point.lora_b)})
+    )
     a, b = (half.tensors[key].astype(np.float64)[0] for key in (point.lora_a, point.lora_b))
     expected = (tiny.weights("float16")["W_up"].astype(np.float64) + (a @ b).T).astype(np.float16)
     assert_same_bits(folded(edit, package), expected)
@@ -87,9 +89,9 @@ def test_float64_folds_as_the_oracle(tmp_path):
 
 
 def test_blocks_cover_the_weight(package, monkeypatch):
-    whole = [folded(edit, package) for edit in merge.edits(package.graph(), A.tensors)]
+    whole = [folded(edit, package) for edit in merge.edits(package.graph(), A)]
     monkeypatch.setattr(merge, "_BLOCK", 17)
-    for actual, edit in zip(whole, merge.edits(package.graph(), A.tensors), strict=True):
+    for actual, edit in zip(whole, merge.edits(package.graph(), A), strict=True):
         assert_close(folded(edit, package), actual)
 
 

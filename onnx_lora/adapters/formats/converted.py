@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
-from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement
+from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement, refuse_fold_only
 from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, OutputExistsError, StorageError
 from onnx_lora.package import storage_errors
 from onnx_lora.points import Array
@@ -32,6 +32,7 @@ _VERSION = "1"
 _ONNX_ADAPTER_MARK = b"TORT"
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_SCALE, _MAGNITUDE = ".dora_scale", ".lora_magnitude_vector"
 
 
 def write_bound(
@@ -42,12 +43,14 @@ def write_bound(
 ) -> Path:
     """Write a bound adapter to the file `out`, whole or not at all.
 
-    Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
-    MissingDependencyError: `.onnx_adapter`, and no ONNX Runtime. InputError: an unknown format.
+    Raises OutputExistsError: `out` exists. StorageError: it cannot be written. BindError: some of it can only be
+    folded. MissingDependencyError: `.onnx_adapter`, and no ONNX Runtime. InputError: an unknown format.
     """
     target = Path(out)
     if format not in ("safetensors", "onnx_adapter"):
         raise InputError(f"the format must be safetensors or onnx_adapter, and is {format!r}", path=target)
+    # A scale that the package does not take yet can be kept for one that does.
+    refuse_fold_only(bound, bound.changes if format == "safetensors" else bound.coverage.fold_only)
     runtime = _onnxruntime(target) if format == "onnx_adapter" else None
     _refuse_existing(target)
     with storage_errors(target):
@@ -82,7 +85,16 @@ def _write_safetensors(bound: BoundAdapter, path: Path) -> None:
         "base_digests": json.dumps(dict(bound.base_digests)),
     }
     # Bytes first: what the disk refuses is then an OSError.
-    path.write_bytes(safetensors.numpy.save(dict(bound.tensors), metadata))
+    path.write_bytes(safetensors.numpy.save(_kept(bound), metadata))
+
+
+def _kept(bound: BoundAdapter) -> dict[str, Array]:
+    """The tensors, and DoRA's magnitudes: its scale is the float weight's. A quantised one has norms of its own, and
+    a package of that computes it again."""
+    points = [point for graph in bound.graphs for point in graph.points if point.module in bound.magnitudes]
+    again = {point.dora_scale for point in points if any(part.quantised for part in point.parts)}
+    magnitudes = {f"{module}{_MAGNITUDE}": values for module, values in bound.magnitudes.items()}
+    return {name: tensor for name, tensor in bound.tensors.items() if name not in again} | magnitudes
 
 
 def _write_onnx_adapter(bound: BoundAdapter, path: Path, runtime: ModuleType) -> None:
@@ -166,21 +178,32 @@ def _onnxruntime(path: Path) -> ModuleType:
 
 
 def _split(tensors: Mapping[str, Array], path: Path) -> tuple[dict[str, Delta], dict[str, Replacement]]:
-    """Pairs of factors and whole weights."""
+    """Factors, with DoRA's scale and magnitude where they are, and whole weights."""
     problems: list[str] = []
-    modules = dict.fromkeys(name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end))
+    ends = (_A, _B, _SCALE, _MAGNITUDE)
+    modules = dict.fromkeys(name.removesuffix(end) for name in tensors for end in ends if name.endswith(end))
     deltas: dict[str, Delta] = {}
     for module in modules:
-        a, b = tensors.get(module + _A), tensors.get(module + _B)
-        if a is None or b is None:
-            problems.append(f"{module}: must have both lora_A and lora_B, and has one of them")
-        elif a.ndim != 3 or b.ndim != 3 or len(a) != 1 or len(b) != 1:
-            problems.append(
-                f"{module}: must have shapes [1, in, rank] and [1, rank, out], and has {a.shape} and {b.shape}"
-            )
+        made = _delta(*(tensors.get(module + end) for end in ends))
+        if isinstance(made, str):
+            problems.append(f"{module}: {made}")
         else:
-            deltas[module] = Delta(a[0].T, b[0].T, 1.0)
+            deltas[module] = made
     if problems:
         raise AdapterFileError("is no adapter that onnx-lora wrote", path=path, problems=problems)
-    whole = {name: value for name, value in tensors.items() if not name.endswith((_A, _B))}
+    whole = {name: value for name, value in tensors.items() if not name.endswith(ends)}
     return deltas, {name: Replacement(value, in_graph_layout=True) for name, value in whole.items()}
+
+
+def _delta(a: Array | None, b: Array | None, scale: Array | None, magnitude: Array | None) -> Delta | str:
+    """One module's delta, or what is wrong with its tensors. A scale may come alone."""
+    if (a is None) != (b is None) or (a is None and scale is None):
+        return "must have both lora_A and lora_B, and has one of them"
+    if scale is not None and (scale.ndim != 3 or scale.shape[:2] != (1, 1)):
+        return f"dora_scale must have shape [1, 1, out], and has {scale.shape}"
+    if a is None or b is None:
+        a = b = np.zeros((1, 0, 0), np.float32)
+    if a.ndim != 3 or b.ndim != 3 or len(a) != 1 or len(b) != 1:
+        return f"must have shapes [1, in, rank] and [1, rank, out], and has {a.shape} and {b.shape}"
+    own_scale = None if scale is None else scale[0, 0]
+    return Delta(a[0].T, b[0].T, 1.0, magnitude=magnitude, dora_scale=own_scale, in_graph_layout=True)

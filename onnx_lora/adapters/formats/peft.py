@@ -18,7 +18,7 @@ from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.model import Adapter, Delta, Origin, Replacement
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
-from onnx_lora.points import Array, matches
+from onnx_lora.points import Array, Kind, matches
 
 __all__ = ["read_peft"]
 
@@ -51,7 +51,7 @@ def read_peft(folder: Path, name: str) -> Adapter:
     _raise(sorter, weights[0])
     return Adapter(
         name=name,
-        deltas={module: Delta(pair["A"], pair["B"], rules.scale_of(module)) for module, pair in sorter.factors.items()},
+        deltas=sorter.deltas(),
         replacements=sorter.replacements(),
         origin=Origin(str(folder), sha256_of(weights[0]), "peft", rules.method, rules.base_model),
         saved_modules=(*rules.saved, *rules.task_heads),
@@ -101,6 +101,8 @@ class _Sorter:
 
     rules: LoraRules
     factors: dict[str, dict[str, Array]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    magnitudes: dict[str, Array] = field(default_factory=dict)
     whole: dict[str, tuple[Array, Key]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
@@ -122,22 +124,50 @@ class _Sorter:
                 self.problems.append(f"{key}: must be floating point, and is {values.dtype.name}")
             elif parsed.kind == "parameter":
                 self._put_parameter(key, parsed, values)
+            elif parsed.kind == "magnitude":
+                self._put_magnitude(key, parsed, values)
             else:
                 self._put_factor(key, parsed, values)
         if not self.factors and not self.whole and not self.problems and not self.unsupported:
             self.problems.append("holds no tensor of an adapter")
 
     def _put_factor(self, key: str, parsed: Key, values: Array) -> None:
-        if values.ndim != 2:
-            kind = "a convolution's, or a grouped one of an old PEFT" if values.ndim > 2 else "not gathered from shards"
+        axes = values.ndim
+        if (
+            axes < 2
+            or axes > 5
+            or (parsed.embedding and axes != 2)
+            or (parsed.kind == "B" and set(values.shape[2:]) - {1})
+        ):
+            kind = "a grouped one of an old PEFT" if axes > 2 else "not gathered from shards"
             self.unsupported.append(
-                f"{key}: must have 2 axes, and has shape {values.shape}: {kind}; only LoRA on linear layers is applied"
+                f"{key}: must have 2 axes, or those of a convolution with a kernel of size 1 in lora_B, and has shape "
+                f"{values.shape}: {kind}"
             )
             return
         pair = self.factors.setdefault(parsed.name, {})
         if parsed.kind in pair and not np.array_equal(pair[parsed.kind], values):
             self.problems.append(f"{key}: there are two different tensors for lora_{parsed.kind} of {parsed.name}")
         pair[parsed.kind] = values
+        if parsed.embedding:
+            self.embeddings.add(parsed.name)
+
+    def _put_magnitude(self, key: str, parsed: Key, values: Array) -> None:
+        if values.size != max(values.shape, default=0):
+            self.problems.append(f"{key}: must have one number for each output, and has shape {values.shape}")
+            return
+        known = self.magnitudes.setdefault(parsed.name, values.reshape(-1))
+        if not np.array_equal(known, values.reshape(-1)):
+            self.problems.append(f"{key}: there are two different magnitudes of {parsed.name}")
+
+    def deltas(self) -> dict[str, Delta]:
+        """What was sorted, judged and found whole."""
+        return {module: self._delta(module, pair["A"], pair["B"]) for module, pair in self.factors.items()}
+
+    def _delta(self, module: str, a: Array, b: Array) -> Delta:
+        kind: Kind = "embedding" if module in self.embeddings else "linear" if a.ndim == 2 else "conv"
+        magnitude = self.magnitudes.get(module)
+        return Delta(a, b.reshape(b.shape[:2]), self.rules.scale_of(module), kind, magnitude)
 
     def _put_parameter(self, key: str, parsed: Key, values: Array) -> None:
         known = self.whole.get(parsed.name)
@@ -174,12 +204,31 @@ class _Sorter:
                     f"{module}: has both LoRA and a whole weight, and versions of PEFT differ in which counts; "
                     "save it again with a current PEFT"
                 )
+        self._judge_magnitudes()
         if self.rules.bias != "none" and not any(name.endswith(".bias") for name in self.whole):
             self.notes.append(f"the config says bias {self.rules.bias!r}, and the file holds no bias: none was changed")
 
+    def _judge_magnitudes(self) -> None:
+        """DoRA is DoRA on every module, by the config and by the tensors."""
+        if not self.rules.dora:
+            self.problems += [
+                f"{module}: has DoRA's magnitude, and {CONFIG} does not say use_dora; get the config of this training"
+                for module in self.magnitudes
+            ]
+            return
+        modules = dict.fromkeys([*self.factors, *self.magnitudes])
+        self.problems += [
+            f"{module}: must have lora_A, lora_B and lora_magnitude_vector (use_dora), and lacks one of them; get the "
+            "whole file"
+            for module in modules
+            if module not in self.magnitudes or module not in self.factors
+        ]
+
     def _judge_ranks(self, module: str, a: Array, b: Array) -> None:
         rank = self.rules.rank_of(module)
-        if a.shape[0] == rank == b.shape[1] and a.size and b.size:
+        # Of a convolution in groups B has a part of the rank for each; how many there are, only the base tells.
+        groups = a.ndim > 2 and b.shape[1] and rank % b.shape[1] == 0
+        if a.shape[0] == rank and (b.shape[1] == rank or groups) and a.size and b.size:
             return
         self.problems.append(
             f"{module}: the rank must be {rank} by {CONFIG}, and lora_A {a.shape} has rank {a.shape[0]}, "

@@ -69,8 +69,9 @@ class _Reader:
         if pattern and layers is None:
             self.problems.append("layers_pattern needs layers_to_transform")
         rslora, task = bool(self.config.get("use_rslora")), self.config.get("task_type")
+        dora = bool(self.config.get("use_dora"))
         return LoraRules(
-            method="rsLoRA" if rslora else "LoRA",
+            method=("rs" if rslora else "") + ("DoRA" if dora else "LoRA"),
             base_model=str(self.config.get("base_model_name_or_path") or ""),
             rank=self.rank("r", self.config.get("r")),
             alpha=self.number("lora_alpha", self.config.get("lora_alpha")),
@@ -84,6 +85,7 @@ class _Reader:
             task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
             layers=layers,
             layers_pattern=pattern,
+            dora=dora,
         )
 
     def rank(self, key: str, value: object) -> int:

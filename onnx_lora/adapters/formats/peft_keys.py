@@ -12,12 +12,17 @@ __all__ = ["Key", "adapter_names", "parse_key"]
 # What PEFT and torch.compile put around a model; PEFT within PEFT does it twice.
 _PREFIX = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
+# Of an embedding the factors are parameters, and have no `.weight`.
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|embedding_(?P<table>[AB])(?:\.(?P<named>[^.]+))?)$"
+)
+
+# DoRA's m; until PEFT 0.11 a parameter, a module with a `.weight` since.
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?$")
 
 # What a key says of itself; the first match counts.
 _REFUSED = (
-    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "DoRA's magnitude: DoRA is not applied"),
-    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "LoRA on an embedding is not applied"),
     (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias on LoRA (lora_bias) is not applied"),
     (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA's: convert it to LoRA with PEFT"),
     (re.compile(r"\.lora_diag(\.|$)"), "KaSA's diagonal is not applied"),
@@ -31,17 +36,19 @@ _REFUSED = (
 class Key:
     """What a tensor is. `name`: the module of a factor, the parameter of a whole weight, or the reason."""
 
-    kind: Literal["A", "B", "parameter", "refused", "base copy"]
+    kind: Literal["A", "B", "magnitude", "parameter", "refused", "base copy"]
     name: str
     adapter: str = ""  # the adapter's name, where the key holds it
     saved: bool = False  # from a wrapper of modules_to_save
     base_layer: bool = False  # the weight below a LoRA layer
+    embedding: bool = False
 
 
 def adapter_names(keys: Iterable[str]) -> frozenset[str]:
     """The adapter names left in the keys of factors."""
     found = (_FACTOR.match(key) for key in keys)
-    return frozenset(match["adapter"] for match in found if match and match["adapter"])
+    names = (match["adapter"] or match["named"] for match in found if match)
+    return frozenset(name for name in names if name)
 
 
 def parse_key(key: str, adapters: frozenset[str]) -> Key:
@@ -55,8 +62,12 @@ def parse_key(key: str, adapters: frozenset[str]) -> Key:
         name = f"{module}.{below}" if below and first in adapters | {"default"} else f"{module}.{rest}"
     factor = _FACTOR.match(name)
     if factor:
-        side: Literal["A", "B"] = "A" if factor["side"] == "A" else "B"
-        return Key(side, factor["module"], factor["adapter"] or "", bool(wrapped))
+        side: Literal["A", "B"] = "A" if "A" in (factor["side"], factor["table"]) else "B"
+        adapter = factor["adapter"] or factor["named"] or ""
+        return Key(side, factor["module"], adapter, bool(wrapped), embedding=factor["table"] is not None)
+    magnitude = _MAGNITUDE.match(name)
+    if magnitude:
+        return Key("magnitude", magnitude["module"], magnitude["adapter"] or "", bool(wrapped))
     for pattern, reason in _REFUSED:
         if pattern.search(f".{name}"):
             return Key("refused", reason)

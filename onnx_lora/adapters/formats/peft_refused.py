@@ -45,6 +45,7 @@ _HARMLESS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",  # judged with its tensors
         "use_rslora",
         "velora_config",  # another backward pass; forward is LoRA's
     }
@@ -67,7 +68,6 @@ _REFUSED = {
     "target_parameters": ("LoRA on bare parameters", MERGE),
     "trainable_token_indices": ("single rows of the embedding are trained", MERGE),
     "use_bdlora": ("BD-LoRA: block-diagonal factors", MERGE),
-    "use_dora": ("DoRA: a magnitude for every output", MERGE),
     "use_qalora": ("QALoRA: pools the inputs", MERGE),
 }
 

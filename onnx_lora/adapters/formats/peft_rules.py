@@ -35,6 +35,7 @@ class LoraRules:
     task_heads: tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    dora: bool = False
 
     def rank_of(self, module: str) -> int:
         return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
