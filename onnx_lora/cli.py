@@ -20,8 +20,9 @@ import click
 import numpy as np
 
 from onnx_lora import __version__, report
-from onnx_lora.adapters import bind, blend, read_adapter, write_bound
+from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
 from onnx_lora.package import MANIFEST, Package, storage_errors
 
@@ -34,9 +35,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _INTERRUPTED = 130
-
-AdapterFormat = Literal["safetensors", "onnx_adapter"]
-_FORMATS: dict[str, AdapterFormat] = {".safetensors": "safetensors", ".onnx_adapter": "onnx_adapter"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -198,36 +196,61 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 @click.option(
     "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="Instead of ADAPTER; several are blended."
 )
-@click.option("--package", type=click.Path(path_type=Path), required=True, help="The package to bind it to.")
+@click.option("--package", type=click.Path(path_type=Path), help="The package that it is for; what needs one says so.")
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(list(_FORMATS.values())),
-    help="Default: what OUT ends with.",
+    type=click.Choice(list(FORMATS)),
+    help="Default: what OUT ends with; a PEFT folder where it ends with nothing.",
+)
+@click.option(
+    "--initial",
+    type=click.Path(path_type=Path),
+    help="The PEFT folder of ADAPTER before its training (PiSSA, OLoRA, CorDA, LoRA-GA).",
 )
 @_json_option
 def convert(
     adapter: Sequence[Path],
     out: Path,
     adapters: Sequence[str],
-    package: Path,
+    package: Path | None,
     kind: AdapterFormat | None,
+    initial: Path | None,
     as_json: bool,
 ) -> None:
-    """Check ADAPTER, or a blend of several, against a package and write it as one file OUT, ready to be fed.
+    """Write ADAPTER, or a blend of several, in another format: ready to be fed to a package, or for other tools.
 
     \b
     Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
-              onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.onnx_adapter --package smollm
+              onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.safetensors --package smollm
+              onnx-lora convert style.safetensors style-peft --package sd15
     """
     if len(adapter) + bool(adapters) != 1:
         raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
     chosen = _format(out, kind)
-    opened = Package.open(package)
+    opened = None if package is None else Package.open(package)
     weighted = [(path, 1.0) for path in adapter] or list(map(_weighted, adapters))
-    bound = blended([(bind(read_adapter(path), opened), weight) for path, weight in weighted], name=out.stem)
-    write_bound(bound, out, format=chosen)
-    report.show(report.coverage_facts(bound) | {"written": str(out)}, as_json=as_json)
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        facts = _convert_one(weighted[0][0], out, chosen, opened, initial)
+    else:
+        if opened is None or initial is not None:
+            raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
+        bound = blended([(bind(read_adapter(path), opened), weight) for path, weight in weighted], name=out.stem)
+        write_adapter(bound, out, format=chosen, package=opened)
+        facts = report.coverage_facts(bound)
+    report.show(facts | {"written": str(out)}, as_json=as_json)
+
+
+def _convert_one(
+    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None
+) -> dict[str, Any]:
+    adapter = read_adapter(path, initial=initial)
+    if package is None:
+        write_adapter(adapter, out, format=kind)
+        return report.adapter_facts(adapter)
+    bound = bind(adapter, package)
+    write_adapter(bound if kind in ("safetensors", "onnx_adapter") else adapter, out, format=kind, package=package)
+    return report.coverage_facts(bound)
 
 
 @cli.command()
@@ -488,13 +511,16 @@ def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bo
 
 
 def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
-    """What to write to `out`: its suffix decides, or `kind` where the suffix is of neither format."""
-    meant = _FORMATS.get(out.suffix, kind)
-    if meant is None:
-        raise InputError(f"must end with {' or '.join(_FORMATS)}, or --format must say what to write", path=out)
-    if kind not in (None, meant):
-        raise InputError(f"--format {kind} contradicts the name, which says {meant}; change one of them", path=out)
-    return meant
+    """What to write to `out`: `kind`, or the first format whose names end so."""
+    fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
+    if kind is None and fitting:
+        return fitting[0]
+    if kind is None:
+        ends = ", ".join(dict.fromkeys(suffix for suffix in FORMATS.values() if suffix))
+        raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
+    if out.suffix and fitting and kind not in fitting:
+        raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
+    return kind
 
 
 def _named(adapters: Sequence[str]) -> dict[str, tuple[Path, float]]:

@@ -11,6 +11,8 @@ import numpy as np
 
 from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, value_problems
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
+from onnx_lora.adapters.names import resolved
+from onnx_lora.adapters.tied import with_tied
 from onnx_lora.adapters.unknown import explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
@@ -29,8 +31,10 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
+    adapter = resolved(adapter, package)
+    adapter, untold = with_tied(adapter, package)
     adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
-    binder = _Binder(adapter, package, notes=list(adapter.notes))
+    binder = _Binder(adapter, package, problems=untold, notes=list(adapter.notes))
     binder.check_modules()
     binder.bind_deltas()
     binder.bind_changes()
@@ -95,7 +99,8 @@ class _Binder:
 
     def check_modules(self) -> None:
         points = self.package.points
-        modules = dict.fromkeys([*self.adapter.deltas, *self.adapter.changes])
+        bare = [name for name in self.adapter.changes if self._is_bare(name)]
+        modules = [name for name in dict.fromkeys([*self.adapter.deltas, *self.adapter.changes]) if name not in bare]
         self.problems += explain_modules([name for name in modules if name not in points], self.package)
         self.digests.update((name, points[name].sha256) for name in modules if name in points)
         both = [name for name in self.adapter.deltas if name in self.adapter.changes]
@@ -103,6 +108,14 @@ class _Binder:
             f"{name}: has a delta and {self.adapter.changes[name].method} too, and what comes first is not told; "
             "merge one of them with PEFT"
             for name in both
+        ]
+        self.problems += [
+            f"{name}: has {self.adapter.changes[name].method} and a whole weight too, and of which weight that is a "
+            "change is not told; merge it with PEFT"
+            for name in modules
+            if name in self.adapter.changes
+            and (whole := self.adapter.replacements.get(f"{name}.weight")) is not None
+            and not (whole.in_place and self._is_base(f"{name}.weight", whole.value))
         ]
 
     def bind_deltas(self) -> None:
@@ -160,6 +173,8 @@ class _Binder:
         """Changes that are a pair of factors of this base, or a factor for each output, become that; the rest folds."""
         for module, change in self.adapter.changes.items():
             point = self.package.points.get(module)
+            if self._is_bare(module):
+                self._change_parameter(self.package.replaceable[module], change)
             if point is None or module in self.adapter.deltas:
                 continue
             wrong = change.problem(point.torch_shape, point.kind)
@@ -184,6 +199,21 @@ class _Binder:
                     f"{change.method} changes the weight in a way that no pair of factors expresses"
                 )
 
+    def _is_bare(self, name: str) -> bool:
+        """Whether it names no module but a parameter that is replaceable as it is."""
+        weight = self.package.replaceable.get(name)
+        return weight is not None and not weight.of_linear and name not in self.package.points
+
+    def _change_parameter(self, weight: Replaceable, change: Change) -> None:
+        """A change of a bare parameter: its new value is an input, as any whole weight is."""
+        if (wrong := change.problem(weight.shape, "linear")) is not None:
+            self.problems.append(f"{weight.name}: {wrong}")
+            return
+        self.digests[weight.name] = weight.sha256
+        self.replaced.append(weight.name)
+        base = self.package.default(weight)
+        self._put(weight.name, change.merged(base.astype(np.promote_types(base.dtype, np.float32))), weight.dtype)
+
     def bind_replacements(self) -> None:
         for name in sorted(self.adapter.replacements):
             replacement = self.adapter.replacements[name]
@@ -201,7 +231,7 @@ class _Binder:
         known = self.package.replaceable
         self.problems += explain_parameters([name for name in self.replaced if name not in known], self.package)
         for name in self.replaced:
-            if name in known:
+            if name in known and name in self.adapter.replacements:
                 self._replace(known[name], self.adapter.replacements[name])
 
     def _replace(self, weight: Replaceable, replacement: Replacement) -> None:

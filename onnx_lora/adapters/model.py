@@ -20,7 +20,7 @@ class Delta:
     Of an embedding, `a` is `[r, rows of the table]`; of a convolution `[r, channels, *kernel]`, and in groups `b` is
     `[out, r / groups]`, as PEFT keeps them. `magnitude` `[out]` is DoRA's m: then each output's weights get this norm.
     `dora_scale` `[out]` is the factor that does it, already computed for the base that the adapter was bound to.
-    `in_graph_layout`: from a converted file, which keeps `a` `[r, in]` and `b` `[out, r]` whatever the module is.
+    `in_graph_layout`: `a` `[r, in]` and `b` `[out, r]` whatever the module is, as converted files keep them.
     """
 
     a: Array
@@ -89,6 +89,7 @@ class Adapter:
     `base_digests`: the SHA-256 of the base weights it was bound to, by module or parameter name;
     empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
     PEFT cannot load it otherwise. `notes`: what a reader should know and cannot see in the tensors.
+    `flat_names`: modules are written with `_` for `.`; which those are, only a package's own modules tell.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Adapter:
     saved_modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     changes: Mapping[str, Change] = field(default_factory=dict)
+    flat_names: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora import read_adapter
+from onnx_lora.adapters.formats.peft import read_peft
+from onnx_lora.adapters.formats.peft_methods import METHODS
+from onnx_lora.adapters.formats.peft_refused import refusals
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from tests.adapters.building import lora, numbers, peft_folder
+from tests.support.numbers import assert_close
 
 P = "base_model.model."
 
@@ -23,16 +28,10 @@ P = "base_model.model."
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
         ("enable_lora", [True, False, True]),
-        ("ensure_weight_tying", True),
         ("kasa_config", {"beta": 0.1}),
         ("layer_replication", [[0, 4], [2, 5]]),
-        ("lora_bias", True),
         ("megatron_config", {"a": 1}),
         ("monteclora_config", {"num_samples": 8}),
-        ("target_parameters", ["experts.w"]),
-        ("trainable_token_indices", [0, 1]),
-        ("use_bdlora", {"nblocks": 2}),
-        ("use_qalora", True),
         ("a_field_of_tomorrow", {"x": 1}),
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
@@ -40,6 +39,7 @@ P = "base_model.model."
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "PiSSA"),
         ("init_lora_weights", ["list"]),
     ],
 )
@@ -54,6 +54,8 @@ def test_fields_that_change_the_meaning_are_refused_by_name(tmp_path: Path, fiel
     "field, value",
     [
         ("use_dora", False),
+        ("ensure_weight_tying", True),
+        ("target_parameters", ["experts.w"]),
         ("layer_replication", None),
         ("a_field_of_tomorrow", None),
         ("a_field_of_tomorrow", False),
@@ -82,7 +84,15 @@ def test_harmless_fields_change_nothing(tmp_path: Path, field: str, value: objec
 
 
 @pytest.mark.parametrize(
-    "method, cure", [("IA3", "merge"), ("ADALORA", "merge"), ("LOHA", "convert_to_lora"), ("PREFIX_TUNING", "prompt")]
+    "method, cure",
+    [
+        ("PREFIX_TUNING", "changes the prompt, not the weights"),
+        ("ADAPTION_PROMPT", "changes the prompt, not the weights"),
+        ("XLORA", "routes among adapters"),
+        ("POLY", "routes among adapters"),
+        ("LILY", "another thing for every input"),
+        ("ROAD", "merge"),
+    ],
 )
 def test_other_methods_are_refused_with_their_cure(tmp_path: Path, method: str, cure: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=f"{method}.*{cure}"):
@@ -91,8 +101,31 @@ def test_other_methods_are_refused_with_their_cure(tmp_path: Path, method: str, 
 
 @pytest.mark.parametrize("method", ["FINEGATES", None, 7, ["LORA"]])
 def test_unknown_methods_are_refused(tmp_path: Path, method: object) -> None:
-    with pytest.raises(UnsupportedAdapterError, match=r"peft_type must be LORA, and is .*: merge"):
+    with pytest.raises(UnsupportedAdapterError, match=r"peft_type must be one of LORA, .*, and is .*: merge"):
         read_adapter(peft_folder(tmp_path, peft_type=method))
+
+
+def test_every_method_of_peft_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    for method in peft.PeftType:
+        if method.value not in METHODS:
+            with pytest.raises(UnsupportedAdapterError, match=f"is '{method.value}': "):
+                read_adapter(peft_folder(tmp_path, peft_type=method.value))
+
+
+def test_every_method_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text("utf-8")
+    for field in (*METHODS, *METHODS["LORA"].refused):
+        assert f"`{field}`" in text, field
+
+
+def test_every_field_of_every_method_of_peft_is_known(tmp_path: Path) -> None:
+    """A field that a later PEFT adds is refused until it is understood."""
+    mapping = pytest.importorskip("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING
+    for name, method in METHODS.items():
+        fields = {field.name for field in dataclasses.fields(mapping[name])}
+        problems = refusals(dict.fromkeys(fields, True), method, with_initial=False)
+        assert not [problem for problem in problems if "not known here" in problem], name
 
 
 @pytest.mark.parametrize(
@@ -140,7 +173,6 @@ def test_a_missing_rank_or_alpha_is_refused(tmp_path: Path, key: str) -> None:
         ("[" * 100_000, "damaged"),
         ("[1]", "JSON object"),
         ("{}", "holds nothing"),
-        ('{"fine_tune_type": "lora", "lora_parameters": {}}', "MLX"),
         ('{"model_class": "BertAdapterModel", "config": {}}', "AdapterHub"),
         ('{"r": 1' + "1" * 5000 + "}", "damaged"),
         ("\ufeff{}", "damaged"),
@@ -163,7 +195,7 @@ def test_a_huge_config_is_refused_unread(tmp_path: Path) -> None:
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapterError) as caught:
-        read_adapter(peft_folder(tmp_path, use_qalora=True, lora_bias=True, new=1))
+        read_adapter(peft_folder(tmp_path, kasa_config={"a": 1}, layer_replication=[[0, 2]], new=1))
     assert len(caught.value.problems) == 3
 
 
@@ -315,14 +347,13 @@ def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path, config: dict
 @pytest.mark.parametrize(
     "key, reason",
     [
-        ("m.q.lora_B.bias", "lora_bias"),
-        ("m.q.lora_B.default.bias", "lora_bias"),
         ("m.q.lora_E", "AdaLoRA"),
         ("m.q.lora_A", "AdaLoRA"),
         ("m.q.lora_diag.default", "KaSA"),
-        ("m.emb.token_adapter.trainable_tokens_delta", "single trained tokens"),
         ("m.q.lora_novelty.weight", "not known here"),
         ("m.q.hada_w1_a", "another method"),
+        ("m.q.ia3_l", "another method"),
+        ("m.emb.trainable_tokens_delta", "single trained tokens"),
     ],
 )
 def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, reason: str) -> None:
@@ -332,26 +363,172 @@ def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, 
     assert P + key in str(caught.value)
 
 
-@pytest.mark.parametrize("side, shape", [("A", (2,)), ("A", (2, 1, 1, 1, 1, 1)), ("B", (6, 2, 3))])
-def test_factors_of_no_module_s_shape_are_refused(tmp_path: Path, side: str, shape: tuple[int, ...]) -> None:
-    tensors = lora("m.q", 4, 6) | {f"{P}m.q.lora_{side}.weight": numbers(*shape)}
-    with pytest.raises(UnsupportedAdapterError, match="must have 2 axes"):
+@pytest.mark.parametrize(
+    "a, b, words",
+    [
+        ((2,), (6, 2), "must have 2 axes or more, .* not gathered from shards"),
+        ((2, 4), (6, 2, 1), "as many axes, B's all of size 1"),
+        ((2, 4, 3, 3), (6, 2), "as many axes, B's all of size 1"),
+        ((2, 4, 3, 3), (6, 2, 3, 3), "as many axes, B's all of size 1"),
+        ((2, 4, 1, 1, 1, 1), (6, 2, 1, 1, 1, 1), "as many axes, B's all of size 1"),
+        ((3, 4, 3), (6, 2, 1), "the rank must be 2"),
+    ],
+)
+def test_factors_of_no_module_are_refused(tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...], words: str) -> None:
+    tensors = {f"{P}m.q.lora_A.weight": numbers(*a), f"{P}m.q.lora_B.weight": numbers(*b)}
+    with pytest.raises(AdapterFileError, match=f"m.q: .*{words}"):
         read_adapter(peft_folder(tmp_path, tensors))
 
 
-def test_dora_by_the_config_and_by_the_tensors_must_agree(tmp_path: Path) -> None:
-    magnitude = {f"{P}m.q.lora_magnitude_vector.weight": numbers(6)}
-    with pytest.raises(
-        AdapterFileError, match=r"m\.q: has DoRA's magnitude, and adapter_config.json does not say use_dora"
-    ):
-        read_adapter(peft_folder(tmp_path / "a", lora("m.q", 4, 6) | magnitude))
-    with pytest.raises(AdapterFileError, match=r"m\.q: must have lora_A, lora_B and lora_magnitude_vector"):
-        read_adapter(peft_folder(tmp_path / "b", lora("m.q", 4, 6), use_dora=True))
-    flat = {f"{P}m.q.lora_magnitude_vector.weight": numbers(2, 3)}
-    with pytest.raises(AdapterFileError, match=r"must have one number for each output, and has shape \(2, 3\)"):
-        read_adapter(peft_folder(tmp_path / "c", lora("m.q", 4, 6) | flat, use_dora=True))
-    read = read_adapter(peft_folder(tmp_path / "d", lora("m.q", 4, 6) | magnitude, use_dora=True))
-    assert read.deltas["m.q"].magnitude is not None
+@pytest.mark.parametrize("side, other", [("A", "B"), ("B", "A")])
+def test_half_an_embeddings_pair_is_refused(tmp_path: Path, side: str, other: str) -> None:
+    with pytest.raises(AdapterFileError, match=f"has lora_embedding_{side} and no lora_embedding_{other}"):
+        read_adapter(peft_folder(tmp_path, {f"{P}m.q.lora_embedding_{side}": numbers(2, 2)}))
+
+
+@pytest.mark.parametrize(
+    "more, config, words",
+    [
+        ({}, {"use_dora": True}, "has no lora_magnitude_vector, and the config says use_dora"),
+        ({"lora_magnitude_vector": (6,)}, {}, "has lora_magnitude_vector, DoRA's, and PEFT would ignore it"),
+        ({"lora_magnitude_vector": (5,)}, {"use_dora": True}, "must have 6 values, one for each output, and has 5"),
+        ({"lora_magnitude_vector": (2, 3)}, {"use_dora": True}, "must be a vector, and has shape .2, 3."),
+        ({}, {"lora_bias": True}, "has no bias on lora_B, and the config says lora_bias"),
+        ({"lora_B.bias": (6,)}, {}, "has a bias on lora_B, which PEFT would ignore"),
+        ({"lora_B.bias": (5,)}, {"lora_bias": True}, "bias must have 6 values"),
+        (
+            {"lora_B.bias": (6,), "lora_magnitude_vector": (6,)},
+            {"lora_bias": True, "use_dora": True},
+            "lora_bias does not go with use_dora",
+        ),
+        ({"lora_magnitude_vector": (6,)}, {"use_dora": True, "use_qalora": True}, "does not go with use_dora"),
+        ({}, {"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size of the config must be a number"),
+        ({}, {"use_bdlora": {"nblocks": 2}}, "must make one of A and B of blocks"),
+        ({}, {"use_bdlora": {"nblocks": 2, "novel": 1}}, "use_bdlora of the config must hold"),
+        ({}, {"use_bdlora": {"nblocks": "2"}}, "must hold names and a number of blocks"),
+        ({}, {"use_bdlora": {"nblocks": 4, "target_modules_bd_b": ["q"]}}, "the rank must be 2 .* in 4 blocks"),
+        (
+            {"lora_magnitude_vector": (6,)},
+            {"use_dora": True, "use_bdlora": {"nblocks": 1, "target_modules_bd_b": ["q"]}},
+            "use_bdlora does not go with use_dora",
+        ),
+        ({"lora_embedding_A": (2, 3)}, {}, "has lora_embedding_A and no lora_embedding_B"),
+        (
+            {"lora_embedding_A": (2, 3), "lora_embedding_B": (6, 2)},
+            {},
+            "has lora_A, lora_B beside lora_embedding_A, lora_embedding_B, and PEFT would ignore it",
+        ),
+    ],
+)
+def test_config_and_tensors_of_a_variant_must_agree(
+    tmp_path: Path, more: dict[str, tuple[int, ...]], config: dict[str, Any], words: str
+) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.{name}": numbers(*shape) for name, shape in more.items()}
+    with pytest.raises(AdapterFileError, match=f"m.q: .*{words}"):
+        read_adapter(peft_folder(tmp_path, tensors, **config))
+
+
+def test_a_bias_on_b_and_a_whole_one_must_agree(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.lora_B.bias": numbers(6), f"{P}m.q.base_layer.bias": numbers(1)}
+    with pytest.raises(AdapterFileError, match=r"m\.q\.bias: must have shape \(6,\), .* and has shape \(1,\)"):
+        read_adapter(peft_folder(tmp_path, tensors, lora_bias=True, bias="lora_only"))
+
+
+@pytest.mark.parametrize(
+    "indices, words",
+    [
+        (None, "must give its tokens, each once, and gives None"),
+        ([1, 1], "must give its tokens, each once"),
+        ([1, -1], "must give its tokens, each once"),
+        ([1], "a row for each of 1 tokens, and has shape .2, 3."),
+        ({"other": [1, 2]}, "must give its tokens, each once, and gives None"),
+    ],
+)
+def test_tokens_that_are_not_told_are_refused(tmp_path: Path, indices: object, words: str) -> None:
+    tensors = {f"{P}m.emb.token_adapter.trainable_tokens_delta": numbers(2, 3)}
+    with pytest.raises(AdapterFileError, match=f"m.emb: .*{words}"):
+        read_adapter(peft_folder(tmp_path, tensors, trainable_token_indices=indices))
+
+
+def test_a_config_with_tokens_and_a_file_without_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="the config says trainable_token_indices, and the file holds none"):
+        read_adapter(peft_folder(tmp_path, trainable_token_indices=[0]))
+
+
+@pytest.mark.parametrize(
+    "targets, tensors, words",
+    [
+        ("experts.w", lora("m.q", 4, 6), "target_parameters must be a list of names"),
+        (
+            ["x.w"],
+            lora("m.x", 4, 6) | lora("m.x.base_layer", 4, 6),
+            "must have lora_A and lora_B for each of its param",
+        ),
+        (["x.w", "x.v"], lora("m.x", 4, 6), "for each of its parameters w, v"),
+        (["x.w"], {f"{P}m.x.lora_A.weight": numbers(2, 4)}, "for each of its parameters w"),
+        (["x.w"], lora("m.y", 4, 6), "m.y: has LoRA tensors that PEFT would ignore"),
+    ],
+)
+def test_pairs_of_parameters_that_are_not_told_are_refused(
+    tmp_path: Path, targets: object, tensors: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AdapterFileError, match=words):
+        read_adapter(peft_folder(tmp_path, tensors, target_parameters=targets))
+
+
+def test_tied_factors_without_their_twin_are_refused(tmp_path: Path) -> None:
+    tensors = {f"{P}m.q.lora_embedding_A": numbers(2, 5), f"{P}m.q.lora_embedding_B": numbers(3, 2)}
+    with pytest.raises(AdapterFileError, match="ensure_weight_tying, and the file holds no factors of a module"):
+        read_adapter(peft_folder(tmp_path, tensors, ensure_weight_tying=True))
+
+
+# --- with the initial adapter --------------------------------------------------------------------
+
+
+def pissa(folder: Path, *, tensors: dict[str, Any] | None = None, **start: Any) -> tuple[Path, Path]:
+    """A trained adapter of a changed base, and its initial state."""
+    trained = peft_folder(folder / "trained", init_lora_weights="pissa")
+    return trained, peft_folder(folder / "start", tensors or lora("m.q", 4, 6, seed=9), **start)
+
+
+def test_pissa_says_what_it_needs(tmp_path: Path) -> None:
+    trained, _ = pissa(tmp_path)
+    with pytest.raises(UnsupportedAdapterError, match=r"give the initial adapter.*path_initial_model_for_weight_conv"):
+        read_adapter(trained)
+
+
+def test_pissa_is_the_difference_to_its_initial_state(tmp_path: Path) -> None:
+    trained, start = pissa(tmp_path)
+    delta = read_peft(trained, "x", start).deltas["m.q"]
+    own, initial = lora("m.q", 4, 6), lora("m.q", 4, 6, seed=9)
+    a, b = f"{P}m.q.lora_A.weight", f"{P}m.q.lora_B.weight"
+    assert_close(np.asarray(delta.b @ delta.a), own[b] @ own[a] - initial[b] @ initial[a])
+    assert delta.scale == 4.0
+
+
+@pytest.mark.parametrize(
+    "start, words",
+    [
+        ({"tensors": lora("m.v", 4, 6)}, "is in one of the two adapters only"),
+        ({"tensors": lora("m.q", 4, 6, rank=3), "r": 3}, "shapes .2, 4., .6, 2. and, of the initial adapter, .3, 4."),
+        ({"lora_alpha": 16}, "scale 4.0, and 8.0 of the initial adapter"),
+        (
+            {"tensors": lora("m.q", 4, 6) | {f"{P}m.q.lora_magnitude_vector": numbers(6)}, "use_dora": True},
+            "must be LoRA and nothing else, and is DoRA",
+        ),
+    ],
+)
+def test_an_initial_state_of_another_adapter_is_refused(tmp_path: Path, start: dict[str, Any], words: str) -> None:
+    trained, initial = pissa(tmp_path, **start)
+    with pytest.raises(AdapterFileError, match=words) as caught:
+        read_peft(trained, "x", initial)
+    assert caught.value.path == str(trained)
+
+
+def test_loftq_has_no_initial_state_that_would_help(tmp_path: Path) -> None:
+    trained = peft_folder(tmp_path / "trained", init_lora_weights="loftq")
+    with pytest.raises(UnsupportedAdapterError, match=r"init_lora_weights 'loftq'.*merge"):
+        read_peft(trained, "x", peft_folder(tmp_path / "start"))
 
 
 def test_integers_are_refused_by_name(tmp_path: Path) -> None:

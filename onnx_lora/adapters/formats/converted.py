@@ -16,13 +16,14 @@ import numpy as np
 import safetensors.numpy
 
 from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
+from onnx_lora.adapters.formats.olive import from_olive
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement, refuse_fold_only
 from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, OutputExistsError, StorageError
 from onnx_lora.package import storage_errors
 from onnx_lora.points import Array
 
-__all__ = ["is_onnx_adapter", "read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
+__all__ = ["is_onnx_adapter", "is_ours", "read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
 
 # Metadata key and the version of what stands beside it.
 _MARK = "onnx_lora"
@@ -111,11 +112,16 @@ def _write_onnx_adapter(bound: BoundAdapter, path: Path, runtime: ModuleType) ->
         raise StorageError(f"ONNX Runtime could not write it: {error}", path=path.name) from error
 
 
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is one that `write_bound` wrote."""
+    return _MARK in metadata
+
+
 def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
     """Raises AdapterFileError: damaged, or not written by `write_bound`."""
     file = read_safetensors(path)
     metadata = file.metadata
-    if _MARK not in metadata:
+    if not is_ours(metadata):
         raise AdapterFileError(
             "a single file must be one that onnx-lora wrote, and this has none of its metadata; a PEFT adapter is a "
             "folder with adapter_config.json beside the weights: give that folder",
@@ -160,7 +166,7 @@ def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
             tensors[key] = array
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
-    deltas, replacements = _split(tensors, path)
+    deltas, replacements = _split(from_olive(tensors, path), path)
     note = "an .onnx_adapter does not say which base it was bound to, so that was not checked"
     origin = Origin(str(path), sha256_of(path), "onnx_adapter", "", "")
     return Adapter(name or path.stem, deltas, replacements, origin, notes=(note,))

@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: its fields, checked, as rules. It knows no tensor.
 
-The reference is `LoraConfig` of PEFT 0.21."""
+The references are `LoraConfig` of PEFT 0.21, and the configs of its other methods, where their fields mean the same."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.formats.files import opened, parse_json, shown
+from onnx_lora.adapters.formats.peft_method import Method
+from onnx_lora.adapters.formats.peft_methods import METHODS
 from onnx_lora.adapters.formats.peft_refused import check_method, refusals
-from onnx_lora.adapters.formats.peft_rules import AROUND, AT_END, AT_LAYER, LoraRules
+from onnx_lora.adapters.formats.peft_rules import AROUND, AT_END, AT_LAYER, PeftConfig, Ranks, Targets
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 
-__all__ = ["CONFIG", "read_config"]
+__all__ = ["CONFIG", "parse_config", "read_config"]
 
 CONFIG = "adapter_config.json"
 
@@ -29,8 +31,17 @@ _TASK_HEADS = {
 }
 
 
-def read_config(path: Path) -> LoraRules:
-    """Read and check `adapter_config.json`.
+# What LoRA is called by people when a field is set; the first that is counts.
+_NAMES = (
+    ("use_dora", "DoRA"),
+    ("use_bdlora", "BD-LoRA"),
+    ("use_qalora", "QA-LoRA"),
+    ("use_rslora", "rsLoRA"),
+)
+
+
+def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
+    """Read and check `adapter_config.json`. `with_initial`: the adapter's initial state is there too.
 
     Raises AdapterFileError: damaged, or not PEFT's. UnsupportedAdapterError: PEFT's, and refused,
     every reason named.
@@ -39,12 +50,16 @@ def read_config(path: Path) -> LoraRules:
         text = file.read(_CONFIG_LIMIT + 1)
     if len(text) > _CONFIG_LIMIT:
         raise AdapterFileError(f"too large for a config of PEFT (limit {_CONFIG_LIMIT} bytes)", path=path)
-    config = parse_json(text, path, what="a config")
-    check_method(config, path)
-    if problems := refusals(config):
+    return parse_config(parse_json(text, path, what="a config"), path, with_initial=with_initial)
+
+
+def parse_config(config: dict[str, Any], path: Path, *, with_initial: bool = False) -> PeftConfig:
+    """As `read_config`, of a config's fields."""
+    method = check_method(config, METHODS, path)
+    if problems := refusals(config, method, with_initial=with_initial):
         raise UnsupportedAdapterError("says what cannot be applied exactly", path=path, problems=problems)
     reader = _Reader(config)
-    rules = reader.rules()
+    rules = reader.config_of(method)
     if reader.problems:
         raise AdapterFileError("is no config that PEFT would load", path=path, problems=reader.problems)
     return rules
@@ -57,7 +72,20 @@ class _Reader:
         self.config = config
         self.problems: list[str] = []
 
-    def rules(self) -> LoraRules:
+    def config_of(self, method: Method) -> PeftConfig:
+        task = self.config.get("task_type")
+        return PeftConfig(
+            peft_type=str(self.config["peft_type"]),
+            method=next((name for field, name in _NAMES if self.config.get(field)), method.name),
+            base_model=str(self.config.get("base_model_name_or_path") or ""),
+            bias=self.bias(),
+            task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
+            targets=self.targets(),
+            ranks=self.ranks(method),
+            fields=self.config,
+        )
+
+    def targets(self) -> Targets:
         target = self.names("target_modules") if self.config.get("target_modules") is not None else None
         exclude = self.names("exclude_modules")
         for key, value in (("target_modules", target), ("exclude_modules", exclude)):
@@ -68,24 +96,21 @@ class _Reader:
             self.problems.append("layers_to_transform cannot go with a target_modules that is one string")
         if pattern and layers is None:
             self.problems.append("layers_pattern needs layers_to_transform")
-        rslora, task = bool(self.config.get("use_rslora")), self.config.get("task_type")
-        dora = bool(self.config.get("use_dora"))
-        return LoraRules(
-            method=("rs" if rslora else "") + ("DoRA" if dora else "LoRA"),
-            base_model=str(self.config.get("base_model_name_or_path") or ""),
-            rank=self.rank("r", self.config.get("r")),
-            alpha=self.number("lora_alpha", self.config.get("lora_alpha")),
-            rslora=rslora,
-            bias=self.bias(),
-            rank_pattern={key: self.rank(f"rank_pattern[{key!r}]", v) for key, v in self.table("rank_pattern")},
-            alpha_pattern={key: self.number(f"alpha_pattern[{key!r}]", v) for key, v in self.table("alpha_pattern")},
-            target=target,
-            exclude=exclude,
-            saved=self.name_list("modules_to_save", AROUND),
-            task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
-            layers=layers,
-            layers_pattern=pattern,
-            dora=dora,
+        return Targets(target, exclude, self.name_list("modules_to_save", AROUND), layers, pattern)
+
+    def ranks(self, method: Method) -> Ranks:
+        tables = ("rank_pattern", "alpha_pattern") if method.patterns else ()
+        pattern = {key: self.table(key) for key in tables}
+        return Ranks(
+            rank=self.rank(method.rank, self.config.get(method.rank)) if method.rank else 1,
+            alpha=self.number(method.alpha, self.config.get(method.alpha)) if method.alpha else 1.0,
+            rslora=bool(self.config.get("use_rslora")),
+            rank_pattern={
+                key: self.rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.get("rank_pattern", ())
+            },
+            alpha_pattern={
+                key: self.number(f"alpha_pattern[{key!r}]", value) for key, value in pattern.get("alpha_pattern", ())
+            },
         )
 
     def rank(self, key: str, value: object) -> int:
@@ -103,7 +128,8 @@ class _Reader:
 
     def bias(self) -> str:
         value = self.config.get("bias") or "none"
-        if value not in ("none", "all", "lora_only"):
+        # Each method has an own word for its modules only: lora_only, MiSS_only.
+        if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
             self.problems.append(f"bias must be none, all or lora_only, and is {shown(value)}")
         return str(value)
 

@@ -1,75 +1,113 @@
-"""The names of tensors in PEFT's weight files, in one table: what each means, or why it is refused."""
+"""The names of tensors in PEFT's weight files: what each means for a method, or why it is refused."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-__all__ = ["Key", "adapter_names", "parse_key"]
+__all__ = ["Key", "Names"]
 
 # What PEFT and torch.compile put around a model; PEFT within PEFT does it twice.
 _PREFIX = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
 
-# Of an embedding the factors are parameters, and have no `.weight`.
-_FACTOR = re.compile(
-    r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-    r"|embedding_(?P<table>[AB])(?:\.(?P<named>[^.]+))?)$"
-)
+# Modules of which a whole copy is trained: modules_to_save, and LN tuning's.
+_COPIES = (".modules_to_save.", ".ln_tuning_layers.")
 
-# DoRA's m; until PEFT 0.11 a parameter, a module with a `.weight` since.
-_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?$")
+_LAYERS = re.compile(r"(?:\.base_layer|\.token_adapter)++(?=\.)")
 
-# What a key says of itself; the first match counts.
+# What a key of none of the method's names says of itself; the first match counts.
 _REFUSED = (
-    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias on LoRA (lora_bias) is not applied"),
-    (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA's: convert it to LoRA with PEFT"),
+    (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA's, and the config is another method's"),
     (re.compile(r"\.lora_diag(\.|$)"), "KaSA's diagonal is not applied"),
-    (re.compile(r"\.(token_adapter|trainable_tokens_\w+)(\.|$)"), "single trained tokens are not applied"),
+    (re.compile(r"\.oft_r(\.|$)"), "OFT's of PEFT before 0.14, which no later PEFT reads; train it again"),
     (re.compile(r"\.lora_[^.]*(\.|$)"), "a tensor of LoRA that is not known here; upgrade onnx-lora"),
-    (re.compile(r"\.(hada_|lokr_|oft_|boft_|ia3_l|vera_|hra_)"), "a tensor of another method than LoRA"),
+    (re.compile(r"\.(token_adapter|trainable_tokens_\w+)(\.|$)"), "single trained tokens, which this method has not"),
+    (
+        re.compile(
+            r"\.(hada_|lokr_|oft_|boft_|ia3_l|p?vera_|hra_|hira_|shira_|fourierft_|c3a_|vblora_|randlora_|miss_|delora_"
+            r"|gralora_|road_|waveft_)"
+        ),
+        "a tensor of another method than the config's",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a tensor is. `name`: the module of a factor, the parameter of a whole weight, or the reason."""
+    """What a tensor is. `name`: the module of a tensor of the method's, the parameter of a whole weight, the shared
+    tensor, or the reason."""
 
-    kind: Literal["A", "B", "magnitude", "parameter", "refused", "base copy"]
+    kind: Literal["module", "shared", "parameter", "refused", "base copy"]
     name: str
+    tensor: str = ""  # by PEFT's name, "lora_A" or "lora_B.bias"
     adapter: str = ""  # the adapter's name, where the key holds it
-    saved: bool = False  # from a wrapper of modules_to_save
-    base_layer: bool = False  # the weight below a LoRA layer
-    embedding: bool = False
+    saved: bool = False  # from a module of which a copy was trained
+    base_layer: bool = False  # below a layer of the method
 
 
-def adapter_names(keys: Iterable[str]) -> frozenset[str]:
-    """The adapter names left in the keys of factors."""
-    found = (_FACTOR.match(key) for key in keys)
-    names = (match["adapter"] or match["named"] for match in found if match)
-    return frozenset(name for name in names if name)
+@dataclass(frozen=True)
+class Names:
+    """The tensors of one method: of each module, with what may stand behind an adapter's name ("weight", or nothing),
+    and those of the whole file."""
+
+    tensors: Mapping[str, Collection[str]]
+    shared: Collection[str] = ()
+
+    @cached_property
+    def _of_modules(self) -> re.Pattern[str]:
+        names = "|".join(re.escape(name) for name in sorted(self.tensors, key=len, reverse=True))
+        return re.compile(rf"^(?P<module>.+)\.(?P<tensor>{names or '(?!)'})(?P<rest>(?:\.[^.]+){{0,2}})$")
+
+    @cached_property
+    def _of_files(self) -> re.Pattern[str]:
+        names = "|".join(map(re.escape, self.shared))
+        return re.compile(rf"^(?:base_model\.)*(?P<tensor>{names or '(?!)'})(?:\.(?P<adapter>[^.]+))?$")
+
+    def adapters(self, keys: Iterable[str]) -> frozenset[str]:
+        """The adapter names left in the keys of the method's own tensors."""
+        found = (self._own(_PREFIX.sub("", key), saved=False) for key in keys)
+        return frozenset(key.adapter for key in found if key and key.adapter)
+
+    def parse(self, key: str, adapters: frozenset[str]) -> Key:
+        """What the tensor `key` is; `adapters` are names that copies of whole modules may hold too."""
+        name = _PREFIX.sub("", key)
+        if ".original_module." in name:
+            return Key("base copy", name)
+        saved = False
+        for copies in _COPIES:
+            module, wrapped, rest = name.partition(copies)
+            if wrapped:
+                first, _, below = rest.partition(".")
+                name = f"{module}.{below}" if below and first in adapters | {"default"} else f"{module}.{rest}"
+                saved = True
+        own = self._own(name, saved=saved)
+        if own:
+            return own
+        for pattern, reason in _REFUSED:
+            if pattern.search(f".{name}"):
+                return Key("refused", reason)
+        below_layer = ".base_layer." in name
+        return Key("parameter", _plain(name), saved=saved, base_layer=below_layer)
+
+    def _own(self, name: str, *, saved: bool) -> Key | None:
+        if shared := self._of_files.match(name):
+            return Key("shared", shared["tensor"], shared["tensor"], shared["adapter"] or "")
+        found = self._of_modules.match(name)
+        if not found:
+            return None
+        tensor, pieces, endings = found["tensor"], found["rest"].split(".")[1:], self.tensors[found["tensor"]]
+        ending = pieces.pop() if pieces and pieces[-1] in endings else ""
+        if ending not in endings or len(pieces) > 1:
+            return None
+        full = tensor if ending in ("", "weight") else f"{tensor}.{ending}"
+        module = _plain(found["module"])
+        return Key("module", module, full, "".join(pieces), saved, module != found["module"])
 
 
-def parse_key(key: str, adapters: frozenset[str]) -> Key:
-    """What the tensor `key` is; `adapters` are names that wrappers of modules_to_save may hold too."""
-    name = _PREFIX.sub("", key)
-    if ".original_module." in name:
-        return Key("base copy", name)
-    module, wrapped, rest = name.partition(".modules_to_save.")
-    if wrapped:
-        first, _, below = rest.partition(".")
-        name = f"{module}.{below}" if below and first in adapters | {"default"} else f"{module}.{rest}"
-    factor = _FACTOR.match(name)
-    if factor:
-        side: Literal["A", "B"] = "A" if "A" in (factor["side"], factor["table"]) else "B"
-        adapter = factor["adapter"] or factor["named"] or ""
-        return Key(side, factor["module"], adapter, bool(wrapped), embedding=factor["table"] is not None)
-    magnitude = _MAGNITUDE.match(name)
-    if magnitude:
-        return Key("magnitude", magnitude["module"], magnitude["adapter"] or "", bool(wrapped))
-    for pattern, reason in _REFUSED:
-        if pattern.search(f".{name}"):
-            return Key("refused", reason)
-    below_lora = ".base_layer." in name
-    return Key("parameter", name.replace(".base_layer.", "."), "", bool(wrapped), below_lora)
+def _plain(name: str) -> str:
+    """Without PEFT's layers on the way. Those at the end of a module's name stay: pairs for several parameters of one
+    module lie in each other's `base_layer`."""
+    return _LAYERS.sub("", name)

@@ -15,7 +15,7 @@ from onnx_lora.adapters.formats.files import opened, parse_json, widened_bfloat1
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
-__all__ = ["SafetensorsFile", "read_safetensors"]
+__all__ = ["SafetensorsFile", "read_names", "read_safetensors"]
 
 # The limit of the safetensors library itself.
 _HEADER_LIMIT = 100_000_000  # bytes
@@ -58,17 +58,30 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     Raises AdapterFileError: no file, cut off, damaged, or with a type of tensor not known here.
     """
     with opened(path) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        header, data_start = _header(file, size, path)
-        metadata = header.pop("__metadata__", None) or {}
-        entries, problems = _entries(header, size - data_start)
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            problems.append("__metadata__ must map names to strings")
-        if problems:
-            raise AdapterFileError("is damaged, or no safetensors file; get it again", path=path, problems=problems)
+        entries, metadata, data_start = _contents(file, path)
         tensors = {entry.name: _tensor(file, data_start, entry, path) for entry in entries}
     return SafetensorsFile(tensors, metadata)
+
+
+def read_names(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
+    """The tensors' names, and the metadata. Raises AdapterFileError, as `read_safetensors`."""
+    with opened(path) as file:
+        entries, metadata, _ = _contents(file, path)
+    return frozenset(entry.name for entry in entries), metadata
+
+
+def _contents(file: BinaryIO, path: Path) -> tuple[list[_Entry], Mapping[str, str], int]:
+    """The entries, the metadata, and where the data begins."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    header, data_start = _header(file, size, path)
+    metadata = header.pop("__metadata__", None) or {}
+    entries, problems = _entries(header, size - data_start)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append("__metadata__ must map names to strings")
+    if problems:
+        raise AdapterFileError("is damaged, or no safetensors file; get it again", path=path, problems=problems)
+    return entries, metadata, data_start
 
 
 def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:

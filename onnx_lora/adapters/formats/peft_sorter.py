@@ -1,0 +1,200 @@
+"""The tensors of a PEFT file, each put in its place or refused by name. It knows no folder and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from onnx_lora.adapters.formats.peft_keys import Key
+from onnx_lora.adapters.formats.peft_method import Method, Module, TensorError
+from onnx_lora.adapters.formats.peft_parameters import parameter_changes
+from onnx_lora.adapters.formats.peft_rules import PeftConfig
+from onnx_lora.adapters.formats.peft_tokens import LORA_TOKENS
+from onnx_lora.adapters.model import Change, Delta, Replacement
+from onnx_lora.points import Array, matches
+
+__all__ = ["Sorter"]
+
+
+@dataclass
+class Sorter:
+    """Puts every tensor of a file in its place, and collects what has none."""
+
+    config: PeftConfig
+    method: Method
+    modules: dict[str, dict[str, Array]] = field(default_factory=dict)
+    shared: dict[str, Array] = field(default_factory=dict)
+    whole: dict[str, tuple[Array, Key]] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    added: dict[str, Replacement] = field(default_factory=dict)  # what modules do to parameters, by parameter
+    problems: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, tensors: Mapping[str, Array]) -> None:
+        names = self.method.names.adapters(tensors)
+        if len(names) > 1:
+            self.problems.append(
+                f"holds more than one adapter: {', '.join(sorted(names))}; save each of them in a folder of its own"
+            )
+        for key, values in tensors.items():
+            parsed = self.method.names.parse(key, names)
+            if parsed.kind == "refused":
+                self.unsupported.append(f"{key}: {parsed.name}")
+            elif parsed.kind == "module" and parsed.base_layer:
+                self.unsupported.append(f"{key}: of torch's MultiheadAttention, of which no part is applied")
+            elif parsed.kind == "base copy":
+                self.notes.append(f"{key}: the base's own copy beside a saved module, which PEFT does not use")
+            elif values.dtype.kind != "f" and not (parsed.tensor in self.method.integers and values.dtype.kind in "iu"):
+                self.problems.append(f"{key}: must be floating point, and is {values.dtype.name}")
+            elif parsed.kind == "parameter":
+                self._put_parameter(key, parsed, values)
+            else:
+                place = self.shared if parsed.kind == "shared" else self.modules.setdefault(parsed.name, {})
+                if parsed.tensor in place and not np.array_equal(place[parsed.tensor], values):
+                    self.problems.append(f"{key}: there are two different tensors for {parsed.tensor} of {parsed.name}")
+                place[parsed.tensor] = values
+        if not self.modules and not self.whole and not self.problems and not self.unsupported:
+            self.problems.append("holds no tensor of an adapter")
+
+    def _put_parameter(self, key: str, parsed: Key, values: Array) -> None:
+        known = self.whole.get(parsed.name)
+        if known is not None and not np.array_equal(known[0], values):
+            self.problems.append(f"{key}: there are two different tensors for {parsed.name}")
+        self.whole[parsed.name] = values, parsed
+
+    def judge(self) -> None:
+        """Check the modules against the config, and make of their tensors what they are."""
+        missing = [name for name in self.method.names.shared if name not in self.shared]
+        if self.modules and missing:
+            self.problems.append(
+                f"must hold {' and '.join(missing)}, which all modules share, and does not (PEFT leaves it out with "
+                "save_projection=False); save it again with it"
+            )
+            return
+        changes, taken, problems = parameter_changes(self.modules, self.config)
+        self.changes.update(changes)
+        self.problems += problems
+        for name, tensors in self.modules.items():
+            if name not in taken:
+                self._check_place(name, tensors)
+                self._build(name, tensors)
+        self._check_ties()
+        self.problems += [
+            f"{name}: must have shape {addition.value.shape}, as what its module adds, and has shape "
+            f"{self.whole[name][0].shape}"
+            for name, addition in self.added.items()
+            if name in self.whole and self.whole[name][0].shape != addition.value.shape
+        ]
+        if self.config.fields.get("trainable_token_indices") and not any(
+            LORA_TOKENS in tensors for tensors in self.modules.values()
+        ):
+            self.problems.append("the config says trainable_token_indices, and the file holds none; get the whole file")
+        if self.config.bias != "none" and not any(name.endswith(".bias") for name in self.whole):
+            self.notes.append(
+                f"the config says bias {self.config.bias!r}, and the file holds no bias: none was changed"
+            )
+
+    def _check_place(self, module: str, tensors: Mapping[str, Array]) -> None:
+        if self.config.ranks.alpha_is_ambiguous(module):
+            self.notes.append(
+                f"{module}: several alphas of alpha_pattern match; as in PEFT the file's first counts, which is "
+                "not the one of the training where PEFT sorted them on saving"
+            )
+        reason = self.config.targets.rejects(module)
+        if reason is not None and LORA_TOKENS not in tensors and not self._twins(module):
+            self.problems.append(
+                f"{module}: has {self.method.name} tensors that PEFT would ignore, because {reason}; correct "
+                "adapter_config.json, or remove them"
+            )
+        elif matches(module, self.config.task_heads):
+            self.notes.append(
+                f"{module}: an adapter on a head that PEFT saves whole; read as the PEFT that wrote it did"
+            )
+        whole = self.whole.get(f"{module}.weight")
+        if whole is not None and not whole[1].base_layer:
+            self.problems.append(
+                f"{module}: has both {self.method.name} and a whole weight, and versions of PEFT differ in which "
+                "counts; save it again with a current PEFT"
+            )
+
+    def _build(self, name: str, tensors: Mapping[str, Array]) -> None:
+        module = Module(name, tensors, self.shared, self.config)
+        try:
+            part = self.method.build(module)
+        except TensorError as error:
+            self.problems.append(f"{name}: {error}")
+            return
+        if unread := sorted(tensors.keys() - module.read - self.method.unread):
+            self.problems.append(
+                f"{name}: has {', '.join(unread)} beside {', '.join(sorted(module.read & tensors.keys()))}, and PEFT "
+                "would ignore it; save it again with a current PEFT"
+            )
+        if part.delta is not None:
+            self.deltas[name] = part.delta
+        if part.change is not None:
+            self._check_values(name, tensors)
+            self.changes[name] = part.change
+        if part.note and part.note not in self.notes:
+            self.notes.append(part.note)
+        self.added.update(part.whole)
+
+    def _check_values(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """A change is a function of the base's weight, which nothing looks into later."""
+        for tensor, values in {**self.shared, **tensors}.items():
+            bad = values.size - int(np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
+            problem = f"{bad} of {values.size} values are NaN or infinite; train or save it again"
+            text = f"{tensor}: {problem}" if tensor in self.shared else f"{name}.{tensor}: {problem}"
+            if bad and text not in self.problems:
+                self.problems.append(text)
+
+    # --- tied weights ----------------------------------------------------------------------------
+
+    def _twins(self, module: str) -> list[str]:
+        """Embeddings of which `ensure_weight_tying` gave this module the factors, the other way round."""
+        if not self.config.fields.get("ensure_weight_tying"):
+            return []
+        own = self.modules[module]
+        return [
+            name
+            for name, tensors in self.modules.items()
+            if {"lora_embedding_A", "lora_embedding_B"} <= set(tensors)
+            and np.array_equal(own.get("lora_A", np.empty(0)), tensors["lora_embedding_B"].T)
+            and np.array_equal(own.get("lora_B", np.empty(0)), tensors["lora_embedding_A"].T)
+        ]
+
+    def _check_ties(self) -> None:
+        tied = {twin for module in self.modules for twin in self._twins(module)}
+        for module, tensors in self.modules.items():
+            if self.config.fields.get("ensure_weight_tying") and "lora_embedding_A" in tensors and module not in tied:
+                self.problems.append(
+                    f"{module}: the config says ensure_weight_tying, and the file holds no factors of a module that is "
+                    "tied to it; save it again with a current PEFT, or train without ensure_weight_tying"
+                )
+
+    def replacements(self) -> dict[str, Replacement]:
+        wrapped = (*self.config.targets.saved, *self.config.task_heads)
+        found = {
+            name: Replacement(values, in_place=not (key.saved or matches(name.rpartition(".")[0], wrapped)))
+            for name, (values, key) in self.whole.items()
+        }
+        if self.config.fields.get("ensure_weight_tying"):
+            own = [replacement.value for replacement in found.values() if not replacement.in_place]
+            for name, replacement in found.items():
+                if any(np.array_equal(replacement.value, value) for value in own):
+                    found[name] = replace(replacement, in_place=False)
+        for name, addition in self.added.items():
+            found[name] = _onto(found[name], addition) if name in found else addition
+        return found
+
+
+def _onto(whole: Replacement, addition: Replacement) -> Replacement:
+    """A whole parameter, and what a module does to it."""
+    if addition.operation == "add":
+        value = whole.value.astype(np.float64) + addition.value.astype(np.float64)
+    else:
+        value = whole.value.astype(np.float64) * addition.value.astype(np.float64)
+    return replace(whole, value=value.astype(np.promote_types(whole.value.dtype, np.float32)))

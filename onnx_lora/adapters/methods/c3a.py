@@ -1,0 +1,44 @@
+"""C3A: circular convolutions in blocks. C3A (Chen et al. 2025), section 3; PEFT's `BlockCircularConvolution`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, wide
+from onnx_lora.adapters.model import Delta
+from onnx_lora.points import Array, Kind
+
+__all__ = ["C3A"]
+
+
+@dataclass(frozen=True)
+class C3A:
+    """`kernels` `[out / b, in / b, b]`: output k of a block takes input t with the kernel's number `(t - k) mod b`."""
+
+    kernels: Array
+
+    @property
+    def method(self) -> str:
+        return "C3A"
+
+    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        if kind != "linear":
+            return not_for("C3A", "linear modules", shape, kind)
+        rows, columns, size = self.kernels.shape
+        return kernel_unlike("C3A", (rows * size, columns * size), shape)
+
+    def merged(self, weight: Array) -> Array:
+        rows, columns, size = self.kernels.shape
+        steps = np.arange(size)
+        circles = wide(self.kernels)[:, :, (steps[None] - steps[:, None]) % size]
+        dense: Floats = circles.transpose(0, 2, 1, 3).reshape(rows * size, columns * size)
+        return wide(weight) + dense / np.float32(weight.shape[1])
+
+    def delta(self, weight: Array) -> Delta | None:
+        del weight
+        return None
+
+    def output_scale(self) -> Array | None:
+        return None

@@ -1,0 +1,54 @@
+"""QA-LoRA: A reads sums of neighbouring inputs. QA-LoRA (Xu et al. 2023), algorithm 1; PEFT's `QALoraLinearVariant`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
+from onnx_lora.adapters.model import Delta
+from onnx_lora.points import Array, Kind
+
+__all__ = ["QALoRA"]
+
+
+@dataclass(frozen=True)
+class QALoRA:
+    """`a` `[r, in / group]`, `b` `[out, r]`. PEFT pools the inputs of GPTQ's modules only: what it puts on others is
+    plain LoRA, `a` `[r, in]`, and only the weight's shape tells which it is."""
+
+    a: Array
+    b: Array
+    scale: float
+    group: int
+
+    @property
+    def method(self) -> str:
+        return "QA-LoRA"
+
+    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        if kind != "linear":
+            return not_for("QA-LoRA", "linear modules", shape, kind)
+        plain = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1]), shape)
+        pooled = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1] * self.group), shape)
+        if self.group == 1 and plain is None:
+            return f"QA-LoRA in groups of 1 on a weight of shape {shape}: the file does not tell it from plain LoRA"
+        return pooled if plain is not None else None
+
+    def merged(self, weight: Array) -> Array:
+        a, b = self._factors(weight.shape)
+        return wide(weight) + b @ a
+
+    def delta(self, weight: Array) -> Delta | None:
+        return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
+
+    def output_scale(self) -> Array | None:
+        return None
+
+    def _factors(self, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
+        """The mean of each group, times the number of groups."""
+        a, pooled = wide(self.a), self.a.shape[1]
+        if pooled != shape[1]:
+            a = np.repeat(a, self.group, axis=1) * a.dtype.type(pooled / self.group)
+        return a, wide(self.b) * np.float32(self.scale)

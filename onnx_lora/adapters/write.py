@@ -1,0 +1,116 @@
+"""An adapter as a file or a folder of any format that is known here. It knows which writer each has, and no format's
+inside."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from onnx_lora.adapters.bind import bind
+from onnx_lora.adapters.formats.converted import write_bound
+from onnx_lora.adapters.formats.diffusers_writer import write_diffusers
+from onnx_lora.adapters.formats.gguf_writer import write_gguf
+from onnx_lora.adapters.formats.kohya_writer import write_kohya
+from onnx_lora.adapters.formats.mlx_writer import write_mlx
+from onnx_lora.adapters.formats.peft_writer import write_peft
+from onnx_lora.adapters.model import Adapter, BoundAdapter
+from onnx_lora.adapters.model_config import config_of
+from onnx_lora.adapters.names import modules_of
+from onnx_lora.adapters.plain import plain, unbound
+from onnx_lora.errors import InputError, OutputExistsError
+from onnx_lora.package import Package, storage_errors
+
+__all__ = ["FORMATS", "AdapterFormat", "write_adapter"]
+
+AdapterFormat = Literal["peft", "safetensors", "onnx_adapter", "diffusers", "kohya", "mlx", "gguf"]
+
+
+def _gguf(adapter: Adapter, place: Path, package: Package | None) -> None:
+    write_gguf(adapter, place, {} if package is None else config_of(package))
+
+
+def _kohya(adapter: Adapter, place: Path, package: Package | None) -> None:
+    write_kohya(adapter, place, () if package is None else modules_of(package))
+
+
+# Writers of adapters that are tied to no graph.
+_WRITERS: Mapping[str, Callable[[Adapter, Path, Package | None], None]] = {
+    "peft": lambda adapter, place, _: write_peft(adapter, place),
+    "diffusers": lambda adapter, place, _: write_diffusers(adapter, place),
+    "kohya": _kohya,
+    "mlx": lambda adapter, place, _: write_mlx(adapter, place),
+    "gguf": _gguf,
+}
+
+# Formats whose tensors are graph inputs already.
+_BOUND = ("safetensors", "onnx_adapter")
+
+# Every format, by what the names of its files end with; a folder has nothing. The first of an ending is meant where
+# nothing else is said.
+FORMATS: Mapping[AdapterFormat, str] = {
+    "safetensors": ".safetensors",
+    "onnx_adapter": ".onnx_adapter",
+    "peft": "",
+    "diffusers": ".safetensors",
+    "kohya": ".safetensors",
+    "mlx": "",
+    "gguf": ".gguf",
+}
+
+
+def write_adapter(
+    adapter: Adapter | BoundAdapter,
+    out: str | os.PathLike[str],
+    *,
+    format: AdapterFormat,
+    package: Package | None = None,
+) -> Path:
+    """Write an adapter, or a bound one (a blend), to `out`, whole or not at all.
+
+    `package`: needed for "safetensors", "onnx_adapter" and "gguf", for a bound adapter, for flat names, and for what
+    is no pair of factors by itself.
+
+    Raises OutputExistsError: `out` exists. StorageError: it cannot be written. UnsupportedAdapterError: the format
+    cannot hold it, or only a package could tell how. BindError: it does not fit `package`. MissingDependencyError:
+    "onnx_adapter" and no ONNX Runtime, "gguf" and no `gguf`. InputError: an unknown format, or no package.
+    """
+    target = Path(out)
+    if format not in get_args(AdapterFormat):
+        raise InputError(f"the format must be one of {', '.join(FORMATS)}, and is {format!r}", path=target)
+    if format == "safetensors" or format == "onnx_adapter":
+        if package is None:
+            raise InputError(f"{format} holds the inputs of a package's graphs: give that package", path=target)
+        return write_bound(
+            adapter if isinstance(adapter, BoundAdapter) else bind(adapter, package), target, format=format
+        )
+    own = _own(adapter, package, target)
+    _refuse_existing(target)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            _WRITERS[format](own, temporary, package)
+            _refuse_existing(target)
+            temporary.replace(target)
+    return target
+
+
+def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> Adapter:
+    """What foreign formats can hold of it, checked against the package where there is one."""
+    if isinstance(adapter, Adapter) and adapter.origin.format not in _BOUND:
+        if package is not None:
+            bind(adapter, package)
+        return plain(adapter, package)
+    if package is None:
+        raise InputError("a bound adapter, and a file of one, need the package that it is bound to", path=target)
+    return unbound(adapter if isinstance(adapter, BoundAdapter) else bind(adapter, package), package)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise OutputExistsError("exists already; remove it or choose another name", path=target)
+    if target.parent.exists() and not target.parent.is_dir():
+        raise OutputExistsError(f"{target.parent} must be a folder, and is a file", path=target)

@@ -1,0 +1,156 @@
+"""Names that leave something open are resolved by a package's own modules, and never by guessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onnx_lora import Package, bind
+from onnx_lora.adapters import Adapter
+from onnx_lora.adapters.names import modules_of, resolved
+from onnx_lora.errors import BindError
+from onnx_lora.package import MANIFEST, GraphInfo
+from tests.adapters.building import PackageBuilder, adapter, delta, numbers
+
+
+def pipeline(folder: Path, parts: Mapping[str, Sequence[str]]) -> Package:
+    """A package with a graph for each part; modules begin with its name."""
+    builder = PackageBuilder(folder)
+    for part, modules in parts.items():
+        for module in modules:
+            builder.point(f"{part}.{module}", 4, 6)
+    package = builder.open()
+    (graph,) = package.manifest.graphs
+    graphs = tuple(_only(graph, part) for part in parts)
+    (folder / MANIFEST).write_text(replace(package.manifest, graphs=graphs).to_json())
+    return Package.open(folder)
+
+
+def _only(graph: GraphInfo, part: str) -> GraphInfo:
+    return replace(
+        graph,
+        name=part,
+        points=tuple(point for point in graph.points if point.module.startswith(f"{part}.")),
+        branches=tuple(branch for branch in graph.branches if branch.name.startswith(f"{part}.")),
+    )
+
+
+def single(folder: Path, *modules: str) -> Package:
+    builder = PackageBuilder(folder)
+    for module in modules:
+        builder.point(module, 4, 6)
+    builder.weight("norm.out.weight", 4, 6)
+    builder.untargeted = ("deep.inside",)
+    return builder.open()
+
+
+def of(*modules: str, flat: bool = False) -> Adapter:
+    return adapter({module: delta(4, 6) for module in modules}, flat_names=flat)
+
+
+def names(own: Adapter) -> list[str]:
+    return list(own.deltas)
+
+
+# --- flat names --------------------------------------------------------------------------------
+
+
+def test_flat_names_are_looked_up_among_the_packages_modules(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "a.b_c.d", "a.x")
+    own = resolved(of("a_b_c_d", "a_x", flat=True), package)
+    assert names(own) == ["a.b_c.d", "a.x"]
+    assert not own.flat_names
+    assert bind(of("a_b_c_d", flat=True), package).coverage.applied == ("a.b_c.d",)
+
+
+def test_a_part_in_front_is_the_packages_own_or_left_out(tmp_path: Path) -> None:
+    of_parts = pipeline(tmp_path / "p", {"unet": ["down_blocks.0.q"], "text_encoder": ["layers.0.q"]})
+    own = resolved(of("unet.down_blocks_0_q", "text_encoder.layers_0_q", flat=True), of_parts)
+    assert names(own) == ["unet.down_blocks.0.q", "text_encoder.layers.0.q"]
+    alone = single(tmp_path / "alone", "down_blocks.0.q")
+    assert names(resolved(of("unet.down_blocks_0_q", flat=True), alone)) == ["down_blocks.0.q"]
+
+
+def test_a_part_that_the_name_says_twice_is_one(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"unet": ["down_blocks.0.q"]})
+    assert names(resolved(of("unet.unet_down_blocks_0_q", flat=True), package)) == ["unet.down_blocks.0.q"]
+
+
+def test_another_parts_module_is_never_meant(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["v"]})
+    with pytest.raises(BindError, match=r"unet\.text_encoder_v: the package has no such module"):
+        bind(of("unet.text_encoder_v", flat=True), package)
+
+
+def test_an_ambiguous_flat_name_is_refused_with_the_candidates(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "a.b_c", "a_b.c")
+    with pytest.raises(BindError, match=r"a_b_c: may mean a\.b_c, a_b\.c"):
+        bind(of("a_b_c", flat=True), package)
+
+
+def test_two_names_of_one_module_are_refused(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "layers.0.q")
+    own = of("text_encoder.layers_0_q", "text_encoder_2.layers_0_q", flat=True)
+    with pytest.raises(BindError, match=r"layers\.0\.q: text_encoder\.layers_0_q and text_encoder_2\.layers_0_q both"):
+        bind(own, package)
+
+
+def test_an_unknown_flat_name_is_explained_as_all_unknown_ones_are(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "layers.0.q_proj")
+    with pytest.raises(BindError, match=r"layers_0_k_proj: the package has no such module; the closest are layers"):
+        bind(of("layers_0_k_proj", flat=True), package)
+
+
+def test_modules_without_a_point_and_whole_weights_are_known_too(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "a.q")
+    assert modules_of(package) == ["a.q", "deep.inside", "norm.out"]
+    with pytest.raises(BindError, match=r"deep\.inside: the graph has this module"):
+        bind(of("deep_inside", flat=True), package)
+    whole = adapter({}, {"norm_out.weight": numbers(6, 4)}, flat_names=True)
+    assert list(resolved(whole, package).replacements) == ["norm.out.weight"]
+
+
+# --- parts of a pipeline -----------------------------------------------------------------------
+
+
+def test_names_without_a_part_get_the_only_one_that_has_them_all(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"unet": ["blocks.0.q", "blocks.0.v"], "text_encoder": ["blocks.0.q"]})
+    own = resolved(of("blocks.0.q", "blocks.0.v"), package)
+    assert names(own) == ["unet.blocks.0.q", "unet.blocks.0.v"]
+
+
+def test_names_that_several_parts_have_are_refused_with_the_parts(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"text_encoder": ["layers.0.q"], "text_encoder_2": ["layers.0.q"]})
+    with pytest.raises(BindError, match=r"layers\.0\.q \(and 0 more\): may be of text_encoder, text_encoder_2"):
+        bind(of("layers.0.q"), package)
+
+
+def test_names_that_no_part_has_all_of_stay_as_they_are(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["v"]})
+    assert names(resolved(of("q", "v"), package)) == ["q", "v"]
+    with pytest.raises(BindError, match="the package has no such module"):
+        bind(of("q", "v"), package)
+
+
+def test_a_part_that_the_package_does_not_name_is_taken_off(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "blocks.0.q")
+    assert names(resolved(of("unet.blocks.0.q"), package)) == ["blocks.0.q"]
+    for others in (["unet.blocks.0.q", "text_encoder.blocks.0.q"], ["unet.blocks.0.v"], ["model.blocks.0.q"]):
+        assert names(resolved(of(*others), package)) == others
+
+
+def test_a_package_of_one_model_has_no_parts_whatever_its_modules_are_called(tmp_path: Path) -> None:
+    """GPT-2's modules begin with `transformer`, a part of some pipelines."""
+    package = single(tmp_path / "p", "transformer.h.0.q")
+    assert names(resolved(of("transformer.h.0.q"), package)) == ["transformer.h.0.q"]
+    with pytest.raises(BindError, match=r"lacks the prefix 'transformer\.'"):
+        bind(of("h.0.q"), package)
+
+
+def test_names_that_the_package_has_are_left_alone(tmp_path: Path) -> None:
+    package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["q"]})
+    own = of("unet.q")
+    assert resolved(own, package) is own
