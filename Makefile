@@ -14,7 +14,7 @@ setup: $(VENV)/.ready  ## the environment for development: everything, torch inc
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[cpu,export,genai,generate,demo,dev]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[cpu,export,genai,generate,diffusion,demo,dev]"
 	touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml constraints.txt

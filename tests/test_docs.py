@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -58,6 +59,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, checkpoints: Make, packages: 
         targets: dict[str, Any] = {"target_modules": "all-linear"} | options
         make_adapter(make_model("llama"), folder / "adapters" / name, seed=len(name), **targets)
     _make_llm(folder)
+    if importlib.util.find_spec("diffusers"):
+        _make_pipeline(folder)
     ids = np.array([[11, 42, 7], [3, 5, 8]])
     np.savez(
         folder / "feeds.npz", input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.array([[0, 1, 2]] * 2)
@@ -84,10 +87,21 @@ def _make_llm(folder: Path) -> None:
     make_adapter(model(), folder / "llm-adapters" / "polite", r=2, target_modules="all-linear", seed=2)
 
 
+def _make_pipeline(folder: Path) -> None:
+    """A pipeline of diffusers, and two styles for it."""
+    from tests.support.diffusion import make_pipeline, make_style
+
+    pipeline = make_pipeline(folder / "my-pipeline")
+    make_style(pipeline, folder / "styles" / "ink.safetensors")
+    make_style(pipeline, folder / "styles" / "oil.safetensors", seed=2)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page: Path, desk: Path) -> None:
     if page.name == "genai.md":
         pytest.importorskip("onnxruntime_genai", reason="needs ONNX Runtime GenAI: pip install onnx-lora[genai]")
+    if page.name == "diffusion.md":
+        pytest.importorskip("diffusers", reason="needs diffusers: pip install onnx-lora[diffusion]")
     for language, block in _blocks(page):
         if language == "python":
             _run([sys.executable, "-c", block], desk)

@@ -12,6 +12,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Options, Progress, build
 from onnx_lora.exporter.expose import HEADS_ONLY
 from onnx_lora.exporter.frontends.choice import choose
+from onnx_lora.exporter.frontends.diffusion import export_pipeline
 from onnx_lora.exporter.frontends.genai import build_checkpoint
 from onnx_lora.exporter.frontends.onnx_file import load_onnx
 from onnx_lora.exporter.frontends.optimum import export_checkpoint
@@ -129,8 +130,11 @@ def _exported(
     precision: Precision,
     progress: Progress,
 ) -> tuple[Loaded, nn.Module]:
-    if choose(model, via=via, task=task, precision=precision) == "genai":
+    way = choose(model, via=via, task=task, precision=precision)
+    if way == "genai":
         return build_checkpoint(model, scratch, precision=precision, progress=progress)
+    if way == "diffusion":
+        return export_pipeline(model, scratch, task=task, precision=precision, progress=progress)
     return export_checkpoint(model, scratch, task=task, precision=precision)
 
 

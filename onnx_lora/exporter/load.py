@@ -48,9 +48,24 @@ def load(file: Path) -> ir.Model:
     LiftSubgraphInitializersToMainGraphPass()(model)
     RemoveInitializersFromInputsPass()(model)
     LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
+    _take_in_constants(model.graph, file)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
     model.ir_version = max(model.ir_version or 0, 8)
     return model
+
+
+def _take_in_constants(graph: ir.Graph, file: Path) -> None:
+    """Read small constants that lie in a data file, where Optimum puts them in models of more than 2 GB: shapes
+    depend on them. Raises ModelError: the file was cut off."""
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for name, attribute in node.attributes.items():
+            tensor = attribute.value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            try:
+                node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), name=tensor.name))
+            except (OSError, ValueError, TypeError) as error:
+                raise ModelError(f"the constant of {node.name} cannot be read: {error}", path=file) from error
 
 
 def check(file: Path, source: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
-from onnx_lora.exporter.frontends import genai, optimum
+from onnx_lora.exporter.frontends import diffusion, genai, optimum
 from onnx_lora.exporter.frontends.source import Reference
 from onnx_lora.exporter.frontends.torch_module import reference
 from onnx_lora.exporter.oracle import adopt_quantised, in_floats
@@ -92,6 +92,9 @@ def verify(
     precision = source.get("precision", "fp32")
     if source.get("made_by") == "genai":
         model, task = genai.load_causal_model(checkpoint, precision=precision), source.get("task")
+    elif "pipeline" in source:
+        task = source.get("task")
+        model = diffusion.load_pipeline(checkpoint, task=task, precision=precision)
     else:
         model, task = optimum.load_model(checkpoint, task=source.get("task"), precision=precision)
     if adapter is None:
@@ -143,6 +146,8 @@ def _cases(package: Package, model: Any, task: str | None, example_inputs: Any) 
     """Inputs and answers for every graph, by what made the package."""
     if package.manifest.source.get("made_by") == "genai":
         return genai.references(model)
+    if "pipeline" in package.manifest.source:
+        return diffusion.references(model)
     if task is not None:
         return optimum.references(model, task)
     outputs = open_graph(package.path / package.graph().file).get_outputs()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from onnx_lora.errors import MissingDependencyError, ModelError
+from onnx_lora.exporter.frontends.diffusion import is_pipeline
 from onnx_lora.exporter.frontends.huggingface import config_of
 from onnx_lora.exporter.frontends.source import Precision
 
@@ -42,13 +43,19 @@ _TASKS = (None, "text-generation", "text-generation-with-past", "causal-lm", "ca
 _LANES = 16
 
 
-def choose(model: str | os.PathLike[str], *, via: str | None, task: str | None, precision: Precision) -> Via:
+def choose(
+    model: str | os.PathLike[str], *, via: str | None, task: str | None, precision: Precision
+) -> Via | Literal["diffusion"]:
     """The GenAI builder for the causal language models it is right for, where it is installed, and for every
-    quantised one; else Optimum.
+    quantised one; else Optimum, which takes the networks of a diffusion pipeline one by one.
 
     Raises ModelError: `via` is none of the two, or cannot do what is asked. MissingDependencyError: the
     builder is needed, and not installed.
     """
+    if is_pipeline(model):
+        if via not in (None, "optimum") or precision.quantised:
+            raise ModelError("a pipeline is exported via Optimum, in fp32 or fp16", path=model)
+        return "diffusion"
     if via == "optimum" or (via is None and not precision.quantised):
         if precision.quantised:
             raise ModelError(f"Optimum writes no {precision.name}: the GenAI builder does, with via='genai'")

@@ -18,7 +18,7 @@ from onnx_lora.points import Array
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["export_checkpoint", "load_model", "references"]
+__all__ = ["export_checkpoint", "load_model", "reference_of", "references"]
 
 
 def export_checkpoint(
@@ -114,10 +114,11 @@ def references(model: Any, task: str) -> list[Reference]:
         # The same inputs every time, and the caller's random numbers left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return [_reference(name, part, config) for name, (part, config) in parts.items()]
+            return [reference_of(name, part, config) for name, (part, config) in parts.items()]
 
 
-def _reference(name: str, part: Any, config: Any) -> Reference:
+def reference_of(name: str, part: Any, config: Any) -> Reference:
+    """Inputs for one of Optimum's graphs, and what the module behind it answers to them."""
     inputs = config.generate_dummy_inputs(framework="pt")
 
     def answer() -> dict[str, Array]:
