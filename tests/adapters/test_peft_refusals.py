@@ -27,7 +27,6 @@ P = "base_model.model."
     [
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
-        ("enable_lora", [True, False, True]),
         ("kasa_config", {"beta": 0.1}),
         ("layer_replication", [[0, 4], [2, 5]]),
         ("megatron_config", {"a": 1}),

@@ -124,6 +124,10 @@ def _bert() -> Any:
     return hf.BertForMaskedLM(hf.BertConfig(vocab_size=_WORDS, max_position_embeddings=_TOKENS, **config))
 
 
+def _bloom() -> Any:
+    return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=_WORDS, hidden_size=1024, n_layer=24, n_head=16, **_SPECIAL))
+
+
 def _distilbert(labels: int) -> Any:
     config = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": _FFN, "num_labels": labels}
     return hf.DistilBertForSequenceClassification(
@@ -225,6 +229,7 @@ def _t5() -> Any:
 
 BASES: dict[str, Base] = {
     "bert": Base(_bert),
+    "bloom": Base(_bloom),
     "distilbert, 2 labels": Base(lambda: _distilbert(2)),
     "distilbert, 6 labels": Base(lambda: _distilbert(6)),
     "gemma3": Base(_gemma3),

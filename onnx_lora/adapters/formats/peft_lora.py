@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files import shown
+from onnx_lora.adapters.formats.merged_linear import merged_linear
 from onnx_lora.adapters.formats.peft_method import Module, Part, TensorError
 from onnx_lora.adapters.formats.peft_tokens import LORA_TOKENS, lora_tokens
 from onnx_lora.adapters.methods.bdlora import BDLoRA
@@ -45,6 +46,8 @@ def lora(module: Module) -> Part:
         _check_rank(module, a, b)
         return Part(Delta(a, b, scale, "embedding", magnitude))
     whole = _bias(module, len(b), scale)
+    if (enabled := module.config.fields.get("enable_lora")) is not None:
+        return Part(_merged_linear(module, a, b, enabled))
     if a.ndim > 2 or b.ndim > 2:
         b = _pointwise(a, b)
         _check_rank(module, a, b, groups=max(1, len(a) // max(1, b.shape[1])))
@@ -56,6 +59,21 @@ def lora(module: Module) -> Part:
         module.must(magnitude is None, "use_qalora does not go with use_dora")
         return Part(change=QALoRA(a, b, scale, module.count("qalora_group_size")), whole=whole)
     return Part(Delta(a, b, scale, magnitude=magnitude), whole=whole)
+
+
+def _merged_linear(module: Module, a: Array, b: Array, enabled: Any) -> Delta:
+    """PEFT before 0.4: several projections in one weight, those with factors marked."""
+    if not isinstance(enabled, list) or not all(type(each) is bool for each in enabled) or not any(enabled):
+        raise TensorError(f"enable_lora must mark the projections that have factors, and is {shown(enabled)}")
+    ranks = module.config.ranks
+    module.must(
+        b.ndim > 1 and b.shape[1] == ranks.rank_of(module.name),
+        f"the rank must be {ranks.rank_of(module.name)} by adapter_config.json, and lora_B has shape {b.shape}",
+    )
+    delta = merged_linear(a, b, enabled, ranks.scale_of(module.name))
+    if isinstance(delta, str):
+        raise TensorError(delta)
+    return delta
 
 
 def _both(module: Module, prefix: str) -> tuple[Array, Array]:

@@ -24,6 +24,7 @@ _LORA_FIELDS = frozenset(
     {
         "alpha_pattern",
         "corda_config",
+        "enable_lora",
         "ensure_weight_tying",
         "eva_config",
         "init_lora_weights",
@@ -55,6 +56,7 @@ _ADALORA_FIELDS = (
 )
 _ADALORA_REFUSED = dict.fromkeys(
     (
+        "enable_lora",
         "ensure_weight_tying",
         "lora_bias",
         "target_parameters",

@@ -43,7 +43,6 @@ _HARMLESS = frozenset(
 LORA_REFUSED = {
     "alora_invocation_tokens": ("aLoRA: acts only behind certain tokens", _RETRAIN),
     "arrow_config": ("Arrow: routes every token among adapters", "convert the adapters it routes among, one by one"),
-    "enable_lora": ("MergedLinear of PEFT before 0.4: a grouped B", "train again with a current PEFT"),
     "kasa_config": ("KaSA: changes the base's weights", MERGE),
     "layer_replication": ("the base's layers are repeated", "export the enlarged model and give it the adapter"),
     "megatron_config": ("Megatron's parallel layers", MERGE),
