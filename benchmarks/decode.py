@@ -1,4 +1,4 @@
-"""Generating: milliseconds a token on a 135M Llama, against GenAI's own loop, PEFT in PyTorch, and llama.cpp if given.
+"""Generating: milliseconds a token on a 135M Llama, against GenAI's own loop, PEFT in PyTorch, and llama.cpp.
 
 Regime: 2 threads; a prompt of 128 tokens, then up to 64 new ones, greedily; fp32, and int4 in blocks of 32 with int8
 arithmetic. All contenders of a precision live in one process and take turns in an order that changes, so that a slow
@@ -6,15 +6,15 @@ moment of the machine hits all of them; what is compared is compared within a tu
 Threads of the session before spin on for a while: a short text and five tokens come before anything is timed, and
 tokens are timed in blocks of twenty. PyTorch computes in float32 at both precisions. The baseline is the exporter's
 graph without points in our own loop; it is also what calls without an adapter would cost through a second session.
+llama.cpp runs the same weights in f32 and in Q4_0 where llama_cpp and gguf can be imported; without them the results
+say so.
 
     python -m benchmarks.decode [--out FILE] [--quick] [--turns N] [--work FOLDER]
-                                [--llama int4 MODEL.gguf LORA.gguf]
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import random
 import statistics
@@ -41,6 +41,7 @@ from benchmarks.contenders import (
     opened,
     without_points,
 )
+from benchmarks.gguf_files import TYPES, missing, write_adapter, write_model
 from benchmarks.subject import Q_AND_V, make_adapter, make_checkpoint, make_tokenizer
 from benchmarks.timing import machine
 from onnx_lora import Package, bind, read_adapter, write_bound
@@ -63,7 +64,7 @@ _ROWS_ONE = f"{_ROWS} rows, one adapter"
 _ROWS_OWN = f"{_ROWS} rows, {_ROWS} adapters"
 _GENAI_BASE, _GENAI_ALL = "GenAI: builder's graph", "GenAI: package, r=16 on all seven"
 _PEFT_ALL = "PEFT (fp32): r=16 on all seven"
-_LLAMA_ALL = "llama.cpp: adapter"
+_LLAMA_ALL = "llama.cpp: r=16 on all seven"
 
 
 @dataclass(frozen=True)
@@ -82,33 +83,20 @@ class Goal:
     holds: bool
 
 
-@dataclass(frozen=True)
-class Llama:
-    """GGUF files to be run by llama.cpp at a precision."""
-
-    precision: str
-    model: Path
-    adapter: Path
-
-
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), help="Keep models here, and use those that are there.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "decode.json")
 @click.option("--turns", type=click.IntRange(1), default=_TURNS, show_default=True)
 @click.option("--quick", is_flag=True, help=f"{_QUICK_TURNS} turns: whether it runs, not what it costs.")
-@click.option("--llama", "llamas", nargs=3, multiple=True, metavar="PRECISION GGUF LORA", help="Files for llama.cpp.")
-def main(work: Path | None, out: Path, turns: int, quick: bool, llamas: Sequence[tuple[str, str, str]]) -> None:
+def main(work: Path | None, out: Path, turns: int, quick: bool) -> None:
     """Measure, print, and write the results."""
-    files = [Llama(precision, Path(model), Path(adapter)) for precision, model, adapter in llamas]
-    if wrong := [each.precision for each in files if each.precision not in _PRECISIONS]:
-        raise click.UsageError(f"--llama: the precision must be one of {', '.join(_PRECISIONS)}, and is {wrong[0]!r}")
     with tempfile.TemporaryDirectory(prefix="onnx-lora-bench.") as scratch:
-        results = measure(work or Path(scratch), _QUICK_TURNS if quick else turns, files)
+        results = measure(work or Path(scratch), _QUICK_TURNS if quick else turns)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(work: Path, turns: int, files: Sequence[Llama]) -> dict[str, Any]:
+def measure(work: Path, turns: int) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = make_tokenizer(make_checkpoint(work / "checkpoint"))
     everything = [
@@ -118,26 +106,21 @@ def measure(work: Path, turns: int, files: Sequence[Llama]) -> dict[str, Any]:
     results: dict[str, Any] = {
         "machine": machine(_THREADS),
         "regime": {"prompt": _PROMPT, "new": _NEW, "block": _BLOCK, "turns": turns},
-        "llama.cpp": _why_no_llama(files) or "measured",
+        "llama.cpp": f"not installed: {', '.join(missing())}" if missing() else "measured",
     }
     console = Console(stderr=True)
     console.print(f"llama.cpp: {results['llama.cpp']}")
     for precision in _PRECISIONS:
         package = _package(checkpoint, work / precision, precision)
-        mine = [each for each in files if each.precision == precision and not _why_no_llama(files)]
-        contenders = _contenders(work, package, checkpoint, everything, few, mine)
+        contenders = _contenders(work, package, checkpoint, everything, few)
+        if not missing():
+            contenders |= _llama(work, precision, checkpoint, everything[0])
         taken = _take_turns(contenders, turns, console)
         del contenders
         gc.collect()
         results[precision] = _facts(taken, precision, _sizes(package, everything[0]))
         _show(console, precision, results[precision])
     return results
-
-
-def _why_no_llama(files: Sequence[Llama]) -> str:
-    if importlib.util.find_spec("llama_cpp") is None:
-        return "not installed (llama_cpp)"
-    return "" if files else "not measured: no GGUF files were given (--llama)"
 
 
 def _package(checkpoint: Path, folder: Path, precision: str) -> Package:
@@ -149,7 +132,7 @@ def _package(checkpoint: Path, folder: Path, precision: str) -> Package:
 
 
 def _contenders(
-    work: Path, package: Package, checkpoint: Path, everything: Sequence[Path], few: Path, files: Sequence[Llama]
+    work: Path, package: Package, checkpoint: Path, everything: Sequence[Path], few: Path
 ) -> dict[str, Contender]:
     ours = opened(package, _THREADS)
     names = [f"all{index}" for index in range(len(everything))]
@@ -161,7 +144,7 @@ def _contenders(
         write_bound(bind(read_adapter(everything[0]), package), converted, format="onnx_adapter")
     graph = package.graph()
     theirs = genai_model(package.path, graph.file, _THREADS)
-    contenders: dict[str, Contender] = {
+    return {
         _PLAIN: Ours(opened(without_points(package), _THREADS)),
         _NONE: Ours(ours),
         "r=16 on q and v": Ours(ours, "qv"),
@@ -176,10 +159,15 @@ def _contenders(
         "PEFT (fp32): base": Torch(checkpoint, None, _THREADS),
         _PEFT_ALL: Torch(checkpoint, everything[0], _THREADS),
     }
-    for each in files:
-        contenders["llama.cpp: base"] = LlamaCpp(each.model, None, _THREADS, _PROMPT + _NEW)
-        contenders[_LLAMA_ALL] = LlamaCpp(each.model, each.adapter, _THREADS, _PROMPT + _NEW)
-    return contenders
+
+
+def _llama(work: Path, precision: str, checkpoint: Path, adapter: Path) -> dict[str, Contender]:
+    model = write_model(checkpoint, work / f"{precision}.gguf", TYPES[precision])
+    factors = write_adapter(adapter, checkpoint, work / f"{adapter.name}.gguf")
+    return {
+        "llama.cpp: base": LlamaCpp(model, None, _THREADS, _PROMPT + _NEW),
+        _LLAMA_ALL: LlamaCpp(model, factors, _THREADS, _PROMPT + _NEW),
+    }
 
 
 def _take_turns(contenders: Mapping[str, Contender], turns: int, console: Console) -> dict[str, list[Turn]]:

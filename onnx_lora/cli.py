@@ -22,8 +22,10 @@ import numpy as np
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
+from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.package import MANIFEST, Package, storage_errors
 
 if TYPE_CHECKING:
@@ -256,13 +258,19 @@ def _convert_one(
 @cli.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--package", type=click.Path(path_type=Path), help="Show what an adapter does to this package.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw how far it moves each weight of the package; and print it."
+)
 @_json_option
-def inspect(path: Path, package: Path | None, as_json: bool) -> None:
+def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) -> None:
     """Show what a package or an adapter at PATH holds: points, ranks, sizes, coverage.
 
     \b
-    Example:  onnx-lora inspect adapters/sql --package smollm
+    Example:  onnx-lora inspect adapters/sql --package smollm --plot heat.png
     """
+    if plot is not None and package is None:
+        raise click.UsageError("--plot shows what an adapter does to a package; give --package")
+    heat = None
     if package is None and (path / MANIFEST).is_file():
         facts = report.package_facts(Package.open(path), full=True)
     elif package is None:
@@ -270,8 +278,17 @@ def inspect(path: Path, package: Path | None, as_json: bool) -> None:
     else:
         opened = Package.open(package)
         adapter = read_adapter(path)
-        facts = report.adapter_facts(adapter) | report.coverage_facts(bind(adapter, opened), opened)
+        bound = bind(adapter, opened)
+        facts = report.adapter_facts(adapter) | report.coverage_facts(bound, opened)
+        if plot is not None:
+            moved = effects(bound, opened)
+            heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)
+            with _new_file(plot, PICTURES) as temporary:
+                heat.draw(temporary)
+            facts |= {"effect": dict(moved), "written": str(plot)} if as_json else {"written": str(plot)}
     report.show(facts, as_json=as_json)
+    if heat is not None and not as_json:
+        report.show_heat(heat)
 
 
 @cli.command()
@@ -300,7 +317,7 @@ def run(
 
     parts = _named(adapters)
     choice = _choice(parts, rows)
-    with _new_file(output) as temporary:
+    with _new_file(output, (".npz",)) as temporary:
         session = AdapterSession(package, graph=graph)
         for name, (path, _) in parts.items():
             session.load_adapter(name, path)
@@ -570,14 +587,15 @@ def _read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary `.npz` file that becomes `path` when the block ends well; else nothing remains, nor new folders.
+def _new_file(path: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """A temporary file that becomes `path`, which ends as it must, when the block ends well; else nothing remains, nor
+    new folders.
 
     Raises InputError: `path` must not be had. StorageError: it cannot be written.
     """
-    if path.suffix != ".npz":
-        raise InputError("the output must end with .npz", path=path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.npz")
+    if path.suffix not in suffixes:
+        raise InputError(f"the output must end with {' or '.join(suffixes)}", path=path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     with storage_errors(path):
         _refuse_taken(path)
         new_folders = [folder for folder in path.parents if not folder.exists()]

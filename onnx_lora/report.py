@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_lora.adapters import Adapter, BoundAdapter
+from onnx_lora.heat import Heat
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "show",
     "show_demo",
     "show_generations",
+    "show_heat",
     "show_writer",
     "verification_facts",
 ]
@@ -74,6 +76,11 @@ def show(facts: Facts, *, as_json: bool) -> None:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _text(value))
     _stdout().print(table)
+
+
+def show_heat(heat: Heat) -> None:
+    """The map of an adapter's effect."""
+    _stdout().print(heat.table())
 
 
 def _stdout() -> Console:

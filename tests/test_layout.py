@@ -23,10 +23,11 @@ ALLOWED = {
     "adapters": {"errors", "points", "package"},
     "exporter": {"errors", "points", "package", "quantised"},
     "runtime": {"errors", "points", "package", "adapters", "quantised"},
-    "report": {"errors", "points", "package", "adapters", "demo", "demo_text", "exporter", "runtime"},
+    "heat": {"errors"},
+    "report": {"heat", "errors", "points", "package", "adapters", "demo", "demo_text", "exporter", "runtime"},
     "demo_text": {"errors", "points", "package", "adapters", "exporter", "runtime"},
     "demo": {"errors", "points", "package", "adapters", "exporter", "runtime"},
-    "cli": {"errors", "points", "package", "adapters", "exporter", "runtime", "demo", "demo_text", "report"},
+    "cli": {"heat", "errors", "points", "package", "adapters", "exporter", "runtime", "demo", "demo_text", "report"},
     "__main__": {"cli"},
 }
 

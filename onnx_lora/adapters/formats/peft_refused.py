@@ -81,7 +81,9 @@ _OTHER_METHODS = (
 
 def _not_peft(config: Mapping[str, Any]) -> str:
     if "fine_tune_type" in config or "lora_parameters" in config:
-        found = "this is MLX's"
+        return (
+            "must hold peft_type, as PEFT writes it, and this is MLX's; give the folder with adapters.safetensors too"
+        )
     elif "config" in config or "model_class" in config:
         found = "this looks like AdapterHub's"
     else:
