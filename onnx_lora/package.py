@@ -31,6 +31,7 @@ from onnx_lora.points import (
     Replaceable,
     StoredTensor,
     WeightPart,
+    digest,
 )
 from onnx_lora.quantised import dequantise
 
@@ -212,6 +213,12 @@ class Package:
         for part in point.parts:
             weight[:, part.first : part.first + part.outputs] = part.window(self.weight(part))
         return weight
+
+    def mark(self, point: InjectionPoint) -> str:
+        """What tells the values that a point computes with from those of another precision of the same base."""
+        if not any(part.quantised for part in point.parts):
+            return "float"
+        return digest(self.module_weight(point))
 
     @cached_property
     def dora(self) -> frozenset[str]:

@@ -9,19 +9,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, value_problems
-from onnx_lora.adapters.model import Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
+from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, depends_on_weight, value_problems
+from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
 from onnx_lora.adapters.names import resolved
-from onnx_lora.adapters.tied import with_tied
+from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
 from onnx_lora.adapters.unknown import explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
 
 __all__ = ["bind"]
-
-# Modules whose weight is often one storage with another's: input embeddings and the output head.
-_OFTEN_TIED = frozenset({"embed_in", "embed_out", "embed_tokens", "lm_head", "shared", "word_embeddings", "wte"})
 
 
 def bind(adapter: Adapter, package: Package) -> BoundAdapter:
@@ -59,6 +56,7 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
         graphs=package.manifest.graphs,
         changes=binder.changes,
         magnitudes=binder.magnitudes,
+        made_of={**adapter.made_of, **binder.made_of},
     )
 
 
@@ -70,16 +68,20 @@ def _by_module(deltas: Mapping[str, Delta], package: Package) -> dict[str, Delta
     for name, delta in deltas.items():
         modules = branches[name].modules if name in branches else ()
         sizes = [package.points[module].out_features for module in modules]
-        if len(modules) < 2 or delta.b.ndim != 2 or delta.a.ndim != 2 or delta.b.shape != (sum(sizes), len(delta.a)):
+        only_scale = not delta.a.size and delta.dora_scale is not None and len(delta.dora_scale) == sum(sizes)
+        fits = delta.b.ndim == 2 == delta.a.ndim and delta.b.shape == (sum(sizes), len(delta.a))
+        if len(modules) < 2 or not (fits or only_scale):
             apart[name] = delta
             continue
+        if only_scale:
+            delta = replace(delta, a=np.zeros((0, 0), np.float32), b=np.zeros((sum(sizes), 0), np.float32))
         ends = np.cumsum(sizes)
         for module, end, size in zip(modules, ends, sizes, strict=True):
             b = delta.b[end - size : end]
             used = np.flatnonzero(b.any(axis=0))
             scale = None if delta.dora_scale is None else delta.dora_scale[end - size : end]
             if used.size or (scale is not None and (scale != 1).any()):
-                apart[module] = Delta(delta.a[used], b[:, used], delta.scale, dora_scale=scale)
+                apart[module] = replace(delta, a=delta.a[used], b=b[:, used], dora_scale=scale)
     return apart
 
 
@@ -90,6 +92,7 @@ class _Binder:
     tensors: dict[str, Array] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
     magnitudes: dict[str, Array] = field(default_factory=dict)
+    made_of: dict[str, str] = field(default_factory=dict)
     fold_only: dict[str, str] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)  # of replaced weights and biases, by parameter
     replaced: list[str] = field(default_factory=list)
@@ -110,13 +113,21 @@ class _Binder:
             for name in both
         ]
         self.problems += [
-            f"{name}: has {self.adapter.changes[name].method} and a whole weight too, and of which weight that is a "
-            "change is not told; merge it with PEFT"
-            for name in modules
-            if name in self.adapter.changes
-            and (whole := self.adapter.replacements.get(f"{name}.weight")) is not None
-            and not (whole.in_place and self._is_base(f"{name}.weight", whole.value))
+            f"{name}: has {method} and a whole weight too, and of which weight that is a change is not told; merge it "
+            "with PEFT"
+            for name, method in self._methods().items()
+            if self._is_replaced(name if name in bare else f"{name}.weight")
         ]
+
+    def _methods(self) -> dict[str, str]:
+        """Modules and parameters whose change is no sum, which another weight below it would make another."""
+        deltas = self.adapter.deltas.items()
+        scaled = {name: "DoRA" for name, delta in deltas if delta.magnitude is not None or delta.dora_scale is not None}
+        return scaled | {name: change.method for name, change in self.adapter.changes.items()}
+
+    def _is_replaced(self, parameter: str) -> bool:
+        whole = self.adapter.replacements.get(parameter)
+        return whole is not None and not (whole.in_place and self._is_base(parameter, whole.value))
 
     def bind_deltas(self) -> None:
         for module, delta in self.adapter.deltas.items():
@@ -156,6 +167,7 @@ class _Binder:
                 return
             cached = np.divide(magnitude, norms, dtype=np.float64)
         self.magnitudes[point.module] = _frozen(magnitude, magnitude.dtype)
+        self.made_of[point.module] = self.package.mark(point)
         self._put_scale(point, cached)
 
     def _put_scale(self, point: InjectionPoint, scale: Array) -> None:
@@ -167,7 +179,7 @@ class _Binder:
             return
         self._put(point.dora_scale, scale[None, None], point.dtype)
         if point.module not in self.package.dora:
-            self.fold_only[point.module] = "the package takes no scale of its outputs: export again with --dora"
+            self.fold_only[point.module] = NO_SCALE
 
     def bind_changes(self) -> None:
         """Changes that are a pair of factors of this base, or a factor for each output, become that; the rest folds."""
@@ -188,6 +200,8 @@ class _Binder:
             if scale is None:
                 weight = point.to_torch(self.package.module_weight(point))
                 delta = change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+                if delta is not None and depends_on_weight(change, delta, point.torch_shape):
+                    self.made_of[module] = self.package.mark(point)
             if scale is not None:
                 self.problems += value_problems(f"{module}, {change.method}", scale)
                 self._put_scale(point, scale)
@@ -222,7 +236,7 @@ class _Binder:
             if replacement.in_place and self._is_base(name, replacement.value):
                 self.notes.append(f"{name}: equal to the base's own, nothing to replace")
                 continue
-            if replacement.in_place and name.rpartition(".")[0].rpartition(".")[2] in _OFTEN_TIED:
+            if replacement.in_place and self._may_be_tied(name):
                 self.problems.append(
                     f"{name}: PEFT writes it over the base's weight, and over every weight tied to that; "
                     "save the adapter with the module in modules_to_save, or merge it and export that"
@@ -233,6 +247,14 @@ class _Binder:
         for name in self.replaced:
             if name in known and name in self.adapter.replacements:
                 self._replace(known[name], self.adapter.replacements[name])
+
+    def _may_be_tied(self, name: str) -> bool:
+        """Whether another module may share the parameter's storage: by its name, or by equal values."""
+        module, _, parameter = name.rpartition(".")
+        owners: list[InjectionPoint | Replaceable] = [*self.package.points.values(), *self.package.replaceable.values()]
+        own = [owner.sha256 for owner in owners if owner.module == module and _is_weight(owner)]
+        equal = {owner.module for owner in owners if owner.sha256 in own and _is_weight(owner)} - {module}
+        return parameter == "weight" and (module.rpartition(".")[2] in OFTEN_TIED or bool(equal))
 
     def _replace(self, weight: Replaceable, replacement: Replacement) -> None:
         self.digests[weight.name] = weight.sha256
@@ -316,7 +338,14 @@ class _Binder:
 
     def check_base(self) -> None:
         known = self.adapter.base_digests
-        other = [name for name, value in self.digests.items() if known.get(name, value) != value]
+        other = [name for name, value in self.digests.items() if known and known.get(name) != value]
+        points = self.package.points
+        self.problems += [
+            f"{module}: its tensors were made from the weights of another precision of this base; convert the adapter "
+            "itself for this package"
+            for module, mark in self.adapter.made_of.items()
+            if module in points and self.package.mark(points[module]) != mark
+        ]
         if other:
             self.problems.append(
                 f"it was bound to another base: {len(other)} of {len(self.digests)} base weights differ, the first is "
@@ -345,6 +374,11 @@ class _Binder:
             notes=tuple(dict.fromkeys(self.notes)),
             fold_only=self.fold_only,
         )
+
+
+def _is_weight(owner: InjectionPoint | Replaceable) -> bool:
+    """Whether its values are a module's weight, and not a bias or a norm, which may be equal by accident."""
+    return isinstance(owner, InjectionPoint) or (owner.name.endswith(".weight") and len(owner.shape) > 1)
 
 
 def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -81,6 +81,7 @@ def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundA
         graphs=adapters[0].graphs,
         changes={module: change for part in adapters for module, change in part.changes.items()},
         magnitudes={module: values for part in adapters for module, values in part.magnitudes.items()},
+        made_of={module: mark for part in adapters for module, mark in part.made_of.items()},
     )
 
 
@@ -152,7 +153,11 @@ def _alone_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:
         if module in part.changes or f"{module}{_SCALE}" in part.tensors
     }
     for module in alone:
-        found = [(part.name, weight) for part, weight in parts if module in part.coverage.applied]
+        found = [
+            (part.name, weight)
+            for part, weight in parts
+            if module in part.coverage.applied or f"{module}.weight" in part.coverage.replaced
+        ]
         if len(found) > 1 or found[0][1] != 1.0:
             problems.append(
                 f"{module}: its change (DoRA, or one that only folds) does not add to others, and must come from one "

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lora.adapters.model import Delta
+from onnx_lora.adapters.model import Change, Delta
 from onnx_lora.points import Array, InjectionPoint
 
-__all__ = ["column_norms", "delta_problems", "dense_b", "in_torch_layout", "value_problems"]
+__all__ = ["column_norms", "delta_problems", "dense_b", "depends_on_weight", "in_torch_layout", "value_problems"]
 
 # Outputs of a weight looked at together, so that W0 + A · B never stands in memory whole.
 _BLOCK = 1024
@@ -99,6 +99,12 @@ def dense_b(point: InjectionPoint, delta: Delta) -> Array:
         rows = slice(group * outputs, (group + 1) * outputs)
         dense[rows, group * rank : (group + 1) * rank] = delta.b[rows]
     return dense
+
+
+def depends_on_weight(change: Change, delta: Delta, shape: tuple[int, ...]) -> bool:
+    """Whether a change's factors would be others for another weight of its shape."""
+    other = change.delta(np.broadcast_to(np.float32(0), shape))
+    return other is None or not (np.array_equal(other.a, delta.a) and np.array_equal(other.b, delta.b))
 
 
 def column_norms(weight: Array, a: Array, b: Array) -> Array:

@@ -10,7 +10,20 @@ from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo
 from onnx_lora.points import Array, Kind
 
-__all__ = ["Adapter", "BoundAdapter", "Change", "Coverage", "Delta", "Origin", "Replacement", "refuse_fold_only"]
+__all__ = [
+    "NO_SCALE",
+    "Adapter",
+    "BoundAdapter",
+    "Change",
+    "Coverage",
+    "Delta",
+    "Origin",
+    "Replacement",
+    "refuse_fold_only",
+]
+
+# Why an adapter with a factor for each output folds only.
+NO_SCALE = "the package takes no scale of its outputs: export again with --dora"
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,7 @@ class Delta:
     Of an embedding, `a` is `[r, rows of the table]`; of a convolution `[r, channels, *kernel]`, and in groups `b` is
     `[out, r / groups]`, as PEFT keeps them. `magnitude` `[out]` is DoRA's m: then each output's weights get this norm.
     `dora_scale` `[out]` is the factor that does it, already computed for the base that the adapter was bound to.
+    `with_head`: of an embedding, its tool applies it to an output head that is tied to the table, too.
     `in_graph_layout`: `a` `[r, in]` and `b` `[out, r]` whatever the module is, as converted files keep them.
     """
 
@@ -30,6 +44,7 @@ class Delta:
     magnitude: Array | None = None
     dora_scale: Array | None = None
     in_graph_layout: bool = False
+    with_head: bool = False
 
 
 class Change(Protocol):
@@ -89,6 +104,7 @@ class Adapter:
     `base_digests`: the SHA-256 of the base weights it was bound to, by module or parameter name;
     empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
     PEFT cannot load it otherwise. `notes`: what a reader should know and cannot see in the tensors.
+    `made_of`: for modules whose tensors were made from the base's weights, `Package.mark` of those.
     `flat_names`: modules are written with `_` for `.`; which those are, only a package's own modules tell.
     """
 
@@ -101,6 +117,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     changes: Mapping[str, Change] = field(default_factory=dict)
     flat_names: bool = False
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,7 +140,8 @@ class BoundAdapter:
     `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, `M.dora_scale` `[1, 1, out]`,
     replaced weights as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
     what the adapter touches. `graphs`: the package's, for `graph_inputs`. `changes`: by module, what only folding
-    can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own.
+    can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own. `made_of` as in
+    `Adapter`.
     """
 
     name: str
@@ -134,6 +152,7 @@ class BoundAdapter:
     graphs: tuple[GraphInfo, ...] = ()
     changes: Mapping[str, Change] = field(default_factory=dict)
     magnitudes: Mapping[str, Array] = field(default_factory=dict)
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def graph_inputs(self) -> dict[str, Array]:

@@ -70,7 +70,9 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         deltas=_keys(adapter.deltas, lambda name: names.get(name, name)),
         changes=_keys(adapter.changes, lambda name: names.get(name, name)),
         replacements=_keys(adapter.replacements, parameter),
+        base_digests=_keys(adapter.base_digests, lambda name: names[name] if name in names else parameter(name)),
         saved_modules=tuple(names.get(name, name) for name in adapter.saved_modules),
+        made_of=_keys(adapter.made_of, lambda name: names.get(name, name)),
         flat_names=False,
     )
 

@@ -11,6 +11,7 @@ from onnx_lora.adapters.factors import dense_b, in_torch_layout
 from onnx_lora.adapters.formats.gguf import InterleavedRows
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Change, Delta, Replacement
 from onnx_lora.adapters.names import resolved
+from onnx_lora.adapters.tied import with_tied
 from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable
@@ -26,9 +27,9 @@ def plain(adapter: Adapter, package: Package | None) -> Adapter:
     Raises UnsupportedAdapterError: what only a package can tell, and there is none; a change that is no pair of
     factors. BindError: ambiguous names.
     """
-    if package is not None:
-        adapter = resolved(adapter, package)
     problems: list[str] = []
+    if package is not None:
+        adapter, problems = with_tied(resolved(adapter, package), package)
     if adapter.flat_names:
         problems.append(f"its names have `_` for `.`, and which modules they mean only a package tells; {_GIVE}")
     deltas = {}

@@ -1,53 +1,116 @@
-"""Trained tokens reach every weight that is tied to their table, as in PEFT; the file names the table alone. It knows
-how a package shows a tie, and nothing of formats."""
+"""What an adapter does to a table of embeddings it may do to an output head that is tied to that too; the file names
+the table alone. It knows how a package shows a tie, and nothing of formats."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from onnx_lora.adapters.methods.tokens import TokenRows
-from onnx_lora.adapters.model import Adapter, Change
+from onnx_lora.adapters.model import Adapter, Change, Delta
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.package import Package
+from onnx_lora.points import InjectionPoint
 
-__all__ = ["with_tied"]
+__all__ = ["OFTEN_TIED", "with_tied"]
 
-# What transformers ties to its input embeddings, by the last part of a module's name.
-_HEADS = frozenset({"decoder", "embed_out", "lm_head", "output_projection", "vocab_projector"})
+# What transformers ties to its input embeddings (`_tied_weights_keys`), by the last part of a module's name.
+_HEADS = frozenset(
+    {
+        *("decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output_layer", "output_projection"),
+        *("pred_layer", "proj_out", "vocab_projector"),
+    }
+)
+
+# Modules whose weight is often one storage with another's: tables and output heads.
+OFTEN_TIED = _HEADS | {"embed_in", "embed_tokens", "shared", "word_embeddings", "wte"}
+
+_UNTIE = '"tie_word_embeddings": false in the package\'s config.json says that nothing is tied'
 
 
 def with_tied(adapter: Adapter, package: Package) -> tuple[Adapter, list[str]]:
-    """The adapter with its trained tokens in every module that reads them, and why that cannot be said of some."""
-    changes: dict[str, Change] = dict(adapter.changes)
-    problems: list[str] = []
+    """The adapter with what reaches a table put into what is tied to it too, and why that cannot be said of some.
+
+    PEFT puts trained tokens into a tied head, MLX its LoRA on a table; PEFT's own LoRA stays at the table.
+    """
+    spread = _Spread(adapter, package)
     for module, change in adapter.changes.items():
-        if not isinstance(change, TokenRows):
-            continue
-        point = package.points.get(module)
-        if point is not None:
-            changes[module] = change.of_kind(point.kind)
-        if point is None or point.kind != "embedding" or config_of(package).get("tie_word_embeddings") is False:
-            continue
-        for head in _heads(module, package):
-            if head in changes:
-                continue
-            known = package.points.get(head)
-            if known is None:
-                problems.append(
-                    f"{module}: PEFT puts trained tokens into {head} too if it is tied to that, and without a point "
-                    f"there nothing tells; export again with --targets including {head.rpartition('.')[2]}"
-                )
-            elif known.sha256 == point.sha256:
-                changes[head] = change.of_kind(known.kind)
-    return replace(adapter, changes=changes), problems
+        if isinstance(change, TokenRows):
+            spread.tokens(module, change)
+    for module, delta in adapter.deltas.items():
+        if delta.with_head and module in package.points and package.points[module].kind == "embedding":
+            spread.factors(package.points[module], delta)
+    return replace(adapter, changes=spread.changes, deltas=spread.deltas), spread.problems
 
 
-def _heads(table: str, package: Package) -> list[str]:
-    """Modules that may share the table's weight: output heads, and what is equal to it."""
-    digest = package.points[table].sha256
-    untargeted = [name for graph in package.manifest.graphs for name in graph.untargeted]
-    heads = [name for name in [*package.points, *untargeted] if name.rpartition(".")[2] in _HEADS]
-    equal = [name for name, point in package.points.items() if point.sha256 == digest]
-    replaceable = [weight.module for weight in package.replaceable.values() if weight.module not in package.points]
-    heads += [name for name in replaceable if name.rpartition(".")[2] in _HEADS]
-    return [name for name in dict.fromkeys([*equal, *heads]) if name != table]
+@dataclass
+class _Spread:
+    adapter: Adapter
+    package: Package
+    changes: dict[str, Change] = field(init=False)
+    deltas: dict[str, Delta] = field(init=False)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.changes, self.deltas = dict(self.adapter.changes), dict(self.adapter.deltas)
+
+    def tokens(self, module: str, change: TokenRows) -> None:
+        point = self.package.points.get(module)
+        if point is None:
+            return
+        self.changes[module] = change.of_kind(point.kind)
+        if point.kind == "embedding":
+            for head in self._tied(point, "trained tokens"):
+                if head.module not in self.adapter.changes:
+                    self.changes[head.module] = change.of_kind(head.kind)
+
+    def factors(self, point: InjectionPoint, delta: Delta) -> None:
+        """The table's change, `[entries, features]`, is a linear head's the other way round."""
+        for head in self._tied(point, "this LoRA on its table"):
+            if head.module in self.adapter.deltas:
+                self.problems.append(f"{head.module}: is tied to {point.module}, and has a delta of its own too")
+            else:
+                self.deltas[head.module] = replace(delta, a=delta.b.T, b=delta.a.T, kind=head.kind, with_head=False)
+
+    def _tied(self, table: InjectionPoint, what: str) -> list[InjectionPoint]:
+        """The points whose weight is the table's own. Where that cannot be told, a problem says so."""
+        says = config_of(self.package).get("tie_word_embeddings")
+        if says is False:
+            return []
+        points = [point for point in self.package.points.values() if point.module != table.module]
+        tied = [point for point in points if _comparable(point, table) and point.sha256 == table.sha256]
+        unknown = [
+            point.module
+            for point in points
+            if point.module.rpartition(".")[2] in _HEADS and not _comparable(point, table)
+        ]
+        graphs = self.package.manifest.graphs
+        without = [name for graph in graphs for name in graph.untargeted]
+        without += [weight.module for weight in self.package.replaceable.values()]
+        known = {point.module for point in points}
+        heads = [name for name in dict.fromkeys(without) if name.rpartition(".")[2] in _HEADS and name not in known]
+        if heads:
+            self.problems.append(
+                f"{table.module}: {what} must reach {heads[0]} too if that is tied to it, and without a point there "
+                f"nothing tells; export again with --targets including {heads[0].rpartition('.')[2]}, or, if it is not "
+                f"tied: {_UNTIE}"
+            )
+        elif unknown and not tied:
+            self.problems.append(
+                f"{table.module}: {what} must reach {unknown[0]} too if that is tied to it, and rounded otherwise than "
+                f"the table its weight does not tell. If it is not tied: {_UNTIE}"
+            )
+        elif not tied and not known & self._heads() and (says or any(graph.unplaced for graph in graphs)):
+            self.problems.append(
+                f"{table.module}: {what} must reach an output head that is tied to it, and the package has none with a "
+                f"point. If there is none: {_UNTIE}"
+            )
+        return tied
+
+    def _heads(self) -> set[str]:
+        return {module for module in self.package.points if module.rpartition(".")[2] in _HEADS}
+
+
+def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
+    """Whether equal digests mean equal weights, and other digests other ones."""
+    quantised = any(part.quantised for each in (point, table) for part in each.parts)
+    return point.dtype == table.dtype and (not quantised or point.sha256 == table.sha256)

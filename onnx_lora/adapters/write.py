@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from onnx_lora.adapters.bind import bind
-from onnx_lora.adapters.formats.converted import write_bound
+from onnx_lora.adapters.formats.converted import refuse_existing, write_bound
 from onnx_lora.adapters.formats.diffusers_writer import write_diffusers
 from onnx_lora.adapters.formats.gguf_writer import write_gguf
 from onnx_lora.adapters.formats.kohya_writer import write_kohya
@@ -20,7 +20,8 @@ from onnx_lora.adapters.model import Adapter, BoundAdapter
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.names import modules_of
 from onnx_lora.adapters.plain import plain, unbound
-from onnx_lora.errors import InputError, OutputExistsError
+from onnx_lora.adapters.rebound import rebound
+from onnx_lora.errors import InputError
 from onnx_lora.package import Package, storage_errors
 
 __all__ = ["FORMATS", "AdapterFormat", "write_adapter"]
@@ -83,17 +84,16 @@ def write_adapter(
     if format == "safetensors" or format == "onnx_adapter":
         if package is None:
             raise InputError(f"{format} holds the inputs of a package's graphs: give that package", path=target)
-        return write_bound(
-            adapter if isinstance(adapter, BoundAdapter) else bind(adapter, package), target, format=format
-        )
-    own = _own(adapter, package, target)
-    _refuse_existing(target)
+        own = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
+        return write_bound(own, target, format=format)
+    plainly = _own(adapter, package, target)
+    refuse_existing(target)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
             temporary = Path(folder) / target.name
-            _WRITERS[format](own, temporary, package)
-            _refuse_existing(target)
+            _WRITERS[format](plainly, temporary, package)
+            refuse_existing(target)
             temporary.replace(target)
     return target
 
@@ -106,11 +106,4 @@ def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path)
         return plain(adapter, package)
     if package is None:
         raise InputError("a bound adapter, and a file of one, need the package that it is bound to", path=target)
-    return unbound(adapter if isinstance(adapter, BoundAdapter) else bind(adapter, package), package)
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError("exists already; remove it or choose another name", path=target)
-    if target.parent.exists() and not target.parent.is_dir():
-        raise OutputExistsError(f"{target.parent} must be a folder, and is a file", path=target)
+    return unbound(rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package), package)

@@ -18,7 +18,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
-from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, check_names, find_exposures
+from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
@@ -117,10 +117,12 @@ def build(
         progress("locate", index, len(sources))
         graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint, names)))  # type: ignore[misc]
     settled = settle([graph.sites for graph in graphs])
-    exposures = [
-        find_exposures(graph.model.graph, sites, options.replaceable, prefix=graph.source.prefix)
-        for graph, sites in zip(graphs, settled, strict=True)
-    ]
+    exposures = agreeing(
+        [
+            find_exposures(graph.model.graph, sites, options.replaceable, prefix=graph.source.prefix)
+            for graph, sites in zip(graphs, settled, strict=True)
+        ]
+    )
     chosen = _choose(graphs, settled, exposures, options, checkpoint)
     infos: list[GraphInfo] = []
     for graph, sites, exposed in zip(graphs, settled, exposures, strict=True):

@@ -14,7 +14,7 @@ from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
 from onnx_lora.points import FLOAT_TYPES, matches
 
-__all__ = ["HEADS_ONLY", "Exposure", "Exposures", "check_names", "find_exposures", "outputs_behind"]
+__all__ = ["HEADS_ONLY", "Exposure", "Exposures", "agreeing", "check_names", "find_exposures", "outputs_behind"]
 
 # The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
 HEADS_ONLY = "heads"
@@ -88,6 +88,20 @@ def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[st
         else:
             found[name] = Exposure(name, value, user=users[0])
     return Exposures(tuple(found.values()), refused)
+
+
+def agreeing(graphs: Sequence[Exposures]) -> list[Exposures]:
+    """Of several graphs, what each can expose that none of the others refuses: an adapter must reach all of them."""
+    refused = {name: reason for graph in graphs for name, reason in graph.refused.items()}
+    agreed: list[Exposures] = []
+    for graph in graphs:
+        names = {exposure.name: exposure.name.rpartition(".")[0] for exposure in graph.found}
+        lost = {
+            name: refused.get(name, refused.get(names[name])) for name in names if {name, names[name]} & set(refused)
+        }
+        kept = tuple(exposure for exposure in graph.found if exposure.name not in lost)
+        agreed.append(Exposures(kept, graph.refused | {name: f"in another graph {why}" for name, why in lost.items()}))
+    return agreed
 
 
 def _own_users(value: ir.Value, weights: set[tuple[ir.Node, int]]) -> list[ir.Node]:

@@ -63,16 +63,36 @@ class PackageBuilder:
         self.replaceable: list[Replaceable] = []
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
+        self.config: dict[str, Any] = {}
 
     def _store(self, name: str, values: Array) -> WeightPart:
         stored = StoredTensor("weights.bin", len(self.data), values.shape, values.dtype.name)
         self.data += np.ascontiguousarray(values).tobytes()
         return WeightPart(name, stored, outputs=values.shape[-1])
 
-    def point(self, module: str, inputs: int, outputs: int, *, per_row: bool = True) -> PackageBuilder:
-        weight = numbers(outputs, inputs, seed=len(self.points) + 50, dtype=self.dtype)
+    def point(
+        self, module: str, inputs: int, outputs: int, *, per_row: bool = True, values: Array | None = None
+    ) -> PackageBuilder:
+        own = numbers(outputs, inputs, seed=len(self.points) + 50, dtype=self.dtype)
+        weight = own if values is None else values
         part = self._store(f"{module}.w", weight.T)
         self.points.append(InjectionPoint(module, inputs, outputs, self.dtype, per_row, digest(weight), (part,)))
+        return self
+
+    def table(self, module: str, entries: int, features: int, *, seed: int) -> PackageBuilder:
+        """An embedding's point."""
+        values = numbers(entries, features, seed=seed, dtype=self.dtype)
+        part = self._store(f"{module}.w", values)
+        point = InjectionPoint(module, entries, features, self.dtype, True, digest(values), (part,), "embedding")
+        self.points.append(point)
+        return self
+
+    def table_weight(self, module: str, values: Array) -> PackageBuilder:
+        """An embedding's table that is replaceable."""
+        part = self._store(f"{module}.weight", values)
+        self.replaceable.append(
+            Replaceable(f"{module}.weight", "table", values.shape, self.dtype, True, False, digest(values), (part,))
+        )
         return self
 
     def weight(
@@ -115,6 +135,8 @@ class PackageBuilder:
         )
         for name, data in (("model.onnx", b"x"), ("base.onnx", b"x"), ("weights.bin", self.data or b"x")):
             (self.folder / name).write_bytes(data)
+        if self.config:
+            (self.folder / "config.json").write_text(json.dumps(self.config))
         (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", {}, (graph,)).to_json())
         return Package.open(self.folder)
 

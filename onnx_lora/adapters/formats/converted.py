@@ -23,7 +23,14 @@ from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyErro
 from onnx_lora.package import storage_errors
 from onnx_lora.points import Array
 
-__all__ = ["is_onnx_adapter", "is_ours", "read_onnx_adapter", "read_safetensors_adapter", "write_bound"]
+__all__ = [
+    "is_onnx_adapter",
+    "is_ours",
+    "read_onnx_adapter",
+    "read_safetensors_adapter",
+    "refuse_existing",
+    "write_bound",
+]
 
 # Metadata key and the version of what stands beside it.
 _MARK = "onnx_lora"
@@ -53,7 +60,7 @@ def write_bound(
     # A scale that the package does not take yet can be kept for one that does.
     refuse_fold_only(bound, bound.changes if format == "safetensors" else bound.coverage.fold_only)
     runtime = _onnxruntime(target) if format == "onnx_adapter" else None
-    _refuse_existing(target)
+    refuse_existing(target)
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -62,12 +69,13 @@ def write_bound(
                 _write_safetensors(bound, temporary)
             else:
                 _write_onnx_adapter(bound, temporary, runtime)
-            _refuse_existing(target)
+            refuse_existing(target)
             temporary.replace(target)
     return target
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raises OutputExistsError: `target` is taken, or lies in what is no folder."""
     if target.exists() or target.is_symlink():
         raise OutputExistsError("exists already; remove it or choose another name", path=target)
     if target.parent.exists() and not target.parent.is_dir():
@@ -84,6 +92,8 @@ def _write_safetensors(bound: BoundAdapter, path: Path) -> None:
         "base_model": bound.origin.base_model,
         "coverage": json.dumps(asdict(bound.coverage)),
         "base_digests": json.dumps(dict(bound.base_digests)),
+        # Of DoRA the magnitudes are there, and each package computes its own.
+        "made_of": json.dumps({name: mark for name, mark in bound.made_of.items() if name not in bound.magnitudes}),
     }
     # Bytes first: what the disk refuses is then an OSError.
     path.write_bytes(safetensors.numpy.save(_kept(bound), metadata))
@@ -131,19 +141,19 @@ def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
         raise AdapterFileError(
             f"format version {metadata[_MARK]!r}, and this onnx-lora reads {_VERSION!r}; upgrade onnx-lora", path=path
         )
-    coverage, digests = (parse_json(metadata.get(key, "{}").encode(), path, what=key) for key in _JSON_KEYS)
-    notes = coverage.get("notes", [])
-    if not isinstance(notes, list) or not all(isinstance(text, str) for text in (*notes, *digests.values())):
+    coverage, digests, made_of = (parse_json(metadata.get(key, "{}").encode(), path, what=key) for key in _JSON_KEYS)
+    notes, marks = coverage.get("notes", []), (*digests.values(), *made_of.values())
+    if not isinstance(notes, list) or not all(isinstance(text, str) for text in (*notes, *marks)):
         raise AdapterFileError("its metadata is damaged; convert the adapter again", path=path)
     deltas, replacements = _split(file.tensors, path)
     own = name or metadata.get("name") or path.stem
     origin = Origin(
         str(path), sha256_of(path), "safetensors", metadata.get("method", ""), metadata.get("base_model", "")
     )
-    return Adapter(own, deltas, replacements, origin, digests, notes=tuple(notes))
+    return Adapter(own, deltas, replacements, origin, digests, notes=tuple(notes), made_of=made_of)
 
 
-_JSON_KEYS = ("coverage", "base_digests")
+_JSON_KEYS = ("coverage", "base_digests", "made_of")
 
 
 def is_onnx_adapter(path: Path) -> bool:

@@ -88,7 +88,12 @@ def read_diffusers(file: SafetensorsFile, path: Path, name: str) -> Adapter:
         own[tensor] = values
     configs = _configs(file.metadata, path)
     for component, part in parts.items():
-        if component in configs:
+        if configs and not component and not configs.get(""):
+            # Of a part that is named diffusers takes the alpha for the rank; here it would not find the config.
+            collected.problems.append(
+                f"the header has configs of {', '.join(configs)}, and the tensors' names no part; put it in front"
+            )
+        elif component in configs:
             _take_with_config(collected, component, part, configs[component], path)
         else:
             _take_alone(collected, component, part)
@@ -113,11 +118,12 @@ def _parsed(key: str) -> tuple[str, str, str] | None:
 
 
 def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
-    """The PEFT config of each part that the header has one of."""
+    """The PEFT config of each part that the header has one of; a network saved alone has one without a part's name."""
     configs: dict[str, dict[str, Any]] = {}
     for key, value in parse_json(metadata.get(METADATA, "{}").encode(), path, what=METADATA).items():
-        component, _, own = key.partition(".")
-        configs.setdefault(component, {"peft_type": "LORA"})[own] = value
+        component, dot, own = key.partition(".")
+        part, name = (component, own) if dot and component in COMPONENTS else ("", key)
+        configs.setdefault(part, {"peft_type": "LORA"})[name] = value
     return configs
 
 

@@ -138,6 +138,9 @@ def _put_whole(collected: Collected, module: str, tensor: str, values: Array, *,
     parameter = _WHOLE[tensor]
     if parameter == "weight" and not alone:
         raise ModuleError(f"has both {tensor} and factors, and which comes first is not told")
+    changed = parameter == "weight" and module in collected.changes
+    if changed or f"{module}.{parameter}" in collected.replacements:
+        raise ModuleError(f"has two tensors for its {parameter}, {tensor} the second")
     if values.ndim < 2:
         collected.replacements[f"{module}.{parameter}"] = Replacement(values, operation="add")
         collected.methods.add("full difference")

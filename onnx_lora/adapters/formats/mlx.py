@@ -155,8 +155,8 @@ def _put(collected: Collected, module: str, tensors: Mapping[str, Array], config
             f"shapes {a.shape} and {b.shape}"
         )
     elif config.kind == "lora":
-        # Of a linear module or of an embedding, alike.
-        collected.put_delta(module, Delta(a.T, b.T, config.scale, in_graph_layout=True))
+        # Of a linear module or of an embedding, alike: there mlx-lm's `as_linear` applies it to a tied head too.
+        collected.put_delta(module, Delta(a.T, b.T, config.scale, in_graph_layout=True, with_head=True))
     else:
         # Of an embedding, MLX has a magnitude for each row of the table: bind refuses this delta there.
         collected.put_delta(module, Delta(a.T, b.T, config.scale, magnitude=tensors["m"]))
@@ -173,4 +173,4 @@ def _take_whole(collected: Collected, tensors: Mapping[str, Array]) -> None:
         elif values.ndim > 2:
             collected.unsupported.append(f"{key}: is a kernel, or of experts, whose axes MLX orders otherwise")
         else:
-            collected.replacements[key] = Replacement(values)
+            collected.replacements[key] = Replacement(values, in_place=True)

@@ -22,13 +22,13 @@ _LAYER = re.compile(r"^.*?\.(?:layers|h|blocks)\.\d+\.")
 
 
 def write_mlx(adapter: Adapter, folder: Path) -> None:
-    """Raises UnsupportedAdapterError: whole weights, convolutions, DoRA on an embedding."""
+    """Raises UnsupportedAdapterError: whole weights, convolutions, embeddings."""
     problems = [f"{name}: is a whole weight beside factors" for name in adapter.replacements]
     for module, delta in adapter.deltas.items():
         if delta.kind == "conv":
             problems.append(f"{module}: is a convolution")
-        if delta.kind == "embedding" and delta.magnitude is not None:
-            problems.append(f"{module}: is an embedding with DoRA, whose magnitudes are of another axis there")
+        if delta.kind == "embedding":
+            problems.append(f"{module}: is a table, whose change mlx-lm applies to an output head tied to it as well")
     refuse(adapter, "an adapter folder of MLX", problems + dora_problems(adapter.deltas))
     deltas = adapter.deltas
     rank = max(len(delta.a) for delta in deltas.values())
