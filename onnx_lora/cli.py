@@ -23,6 +23,7 @@ from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.compose import blended
 from onnx_lora.adapters.effect import effects
+from onnx_lora.adapters.model import refuse_fold_only
 from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
 from onnx_lora.heat import PICTURES, Heat
@@ -84,7 +85,7 @@ def _point_options(command: Callable[P, R]) -> Callable[..., R]:
         "--targets",
         multiple=True,
         metavar="NAME",
-        help='What gets points: a module name or suffix, several times; "all-linear" (the default); or "all".',
+        help='What gets points, several times: module names or suffixes; "all-linear" (the default); "all".',
     )
     @click.option("--targets-regex", metavar="EXPR", help="Instead: a regular expression over whole module names.")
     @click.option(
@@ -441,7 +442,8 @@ def fold(
             requantize=leave,
             progress=lambda done, total: progress("fold", done, total),
         )
-    facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "written": str(out)}
+    notes = [f"{bound.name}: {note}" for bound, _ in parts for note in bound.coverage.notes]
+    facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "notes": notes, "written": str(out)}
     report.show(facts | report.rounding_facts(leave), as_json=as_json)
 
 
@@ -495,10 +497,25 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     from onnx_lora.exporter.verify import verify as run_verify
 
     opened = Package.open(package)
-    tensors = None if adapter is None else bind(read_adapter(adapter), opened).tensors
+    tensors = None if adapter is None else _verifiable(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
     report.show(report.verification_facts(comparisons), as_json=as_json)
+
+
+def _verifiable(path: Path, package: Package) -> Mapping[str, Any]:
+    """An adapter that PEFT loads too, as graph inputs.
+
+    Raises InputError: it is no PEFT folder. BindError: it does not fit, or only folds.
+    """
+    adapter = read_adapter(path)
+    if adapter.origin.format != "peft":
+        raise InputError(
+            "is compared with what PEFT loads, and must be a PEFT folder; onnx-lora convert writes one", path=path
+        )
+    bound = bind(adapter, package)
+    refuse_fold_only(bound, bound.coverage.fold_only)
+    return bound.tensors
 
 
 @cli.command()
@@ -535,6 +552,8 @@ def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
     if kind is None:
         ends = ", ".join(dict.fromkeys(suffix for suffix in FORMATS.values() if suffix))
         raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
+    if FORMATS[kind] and not out.suffix:
+        raise InputError(f"--format {kind} is a file whose name ends with {FORMATS[kind]}", path=out)
     if out.suffix and fitting and kind not in fitting:
         raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
     return kind
@@ -578,7 +597,10 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 def _read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise FeedError("must be an .npz file, of inputs by name, and holds one array", path=path)
+        with loaded as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise FeedError("there is no such file", path=path) from None

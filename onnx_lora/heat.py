@@ -17,8 +17,11 @@ __all__ = ["PICTURES", "Heat"]
 # What a picture's name may end with.
 PICTURES = (".pdf", ".png", ".svg")
 
-# Inches of a picture for a cell, and around all of them.
-_CELL, _MARGIN = (0.9, 0.28), (2.6, 1.6)
+# Inches of a picture: a cell, a letter, and what is around all of them.
+_CELL, _LETTER, _AROUND = (0.8, 0.3), 0.11, 2.0
+
+# More kinds of modules than this do not fit into a terminal side by side.
+_WIDE = 12
 
 # From cold to hot, on a dark and on a light ground alike.
 _SHADES = ("#f7f7f7", "#fde0c5", "#facba6", "#f8b58b", "#f2855d", "#ef6a4c", "#eb4a40")
@@ -50,11 +53,16 @@ class Heat:
         return max(finite, default=0.0)
 
     def table(self) -> Table:
-        """For a terminal."""
+        """For a terminal; of many kinds of modules a line for each module instead of a column for each kind."""
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
+        if len(self.columns) > _WIDE:
+            table.add_column("", justify="right")
+            for (row, column), number in self.cells.items():
+                table.add_row(".".join(filter(None, (row, column))), self._cell(number))
+            return table
         for column in self.columns:
-            table.add_column(column.rpartition(".")[2], justify="right", overflow="fold")
+            table.add_column(_short(column), justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(row or "-", *(self._cell(self.cells.get((row, column))) for column in self.columns))
         return table
@@ -76,25 +84,31 @@ class Heat:
                 "drawing a picture needs matplotlib: pip install 'onnx-lora[plot]'", path=file
             ) from error
         shown = [[self.cells.get((row, column), float("nan")) for column in self.columns] for row in self.rows]
-        width, height = (
-            count * size + margin
-            for count, size, margin in zip((len(self.columns), len(self.rows)), _CELL, _MARGIN, strict=True)
-        )
-        figure = Figure(figsize=(width, height), layout="constrained")
+        left, below = (_LETTER * max(map(len, names)) for names in (self.rows, self.columns))
+        width = max(len(self.columns) * _CELL[0] + left + _AROUND, _LETTER * len(self.title))
+        figure = Figure(figsize=(width, len(self.rows) * _CELL[1] + below + _AROUND), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shown, aspect="auto", cmap=ListedColormap(_SHADES), vmin=0.0, vmax=self.highest or 1.0)
-        axes.set_title(self.title, loc="left")
+        figure.suptitle(self.title, fontsize=10)
         axes.set_xticks(range(len(self.columns)), self.columns, rotation=45, ha="right")
         axes.set_yticks(range(len(self.rows)), [row or "-" for row in self.rows])
         for y, line in enumerate(shown):
             for x, number in enumerate(line):
                 if number == number:
-                    axes.text(x, y, f"{number:.2g}", ha="center", va="center", fontsize=8, color="#222222")
+                    axes.text(x, y, f"{number:.3g}", ha="center", va="center", fontsize=8, color="#222222")
         figure.colorbar(image)
         figure.savefig(file, dpi=150)
 
 
+def _short(column: str) -> str:
+    """The last part of a name that is no number, and what stands behind it."""
+    parts = column.split(".")
+    begin = max((index for index, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[begin:])
+
+
 def _split(name: str) -> tuple[str, str]:
     parts: Sequence[str] = name.split(".")
-    last = max((index for index, part in enumerate(parts) if part.isdigit()), default=-1)
+    # A number at the end is the module's own: `to_out.0`.
+    last = max((index for index, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
     return ".".join(parts[: last + 1]), ".".join(parts[last + 1 :]) or name

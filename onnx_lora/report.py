@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lora.adapters import Adapter, BoundAdapter
+from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
 from onnx_lora.heat import Heat
 from onnx_lora.package import Package
 
@@ -158,13 +158,20 @@ def adapter_facts(adapter: Adapter) -> Facts:
         "format": adapter.origin.format,
         "method": adapter.origin.method,
         "base_model": adapter.origin.base_model,
-        "modules": len(adapter.deltas),
+        "modules": len(adapter.deltas) + len(adapter.changes),
+        "changes": dict(Counter(change.method for change in adapter.changes.values())),
         "ranks": {f"rank {rank}": f"{count} modules" for rank, count in sorted(ranks.items())},
         "scales": {f"scale {scale:g}": f"{count} modules" for scale, count in sorted(scales.items())},
-        "whole_weights": {name: _shape(entry.value.shape) for name, entry in adapter.replacements.items()},
+        "whole_weights": {name: _whole(entry) for name, entry in adapter.replacements.items()},
         "size": _size(sum(value.nbytes for value in values)),
         "notes": list(adapter.notes),
     }
+
+
+def _whole(entry: Replacement) -> str:
+    """Its shape, and what is done with it if it does not take the base's place."""
+    what = {"set": "", "add": " added to the base's", "multiply": " times the base's, if there is one"}
+    return _shape(entry.value.shape) + what[entry.operation]
 
 
 def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts:
@@ -176,6 +183,7 @@ def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts
         "left_at_base": list(coverage.at_base),
         "replaced": list(coverage.replaced),
         "without_effect": list(coverage.silent),
+        "only_folds": dict(coverage.fold_only),
         "bound_size": _size(size),
         "notes": list(coverage.notes),
     }

@@ -310,3 +310,17 @@ def test_python_m_is_the_command(desk: Path) -> None:
 
 def test_a_package_opens_through_the_link(desk: Path) -> None:
     assert Package.open(desk / "bert").points
+
+
+def test_run_refuses_one_array(desk: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones(3))
+    result = _call("run", "bert", "--input", tmp_path / "x.npy", "--output", tmp_path / "o.npz", folder=desk)
+    assert result.returncode == 2
+    assert "holds one array" in result.stderr
+
+
+def test_verify_refuses_what_only_folds(desk: Path, checkpoints: Make) -> None:
+    make_adapter(make_model("bert"), desk / "dora", r=2, target_modules=["query"], use_dora=True)
+    result = _call("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "dora", folder=desk)
+    assert result.returncode == 2
+    assert "export again with --dora" in result.stderr

@@ -136,3 +136,31 @@ def test_trained_tokens_are_refused_where_a_tie_cannot_be_told(tmp_path: Path) -
     package = export(tmp_path / "base", tmp_path / "out", via="optimum", targets=targets, verify=False)
     with pytest.raises(BindError, match=r"must reach lm_head too if that is tied .* --targets including lm_head"):
         bind(read_adapter(tmp_path / "a"), package)
+
+
+def test_the_method_of_trained_tokens_writes_the_tied_head_too(tmp_path: Path) -> None:
+    _llama(True).save_pretrained(tmp_path / "base")
+    config = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 9])
+    model = get_peft_model(_llama(True), config)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data += 0.5
+    model.eval().save_pretrained(tmp_path / "a")
+    with torch.inference_mode():
+        expected = model(input_ids=IDS).logits.numpy()
+    package = export(
+        tmp_path / "base",
+        tmp_path / "out",
+        via="optimum",
+        task="text-generation",
+        targets=["all-linear", "lm_head", "embed_tokens"],
+    )
+    assert {"lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj"} <= set(package.points)
+    session = AdapterSession(package)
+    session.load_adapter("a", tmp_path / "a")
+    feeds = {
+        "input_ids": IDS.numpy(),
+        "attention_mask": np.ones_like(IDS),
+        "position_ids": np.array([[0, 1, 2, 3]] * 2),
+    }
+    assert_close(session.run(["logits"], feeds, adapter="a")[0], expected)

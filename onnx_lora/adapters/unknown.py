@@ -18,12 +18,7 @@ def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
     graphs = package.manifest.graphs
     untargeted = {module for graph in graphs for module in graph.untargeted}
     unplaced = sum(len(graph.unplaced) for graph in graphs)
-    problems = [
-        f"{module}: the graph has this module, and the package was made without a point there; "
-        f"export again with --targets including {module.rpartition('.')[2]}"
-        for module in modules
-        if module in untargeted
-    ]
+    problems = _without_points([module for module in modules if module in untargeted])
     missing = [module for module in modules if module not in untargeted]
     known = sorted(untargeted | set(package.points))
     if message := _one_prefix(missing, known):
@@ -45,11 +40,7 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
     known = {weight.module for weight in package.replaceable.values()} | set(package.points)
     known |= {module for graph in graphs for module in graph.untargeted}
     missing = [name for name in parameters if _module(name) not in known]
-    problems = [
-        f"{name}: the package cannot replace it; export again with --replaceable {_module(name)}"
-        for name in parameters
-        if _module(name) in known
-    ]
+    problems = [f"{name}: {_irreplaceable(name, package)}" for name in parameters if _module(name) in known]
     if message := _one_prefix(sorted({_module(name) for name in missing}), sorted(known)):
         return [*problems, message]
     problems.extend(
@@ -58,6 +49,32 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
         for name in missing
     )
     return problems
+
+
+def _without_points(modules: Sequence[str]) -> list[str]:
+    """Modules of the graph that got no point, and what to type."""
+    what = "the graph has this module, and the package was made without a point there"
+    names = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
+    if len(names) > _SUGGESTED:
+        return [f"{module}: {what}; export again with --targets all" for module in modules]
+    typed = "".join(f" --targets {name}" for name in names)
+    return [
+        f"{module}: {what}; export again with --targets including {module.rpartition('.')[2]} (beside all linear "
+        f"modules: --targets all-linear{typed})"
+        for module in modules
+    ]
+
+
+def _irreplaceable(parameter: str, package: Package) -> str:
+    point = package.points.get(_module(parameter))
+    if parameter.endswith(".bias") and point is not None and point.bias == "none":
+        return "the module has no bias in this base, and nothing that could take one; train without it"
+    if parameter.endswith(".bias") and f"{_module(parameter)}.weight" in package.replaceable:
+        return (
+            "the graph has no bias there: exporters leave out one that is zero; export the model with another value in "
+            "it, or through another exporter (--via optimum)"
+        )
+    return f"the package cannot replace it; export again with --replaceable {_module(parameter)}"
 
 
 def _module(parameter: str) -> str:
@@ -82,7 +99,9 @@ def _one_prefix(missing: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _prefix_message(missing: Sequence[str], difference: str) -> str:
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return (
-        f"{missing[0]} (and {len(missing) - 1} more): the name of every missing module {difference}; the adapter was "
-        "trained on the model inside another class: export the class it was trained on, or rename its tensors"
+        f"{missing[0]}{more}: the name of every missing module {difference}; the adapter was "
+        "trained on the model inside another class: export the class it was trained on (attach an ONNX file with "
+        "--checkpoint, whose names then count), or rename its tensors"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -83,7 +84,9 @@ def write_adapter(
         raise InputError(f"the format must be one of {', '.join(FORMATS)}, and is {format!r}", path=target)
     if format == "safetensors" or format == "onnx_adapter":
         if package is None:
-            raise InputError(f"{format} holds the inputs of a package's graphs: give that package", path=target)
+            raise InputError(
+                f"{format} holds the inputs of a package's graphs: give that package (--package)", path=target
+            )
         own = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
         return write_bound(own, target, format=format)
     plainly = _own(adapter, package, target)
@@ -101,9 +104,14 @@ def write_adapter(
 def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> Adapter:
     """What foreign formats can hold of it, checked against the package where there is one."""
     if isinstance(adapter, Adapter) and adapter.origin.format not in _BOUND:
-        if package is not None:
-            bind(adapter, package)
-        return plain(adapter, package)
+        own = plain(adapter, package)
+        if package is None:
+            return own
+        # PEFT saves the base's own embeddings beside a change of them.
+        kept = bind(own, package).coverage.replaced
+        return replace(own, replacements={name: each for name, each in own.replacements.items() if name in kept})
     if package is None:
-        raise InputError("a bound adapter, and a file of one, need the package that it is bound to", path=target)
+        raise InputError(
+            "a bound adapter, and a file of one, need the package that it is bound to (--package)", path=target
+        )
     return unbound(rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package), package)

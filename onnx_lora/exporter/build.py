@@ -190,7 +190,7 @@ def _choose(
     others = {linear.module for linear in linears if linear.product.kind != "linear"}
     wanted = select(list(before), options.targets, heads=heads, others=others)
     exposed = {found.linear.module for graph in exposures for found in graph.found if found.linear is not None}
-    if options.targets == ALL_LINEAR:
+    if options.targets in (ALL_LINEAR, (ALL_LINEAR,)):
         wanted -= exposed  # as PEFT leaves out what modules_to_save holds
     chosen = wanted & set(modules)
     if not chosen and not exposed:

@@ -30,7 +30,7 @@ def select(
     """The modules that `targets` names, as PEFT's `check_target_module_exists` does.
 
     `targets`: "all-linear" (every module but the `heads`, and the `others`, which are not linear), "all", a regular
-    expression that must match a whole name, or names and suffixes (`q_proj`, `attn.c_attn`).
+    expression that must match a whole name, or names and suffixes (`q_proj`, `attn.c_attn`), the two words among them.
 
     Raises ModelError: `targets` is no valid expression, or one of it names nothing.
     """
@@ -52,13 +52,15 @@ def select(
                 f"targets {targets!r} must match whole module names and matches none; there are {_sample(modules)}"
             )
         return found
-    wanted = list(targets)
+    words = [word for word in targets if word in (ALL, ALL_LINEAR)]
+    groups = [select(modules, word, heads=heads, others=others) for word in words]
+    wanted = [target for target in targets if target not in words]
     by_name = {target: [name for name in modules if name == target or name.endswith(f".{target}")] for target in wanted}
     missing = [target for target, names in by_name.items() if not names]
-    if missing or not wanted:
+    if missing or not (wanted or words):
         problems = [f"{target!r} names no module{_closest(target, modules)}" for target in missing]
         raise ModelError(f"targets must name modules of the graph; there are {_sample(modules)}", problems=problems)
-    return frozenset(name for names in by_name.values() for name in names)
+    return frozenset(name for names in (*by_name.values(), *groups) for name in names)
 
 
 def _closest(target: str, modules: Sequence[str]) -> str:

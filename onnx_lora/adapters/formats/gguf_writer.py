@@ -51,7 +51,7 @@ def write_gguf(adapter: Adapter, file: Path, config: Mapping[str, Any]) -> None:
 def _architecture(config: Mapping[str, Any], adapter: Adapter) -> str:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        found = f"is {kind!r}" if kind else "is not told by the package's config.json"
+        found = f"is {kind!r}" if kind else "is not told by the config.json of a package (--package)"
         raise UnsupportedAdapterError(
             f"the model of a GGUF file must be one of {', '.join(MODEL_TYPES)}, and {found}", path=adapter.origin.path
         )

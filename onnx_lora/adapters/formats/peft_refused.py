@@ -56,8 +56,9 @@ _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _TOOK_INITIAL_OUT = ("pissa", "olora", "corda", "lora_ga")
 
 NEEDS_INITIAL = (
-    "give the initial adapter, saved before training, with `initial`; or save this one again from where it was trained "
-    "with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`, which makes it a plain LoRA"
+    "give the initial adapter, saved before training, with `initial` (of read_adapter, and of `onnx-lora convert`); or "
+    "save this one again from where it was trained with `save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...)`, which makes it a plain LoRA"
 )
 
 # Methods of PEFT that are not read, by what could be done with an adapter of theirs, where merging it is not the cure.

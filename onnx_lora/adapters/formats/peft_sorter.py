@@ -11,7 +11,7 @@ from onnx_lora.adapters.formats.peft_keys import Key
 from onnx_lora.adapters.formats.peft_method import Method, Module, TensorError
 from onnx_lora.adapters.formats.peft_parameters import parameter_changes
 from onnx_lora.adapters.formats.peft_rules import PeftConfig
-from onnx_lora.adapters.formats.peft_tokens import LORA_TOKENS
+from onnx_lora.adapters.formats.peft_tokens import LORA_TOKENS, TOKENS
 from onnx_lora.adapters.model import Change, Delta, Replacement
 from onnx_lora.points import Array, matches
 
@@ -154,10 +154,15 @@ class Sorter:
     # --- tied weights ----------------------------------------------------------------------------
 
     def _twins(self, module: str) -> list[str]:
-        """Embeddings of which `ensure_weight_tying` gave this module the factors, the other way round."""
+        """Embeddings of which PEFT gave this module, which is tied to them, the trained tokens; or, with
+        `ensure_weight_tying`, the factors, the other way round."""
+        own = self.modules[module]
+        if TOKENS in own:
+            others = {name: tensors[TOKENS] for name, tensors in self.modules.items() if TOKENS in tensors}
+            chosen = [name for name in others if name != module and self.config.targets.rejects(name) is None]
+            return [name for name in chosen if np.array_equal(others[name], own[TOKENS])]
         if not self.config.fields.get("ensure_weight_tying"):
             return []
-        own = self.modules[module]
         return [
             name
             for name, tensors in self.modules.items()

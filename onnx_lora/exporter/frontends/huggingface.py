@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.trial import native_failures
 
@@ -87,7 +89,7 @@ def translated(model: str | os.PathLike[str], done: str) -> Iterator[None]:
         raise MissingDependencyError(
             f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[export,cpu]'"
         ) from error
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
             raise  # the disk, not the model
         if not Path(model).exists():

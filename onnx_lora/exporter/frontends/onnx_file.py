@@ -10,6 +10,7 @@ from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.package import MANIFEST
 
 __all__ = ["load_onnx"]
 
@@ -20,6 +21,8 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
     Raises ModelError: there is no such file, or no ONNX file in the folder, or no checkpoint.
     """
     path = Path(onnx_file)
+    if (path / MANIFEST).is_file():
+        raise ModelError("is a package of onnx-lora already; give the ONNX file that it was made from", path=path)
     if path.is_dir():
         files = sorted(path.glob("*.onnx"))
         if not files:

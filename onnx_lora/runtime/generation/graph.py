@@ -141,7 +141,7 @@ def _part(arg: Any, present: str, settings: Settings) -> Part:
 def _no_decoder(file: Path, problems: list[str]) -> PackageError:
     return PackageError(
         "must be a decoder with a cache for text to be generated (token ids and past in, logits and present out); "
-        "export it for the task text-generation",
+        "export it for the task text-generation-with-past, which is the default for language models",
         path=file,
         problems=problems,
     )
