@@ -164,3 +164,46 @@ def test_the_method_of_trained_tokens_writes_the_tied_head_too(tmp_path: Path) -
         "position_ids": np.array([[0, 1, 2, 3]] * 2),
     }
     assert_close(session.run(["logits"], feeds, adapter="a")[0], expected)
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2, 12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x, self.w)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(12, 12)
+        self.experts = Experts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(torch.tanh(self.gate(x)))
+
+
+def test_lora_on_the_parameter_of_all_experts(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        return Mixture().eval()
+
+    x = torch.linspace(-1, 1, 2 * 4 * 12).view(2, 4, 12)
+    shapes = ({1: torch.export.Dim("tokens")},)
+    names: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": shapes}
+    package = export(model(), tmp_path / "out", example_inputs=(x,), replaceable=["experts.w"], **names)
+    assert "experts.w" in package.replaceable
+    config = LoraConfig(r=2, target_modules=["gate"], target_parameters=["experts.w"], init_lora_weights=False)
+    tuned = get_peft_model(model(), config)
+    tuned.save_pretrained(tmp_path / "a")
+    with torch.inference_mode():
+        expected = tuned.eval()(x).numpy()
+    session = AdapterSession(package)
+    bound = session.load_adapter("a", tmp_path / "a")
+    assert bound.coverage.replaced == ("experts.w",)
+    assert_close(session.run(None, {"x": x.numpy()}, adapter="a")[0], expected)
+    assert_close(fold(package, bound).run(None, {"x": x.numpy()})[0], expected)

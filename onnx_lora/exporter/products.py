@@ -280,15 +280,14 @@ def _lookup(node: ir.Node) -> Product | Unfit | None:
         return None
     if table.dtype is None or table.dtype.name not in _FLOATS or _input(node, 1) is None:
         return None
-    reason = _unfit_weight(table, wrappers)
-    if reason is None and any(wrapper.op_type == "Transpose" for wrapper in wrappers):
-        reason = "the table is transposed on the way"
-    if reason is not None:
+    if (reason := _unfit_weight(table, wrappers)) is not None:
         return Unfit(reason, table)
+    # A head's weight that is looked up too is turned on the way.
+    transposed = sum(_swaps(wrapper) for wrapper in wrappers) % 2 == 1
     operand = Operand(wrappers[-1] if wrappers else node, 0, table)
-    rows, columns = _sizes(table)
+    rows, columns = reversed(_sizes(table)) if transposed else _sizes(table)
     dtype = _computed(table, wrappers)
-    return Product(node, node, node.outputs[0], operand, False, rows, columns, dtype, wrappers, kind="embedding")
+    return Product(node, node, node.outputs[0], operand, transposed, rows, columns, dtype, wrappers, kind="embedding")
 
 
 def _lookup_in_blocks(node: ir.Node) -> Product | Unfit | None:

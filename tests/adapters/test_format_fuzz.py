@@ -24,7 +24,7 @@ from tests.adapters.building import PackageBuilder, adapter, numbers
 from tests.adapters.test_format_gguf import file as gguf_file
 from tests.adapters.test_format_others import numbered, onnx_adapter
 
-MUTATIONS = int(os.environ.get("ONNX_LORA_FUZZ", "150"))
+MUTATIONS = int(os.environ.get("ONNX_LORA_FUZZ", "400"))
 
 # What reading takes beside the file's own bytes: Python's objects, and room for the largest config at once.
 ROOM = 24 * 2**20  # bytes
