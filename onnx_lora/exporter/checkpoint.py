@@ -271,7 +271,8 @@ def _kind_of(module: nn.Module) -> Kind | None:
     # PEFT looks its A up by what the module is called with, and knows of what a class of its own adds one thing: a
     # scale. Another forward (OPT's positions, which begin at 2) has rows that A's are not.
     plain = type(module).forward.__qualname__ == "Embedding.forward" or hasattr(module, "embed_scale")
-    return "embedding" if "Embedding" in kinds and plain else None
+    # With max_norm PEFT renormalises A's rows too.
+    return "embedding" if "Embedding" in kinds and plain and getattr(module, "max_norm", None) is None else None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

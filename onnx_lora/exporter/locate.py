@@ -21,12 +21,15 @@ __all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight"]
 # torch.onnx (dynamo) writes the module path of every node here.
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 
+# What onnxscript's rewriter, behind torch.onnx (dynamo), says of a node that it made.
+_RULE_NAME = "pkg.onnxscript.rewriter.rule_name"
+
 # TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
 # `_Q4`, `_matmul_Q4` or `_quant`.
 _NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
 
-# Of a table that may be an embedding: its torch name, or what a quantiser made of it.
-_NAMED_TABLE = re.compile(r"(?P<module>.+)\.weight(_(Q|quant).*)?")
+# A weight that kept its torch name, or what a quantiser made of that.
+_NAMED_WEIGHT = re.compile(r".+\.weight(_(Q|quant).*)?")
 
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
@@ -211,18 +214,25 @@ def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
     return kept, strays
 
 
+_FUSED = "a batch norm is multiplied into its weight, or may be: give the checkpoint, and export without fusing them"
+
+
 def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
     """A product by its form alone (named by its best guess), one that has no place, or None.
 
-    A table that is looked up may be anything. `named`: it is an embedding's only if it has the name of a weight.
+    `named`: there is no checkpoint, and the name alone tells. A table that is looked up may be anything, and is an
+    embedding's only if it is called a weight; a kernel that lost that name may have a batch norm multiplied in, which
+    an adapter's change would miss.
     """
     product = product_of(node)
     if isinstance(product, Product):
         weight = product.weight.value
         embedding = product.kind == "embedding"
-        if embedding and named and not _NAMED_TABLE.fullmatch(weight.name or ""):
+        guess, nameless = _name(node, weight), named and not _NAMED_WEIGHT.fullmatch(weight.name or "")
+        if embedding and nameless:
             return None
-        guess = _name(node, weight)
+        if (product.kind == "conv" and nameless) or "FuseBatchNorm" in node.metadata_props.get(_RULE_NAME, ""):
+            return Stray(label_of(node), _FUSED, _possible(guess, None))
         # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
         plain = node.op_type == "Gemm" and not product.transposed
         in_out = embedding or (plain and weight.name == f"{guess}.weight")

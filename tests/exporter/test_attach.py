@@ -239,3 +239,20 @@ def test_mutated_graphs_raise_our_errors_or_none(tmp_path: Path) -> None:
             refused += 1
             assert not (tmp_path / f"out{turn}").exists()
     assert refused
+
+
+@pytest.mark.parametrize("fused", ["name", "rule"])
+def test_a_convolution_that_may_hold_a_batch_norm_gets_no_point(tmp_path: Path, fused: str) -> None:
+    """PEFT's change goes in before the norm, and would miss its factor."""
+    name = "onnx::Conv_25" if fused == "name" else "conv.weight"
+    conv = helper.make_node("Conv", ["x", name], ["h"], name="/conv/Conv")
+    if fused == "rule":
+        entry = conv.metadata_props.add()
+        entry.key, entry.value = "pkg.onnxscript.rewriter.rule_name", "FuseBatchNormIntoConv"
+    nodes = [conv, helper.make_node("Conv", ["h", "plain.weight"], ["y"], name="/plain/Conv")]
+    weights = {name: random(4, 3, 1, 1), "plain.weight": random(2, 4, 1, 1)}
+    shapes = {"inputs": {"x": ["batch", 3, 5, 5]}, "outputs": {"y": ["batch", 2, 5, 5]}}
+    package = attach(save(tmp_path / "m.onnx", nodes, weights, **shapes), tmp_path / "out", targets="all")
+    assert set(package.points) == {"plain"}
+    (stray,) = package.graph().unplaced
+    assert "batch norm" in stray.reason
