@@ -78,6 +78,14 @@ def _json_option(command: Callable[P, R]) -> Callable[P, R]:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
+def _unproven_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--allow-unproven",
+        is_flag=True,
+        help="Take points at which the graph may compute something else than the module; `inspect` shows which.",
+    )(command)
+
+
 def _point_options(command: Callable[P, R]) -> Callable[..., R]:
     """What gets points and inputs, as `export` and `attach` take it."""
 
@@ -211,6 +219,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
     type=click.Path(path_type=Path),
     help="The PEFT folder of ADAPTER before its training (PiSSA, OLoRA, CorDA, LoRA-GA).",
 )
+@_unproven_option
 @_json_option
 def convert(
     adapter: Sequence[Path],
@@ -219,6 +228,7 @@ def convert(
     package: Path | None,
     kind: AdapterFormat | None,
     initial: Path | None,
+    allow_unproven: bool,
     as_json: bool,
 ) -> None:
     """Write ADAPTER, or a blend of several, in another format: ready to be fed to a package, or for other tools.
@@ -231,7 +241,7 @@ def convert(
     if len(adapter) + bool(adapters) != 1:
         raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
     chosen = _format(out, kind)
-    opened = None if package is None else Package.open(package)
+    opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
     weighted = [(path, 1.0) for path in adapter] or list(map(_weighted, adapters))
     if len(weighted) == 1 and weighted[0][1] == 1.0:
         facts = _convert_one(weighted[0][0], out, chosen, opened, initial)
@@ -277,7 +287,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) 
     elif package is None:
         facts = report.adapter_facts(read_adapter(path))
     else:
-        opened = Package.open(package)
+        opened = Package.open(package, allow_unproven=True)  # to be told of it
         adapter = read_adapter(path)
         bound = bind(adapter, opened)
         facts = report.adapter_facts(adapter) | report.coverage_facts(bound, opened)
@@ -299,6 +309,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) 
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH[:WEIGHT]", help="Several are blended.")
 @click.option("--rows", metavar="NAME,NAME,...", help='One adapter per row of the batch; "-" is the base.')
 @click.option("--graph", help="Which graph, where the package has several.")
+@_unproven_option
 @_json_option
 def run(
     package: Path,
@@ -307,6 +318,7 @@ def run(
     adapters: Sequence[str],
     rows: str | None,
     graph: str | None,
+    allow_unproven: bool,
     as_json: bool,
 ) -> None:
     """Run PACKAGE once on the inputs of an .npz file.
@@ -319,7 +331,7 @@ def run(
     parts = _named(adapters)
     choice = _choice(parts, rows)
     with _new_file(output, (".npz",)) as temporary:
-        session = AdapterSession(package, graph=graph)
+        session = AdapterSession(Package.open(package, allow_unproven=allow_unproven), graph=graph)
         for name, (path, _) in parts.items():
             session.load_adapter(name, path)
         values = session.run(None, _read_feeds(feeds), adapter=choice)
@@ -367,6 +379,7 @@ def _sampling_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.option("--rows", metavar="NAME,NAME,...", help='One adapter per prompt; "-" is the base.')
 @click.option("--chat", is_flag=True, help="A prompt is what a user says: apply the package's chat template.")
 @click.option("--graph", help="Which graph, where the package has several.")
+@_unproven_option
 @_sampling_options
 @_json_option
 def generate(
@@ -376,6 +389,7 @@ def generate(
     rows: str | None,
     chat: bool,
     graph: str | None,
+    allow_unproven: bool,
     sampling: Sampling,
     as_json: bool,
 ) -> None:
@@ -389,7 +403,7 @@ def generate(
     parts = _named(adapters)
     choice = _choice(parts, rows)
     given = [Chat([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
-    generator = TextGenerator(package, graph=graph)
+    generator = TextGenerator(Package.open(package, allow_unproven=allow_unproven), graph=graph)
     for name, (path, _) in parts.items():
         generator.load_adapter(name, path)
     clock = report.Clock()
@@ -410,6 +424,7 @@ def generate(
 @click.option("--graph", help="Which graph, where the package has several (default: all).")
 @click.option("--requantize", is_flag=True, help="Fold into quantised weights too, and say what rounding cost.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantised from.")
+@_unproven_option
 @_json_option
 def fold(
     package: Path,
@@ -418,6 +433,7 @@ def fold(
     graph: str | None,
     requantize: bool,
     source: Path | None,
+    allow_unproven: bool,
     as_json: bool,
 ) -> None:
     """Fold adapters into PACKAGE's weights and write an ordinary model folder OUT.
@@ -430,7 +446,7 @@ def fold(
     if source is not None and not requantize:
         raise click.UsageError("--source says where --requantize finds the float weights; give both")
     leave = Requantize(None if source is None else Package.open(source)) if requantize else None
-    opened = Package.open(package)
+    opened = Package.open(package, allow_unproven=allow_unproven)
     parts = [(bind(read_adapter(path), opened), weight) for path, weight in map(_weighted, adapters)]
     blend(parts)  # says what cannot be blended before anything is copied
     with report.progress("folding") as progress:
@@ -496,7 +512,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     """
     from onnx_lora.exporter.verify import verify as run_verify
 
-    opened = Package.open(package)
+    opened = Package.open(package, allow_unproven=True)
     tensors = None if adapter is None else _verifiable(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)

@@ -10,9 +10,9 @@ import os
 import shutil
 import tempfile
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -48,8 +48,14 @@ __all__ = [
 
 MANIFEST = "onnx_lora.json"
 
-# Raised when a reader of the old version would misread the new one.
-FORMAT_VERSION = 3
+# Raised when a reader of the old version would misread the new one. 4: points and whole weights may be unproven.
+FORMAT_VERSION = 4
+
+# The oldest version that is still read.
+_OLDEST_VERSION = 3
+
+# What version 3 did not ask of graphs that somebody else exported.
+_ATTACHED_BEFORE = "it was attached by an onnx-lora that did not look for traces of optimisers"
 
 # What a place says that cannot be written to. EEXIST: a file where a folder must be.
 _NOT_WRITABLE = (
@@ -117,23 +123,34 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Package:
-    """An opened package folder: its manifest, checked against the files beside it."""
+    """An opened package folder: its manifest, checked against the files beside it.
+
+    `allow_unproven`: whether adapters may be bound to its unproven points.
+    """
 
     path: Path
     manifest: Manifest
+    allow_unproven: bool = False
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Package:
+    def open(path: str | os.PathLike[str], *, allow_unproven: bool = False) -> Package:
         """Open a package folder.
+
+        allow_unproven: let adapters be bound to points at which the graph may compute something else than the module
+            (`unproven`).
 
         Raises PackageError: no such folder, no manifest, a manifest that is damaged or of a newer
         version, or a file that is missing or too short.
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        package = Package(folder, manifest)
+        package = Package(folder, manifest, allow_unproven)
         _check_files(package)
         return package
+
+    def allowing_unproven(self, allowed: bool) -> Package:
+        """The same package, whose unproven points take adapters if it is `allowed`, or was before."""
+        return replace(self, allow_unproven=True) if allowed and not self.allow_unproven else self
 
     @property
     def name(self) -> str:
@@ -170,6 +187,37 @@ class Package:
             free = weight.free_outputs and known.free_outputs
             weights[weight.name] = replace(weight, per_row=weight.per_row and known.per_row, free_outputs=free)
         return weights
+
+    @cached_property
+    def unproven(self) -> Mapping[str, str]:
+        """Modules and parameters of which the graph may compute something else, and why."""
+        doubts: dict[str, str] = {}
+        for graph in self.manifest.graphs:
+            doubts.update((point.module, point.unproven) for point in graph.points if point.unproven)
+            doubts.update((weight.name, weight.unproven) for weight in graph.replaceable if weight.unproven)
+        return doubts
+
+    def record_proof(self, graphs: Collection[str]) -> Package:
+        """Write down that every point and whole weight of these graphs was proven, and give the package as it is then.
+
+        Raises StorageError: the manifest cannot be written.
+        """
+        proven = tuple(
+            _with_doubts(graph, lambda _: "") if graph.name in graphs else graph for graph in self.manifest.graphs
+        )
+        manifest = replace(self.manifest, graphs=proven)
+        target = self.path / MANIFEST
+        with storage_errors(target):
+            descriptor, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=self.path)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    file.write(manifest.to_json())
+                Path(name).chmod(target.stat().st_mode)
+                Path(name).replace(target)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        return replace(self, manifest=manifest)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -257,10 +305,10 @@ def _read_manifest(folder: Path) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
         raise PackageError("must hold a format_version; this is not a manifest of onnx-lora", path=file)
-    if version < FORMAT_VERSION:
+    if version < _OLDEST_VERSION:
         raise PackageError(
-            f"format version {version}, and this onnx-lora reads {FORMAT_VERSION}: points are laid out otherwise "
-            "since; make the package again with `onnx-lora export` or `attach`",
+            f"format version {version}, and this onnx-lora reads {_OLDEST_VERSION} to {FORMAT_VERSION}: points are "
+            "laid out otherwise since; make the package again with `onnx-lora export` or `attach`",
             path=file,
         )
     if version > FORMAT_VERSION:
@@ -274,7 +322,22 @@ def _read_manifest(folder: Path) -> Manifest:
         raise PackageError(f"damaged: {error}; make the package again", path=file) from error
     if not manifest.graphs:
         raise PackageError("damaged: it names no graph; make the package again", path=file)
-    return manifest
+    return manifest if version == FORMAT_VERSION else _upgraded(manifest)
+
+
+def _upgraded(manifest: Manifest) -> Manifest:
+    """A manifest of version 3 as one of today."""
+    graphs = manifest.graphs
+    if manifest.source.get("made_by") == "attach":
+        graphs = tuple(_with_doubts(graph, lambda _: _ATTACHED_BEFORE) for graph in graphs)
+    return replace(manifest, format_version=FORMAT_VERSION, graphs=graphs)
+
+
+def _with_doubts(graph: GraphInfo, doubt: Callable[[str], str]) -> GraphInfo:
+    """The graph with other doubts about its points and whole weights, by module and parameter."""
+    points = tuple(replace(point, unproven=doubt(point.module)) for point in graph.points)
+    weights = tuple(replace(weight, unproven=doubt(weight.name)) for weight in graph.replaceable)
+    return replace(graph, points=points, replaceable=weights)
 
 
 def _decode(kind: Any, data: object, where: str) -> Any:
@@ -285,9 +348,10 @@ def _decode(kind: Any, data: object, where: str) -> Any:
             raise ValueError(f"{where} must be an object")
         hints = get_type_hints(kind)
         known = {field.name for field in fields(kind)}
-        if set(data) != known:
-            raise ValueError(f"{where} must have exactly {sorted(known)}, not {sorted(data)}")
-        return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in known})  # type: ignore[operator]
+        missing = {field.name for field in fields(kind) if field.default is MISSING} - set(data)
+        if missing or not set(data) <= known:
+            raise ValueError(f"{where} lacks {sorted(missing)}, or has more than {sorted(known)}: {sorted(data)}")
+        return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in data})  # type: ignore[operator]
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{where} must be a list")

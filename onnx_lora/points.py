@@ -157,6 +157,9 @@ class InjectionPoint:
 
     Of a convolution in `groups`, W0 has `in / groups` inputs and the branch has all of them, as in PEFT: no sum of
     the two is a weight of it, and it cannot be folded.
+
+    `unproven`: why the graph may compute something else here than the module does, where it shows traces of an
+    optimiser; empty where there is no such doubt. Comparing the package with its checkpoint settles it.
     """
 
     module: str
@@ -170,6 +173,7 @@ class InjectionPoint:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     bias: Bias = "unknown"
+    unproven: str = ""
 
     @property
     def lora_a(self) -> str:
@@ -299,6 +303,7 @@ class Replaceable:
     whole           any                                    as torch's: no rows
 
     `free_outputs`: an adapter may bring another number of outputs (a classifier's head), or of a table's entries.
+    `unproven`: as of a point.
     """
 
     name: str
@@ -310,6 +315,7 @@ class Replaceable:
     sha256: str
     parts: tuple[WeightPart, ...]
     in_out: bool = False
+    unproven: str = ""
 
     @property
     def module(self) -> str:

@@ -11,10 +11,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Scheme", "dequantise", "quantise"]
+__all__ = ["Scheme", "dequantise", "is_rounded", "quantise"]
 
 # Numbers of any type: mypy knows no arithmetic of `np.generic`.
 Array = NDArray[Any]
+
+# Half a step is what rounding to nearest moves a number. Above it: float32's own rounding, and that of scales kept in
+# float16, which moves a number by so much of its distance from zero.
+_NEAREST = 0.5 + 1e-3  # steps
+_OF_FLOAT16 = 2.0**-10  # steps a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,26 @@ def dequantise(scheme: Scheme, values: Array, scale: Array, zero_point: Array | 
     return weight
 
 
+def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_point: Array | None) -> bool:
+    """Whether the `values` are what rounding `weight` `[rows, columns]` to nearest gives, number by number.
+
+    True for every quantiser that rounds to nearest, whatever scales it chose; numbers beyond the ends of the range are
+    cut off to them. False for those that spread an error over other numbers (GPTQ), and for another weight: one whose
+    inputs or outputs were scaled above all.
+    """
+    steps = _spread_scale(scheme, scale)
+    ends = _range(scheme, values)
+    zeros: Any = _spread_zeros(scheme, zero_point)
+    numbers: Any = _spread_numbers(scheme, values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact = weight / steps
+    exact = np.where(steps == 0, np.where(weight == 0, numbers - zeros, np.inf), exact) + zeros
+    off = exact - numbers
+    allowed = _NEAREST + np.abs(numbers - zeros) * _OF_FLOAT16
+    cut = ((numbers <= ends[0]) & (off < 0)) | ((numbers >= ends[1]) & (off > 0))
+    return bool(((np.abs(off) <= allowed) | cut).all())
+
+
 def quantise(
     scheme: Scheme, weight: Array, values: Array, zero_point: Array | None
 ) -> tuple[Array, Array, Array | None]:
@@ -99,15 +124,19 @@ def quantise(
 def _from_blocks(scheme: Scheme, values: Array, scale: Array, zero_point: Array | None) -> Array:
     rows, blocks = scheme.rows, scheme.blocks
     numbers = _unpacked(values.reshape(rows, blocks, -1), scheme.bits).astype(np.float32)
-    scales = scale.reshape(rows, blocks, 1).astype(np.float32)
-    if zero_point is None:
-        numbers -= 2.0 ** (scheme.bits - 1)
-    elif zero_point.dtype == np.uint8:
-        numbers -= _unpacked(zero_point.reshape(rows, -1), scheme.bits)[:, :blocks, None].astype(np.float32)
-    else:
-        numbers -= zero_point.reshape(rows, blocks, 1).astype(np.float32)
-    numbers *= scales
+    numbers -= _block_zeros(scheme, zero_point)
+    numbers *= scale.reshape(rows, blocks, 1).astype(np.float32)
     return numbers.reshape(rows, -1)[:, : scheme.columns]
+
+
+def _block_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
+    """The zero points of the layout "blocks", `[rows, blocks, 1]`, or the one number that all have."""
+    if zero_point is None:
+        return np.float32(2.0 ** (scheme.bits - 1))
+    if zero_point.dtype == np.uint8:
+        unpacked = _unpacked(zero_point.reshape(scheme.rows, -1), scheme.bits)
+        return unpacked[:, : scheme.blocks, None].astype(np.float32)
+    return zero_point.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
 
 
 def _to_blocks(scheme: Scheme, weight: Array, zero_point: Array | None) -> tuple[Array, Array, Array | None]:
@@ -152,8 +181,34 @@ def _to_affine(
     return numbers.clip(lowest, highest).astype(values.dtype), scale, kept
 
 
+def _spread_numbers(scheme: Scheme, values: Array) -> Array:
+    """The stored numbers as float32 `[rows, columns]`."""
+    if scheme.layout == "affine":
+        return values.astype(np.float32)
+    numbers = _unpacked(values.reshape(scheme.rows, scheme.blocks, -1), scheme.bits)
+    return numbers.reshape(scheme.rows, -1)[:, : scheme.columns].astype(np.float32)
+
+
+def _spread_scale(scheme: Scheme, scale: Array) -> Array:
+    """Scales in float32, so that they meet the weight element by element."""
+    if scheme.layout == "affine":
+        return _spread(scale.astype(np.float32), scheme)
+    blocks = scale.reshape(scheme.rows, scheme.blocks).astype(np.float32)
+    return np.repeat(blocks, scheme.block_size, axis=1)[:, : scheme.columns]
+
+
+def _spread_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
+    """Zero points in float32, so that they meet the weight element by element."""
+    if scheme.layout == "affine":
+        return np.float32(0) if zero_point is None else _spread(zero_point.astype(np.float32), scheme)
+    zeros = np.broadcast_to(_block_zeros(scheme, zero_point), (scheme.rows, scheme.blocks, 1))[:, :, 0]
+    return np.repeat(zeros, scheme.block_size, axis=1)[:, : scheme.columns]
+
+
 def _range(scheme: Scheme, values: Array) -> tuple[int, int]:
     """The numbers a weight's own quantiser used: 7 of 8 bits where it reduced the range (old AVX2 machines)."""
+    if scheme.layout == "blocks":
+        return 0, 2**scheme.bits - 1
     if values.astype(np.int16).min(initial=0) >= 0 and values.dtype.name.startswith("u"):
         return 0, 2**scheme.bits - 1
     reach = 2 ** (scheme.bits - 1)

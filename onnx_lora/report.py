@@ -136,6 +136,7 @@ def package_facts(package: Package, *, full: bool = False) -> Facts:
         "without_point": [
             f"{graph.name}: {entry.node}: {entry.reason}" for graph in graphs for entry in graph.unplaced
         ],
+        "unproven": dict(package.unproven),
         "not_targeted": sorted({module for graph in graphs for module in graph.untargeted}),
         "size": _size(_data_bytes(package)),
         "fingerprint": package.fingerprint,

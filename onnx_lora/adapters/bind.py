@@ -13,7 +13,7 @@ from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, de
 from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
 from onnx_lora.adapters.names import resolved
 from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
-from onnx_lora.adapters.unknown import explain_modules, explain_parameters
+from onnx_lora.adapters.unknown import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
@@ -21,13 +21,15 @@ from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
 __all__ = ["bind"]
 
 
-def bind(adapter: Adapter, package: Package) -> BoundAdapter:
+def bind(adapter: Adapter, package: Package, *, allow_unproven: bool = False) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 
-    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too.
+    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too. `allow_unproven`:
+    take points at which the graph may compute something else than the module, and note them in `coverage.notes`.
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
+    package = package.allowing_unproven(allow_unproven)
     adapter = resolved(adapter, package)
     adapter, untold = with_tied(adapter, package)
     adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
@@ -39,6 +41,7 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
     binder.check_heads()
     binder.check_saved_modules()
     binder.check_base()
+    binder.check_proven()
     if not adapter.deltas and not adapter.replacements and not adapter.changes:
         binder.problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if binder.problems:
@@ -351,6 +354,14 @@ class _Binder:
                 f"it was bound to another base: {len(other)} of {len(self.digests)} base weights differ, the first is "
                 f"{other[0]}; convert the adapter again for this package, or take the package it belongs to"
             )
+
+    def check_proven(self) -> None:
+        """That the graph computes what the adapter was trained on, wherever it changes something."""
+        doubts = explain_doubts([*self.digests, *self.replaced], self.package)
+        if self.package.allow_unproven:
+            self.notes += doubts
+        else:
+            self.problems += [f"{doubt}; {PROVE}" for doubt in doubts]
 
     def coverage(self) -> Coverage:
         points = self.package.points

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lora.adapters.model import NO_SCALE, BoundAdapter
+from onnx_lora.adapters.unknown import PROVE, explain_doubts
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, Replaceable
@@ -34,6 +35,8 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
         f"{module}: the package has no such module" for module in bound.changes if module not in package.points
     ]
     problems += _pair_problems(bound.tensors, package) + _base_problems(bound, package)
+    if not package.allow_unproven:
+        problems += [f"{doubt}; {PROVE}" for doubt in explain_doubts(bound.base_digests, package)]
     if problems:
         raise BindError(
             f"the adapter {bound.name!r} was bound to another package than {package.name}; bind it to this one",

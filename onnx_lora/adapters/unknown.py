@@ -1,16 +1,36 @@
-"""Why names of an adapter are none of a package, and what to do about each."""
+"""Why a package cannot take what an adapter names, and what to do about each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.package import Package
 
-__all__ = ["explain_modules", "explain_parameters"]
+__all__ = ["PROVE", "explain_doubts", "explain_modules", "explain_parameters"]
+
+# What to do about points that are unproven.
+PROVE = (
+    "compare the package with its checkpoint (`onnx-lora verify PACKAGE --reference CHECKPOINT`), or take the risk "
+    "with allow_unproven=True (--allow-unproven)"
+)
 
 # Comparing names is slow, and after a few the reader knows.
 _SUGGESTED = 3
+
+
+def explain_doubts(names: Iterable[str], package: Package) -> list[str]:
+    """What to say of modules and parameters that are unproven: one entry for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name in names:
+        if name in package.unproven:
+            by_reason.setdefault(package.unproven[name], []).append(name)
+    return [f"{_some(touched)}: unproven, because {reason}" for reason, touched in by_reason.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(names[:_SUGGESTED]) + (f" and {len(names) - _SUGGESTED} more" if names[_SUGGESTED:] else "")
 
 
 def explain_modules(modules: Sequence[str], package: Package) -> list[str]:

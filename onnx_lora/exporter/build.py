@@ -5,7 +5,7 @@ load –locate, settle→ sites –choose, own→ base graph on disk –inject�
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +27,7 @@ from onnx_lora.exporter.own import own_exposures, own_weights
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
+from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.trial import check_opens
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
@@ -45,13 +46,14 @@ class Source:
     """One ONNX file to be given points, and its name in the package.
 
     `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own.
+    then its own. `calls`: how often torch calls each module, without the prefix; None where torch was not asked.
     """
 
     name: str
     file: Path
     prefix: str = ""
     checkpoint: Checkpoint | None = None
+    calls: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class _Graph:
     model: ir.Model
     shapes: Shapes
     sites: Sites
+    doubt: str  # why whole weights may be others than the model's, or nothing
 
 
 def build(
@@ -151,12 +154,17 @@ def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, nam
     store.externalize(model.graph)
     shapes = infer_shapes(model)
     own = source.checkpoint or checkpoint
-    located = locate(model.graph, own)
+    located, doubt = locate(model.graph, own), ""
+    if source.calls is not None:
+        located = located.counted(source.calls)
+    else:
+        traces = find_traces(model, [linear.product for linear in located.linears])
+        located, doubt = located.doubted(traces, named=own is None), traces.of_others()
     if own is None and names is not None:
         located = _renamed(located, names)
     if source.prefix:
         located = located.under(source.prefix)
-    return _Graph(source, model, shapes, Sites.of(located, shapes))
+    return _Graph(source, model, shapes, Sites.of(located, shapes), doubt)
 
 
 def _renamed(located: Located, names: GenaiNames) -> Located:
@@ -266,7 +274,7 @@ class _Writing:
         given = [site for site in sites if self.chosen & set(site.modules)]
         points, branches = points_of(given), branches_of(given, dora=self.options.dora)
         heads, pointed = free_modules(model, exposures), {point.module for point in points}
-        replaceable = [replaceable_of(exposure, heads, pointed) for exposure in exposures]
+        replaceable = [replaceable_of(exposure, heads, pointed, self.graph.doubt) for exposure in exposures]
         self._inject(surgeon, sites, points, branches, replaceable, exposures)
         self.store.externalize(model.graph)  # the defaults of large replaceable weights
         ir.save(model, self.files.points)

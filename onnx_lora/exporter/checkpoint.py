@@ -7,14 +7,15 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from onnx_lora.errors import ModelError
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Checkpoint", "Match"]
+__all__ = ["NEVER_CALLED", "Checkpoint", "Match", "scaled_axis"]
+
+# Why `nn.MultiheadAttention`'s `out_proj` gets no point.
+NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
 
 _ALL = (slice(None), slice(None))
 _FIRST_ROW = (slice(0, 1), slice(None))
@@ -34,6 +38,15 @@ _FIRST_COLUMN = (slice(None), slice(0, 1))
 # A first row farther than this belongs to another module: of an unrelated one it is 1.4 norms away. A row of
 # small numbers may be rounded to zero.
 _FIRST_ROW_NEAR = 1.0
+
+# A weight's inputs, or outputs, count as scaled where the scales are so many times further from 1 (mean square) than
+# what they leave unexplained would put them, and that is no larger part of the whole (a sum of squares: rounding to 4
+# bits leaves a hundredth).
+_SCALED_FURTHER = 4.0
+_SCALED_REST = 0.25
+
+# The axes of `[in, out]` that scales may lie along, and the axis that each is summed over.
+_AXES: Mapping[Literal["inputs", "outputs"], int] = {"inputs": 1, "outputs": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +93,37 @@ class Checkpoint:
     """Every `.weight` of a model with two axes or more, by its module's torch name, read only when asked for.
 
     `heads` are the output layers that "all-linear" leaves out. None: the checkpoint is only a file,
-    which says neither what is an output layer nor what is linear and what an embedding.
+    which says neither what is an output layer nor what is linear and what an embedding. `refused`: modules with a
+    weight that must not have LoRA here, and why.
     """
 
     weights: tuple[_Weight, ...]
     modules: frozenset[str]
     heads: frozenset[str] | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of_module(model: nn.Module, *, heads: frozenset[str]) -> Checkpoint:
         """The modules of a torch model that can have LoRA: `nn.Linear`, transformers' `Conv1D`, convolutions and
         embeddings."""
         weights = []
+        refused: dict[str, str] = {}
         elsewhere = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
         for name, module in model.named_modules():
             kind = _kind_of(module)
-            # PEFT wraps an embedding under its first name only: by others it is called without the adapter.
-            if kind is None or (kind == "embedding" and elsewhere[id(module)] > 1):
+            if kind is None:
+                continue
+            reason = _refusal(module, kind)
+            if kind == "embedding" and elsewhere[id(module)] > 1:
+                reason = "PEFT wraps an embedding under its first name only: by others it is called without the adapter"
+            if reason is not None:
+                refused[name] = reason
                 continue
             weight = module.weight
             shape = int(weight.shape[0]), math.prod(weight.shape[1:])
             bias: Bias = "none" if getattr(module, "bias", None) is None else "added"
             weights.append(_Weight(name, shape, partial(_read_tensor, weight), kind, bias))
-        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads)
+        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads, refused)
 
     @staticmethod
     def of_folder(folder: Path) -> Checkpoint:
@@ -120,7 +141,7 @@ class Checkpoint:
                 raise ModelError(f"must be a safetensors file: {error}", path=file) from error
         weights: list[_Weight] = []
         for key, (file, shape) in shapes.items():
-            if key.endswith(".weight") and len(shape) > 1:
+            if key.endswith(".weight") and len(shape) > 1 and not _is_never_called(key, shapes):
                 module = key.removesuffix(".weight")
                 kind: Kind | None = "conv" if len(shape) > 2 else None
                 bias: Bias = "added" if f"{module}.bias" in shapes else "none"
@@ -157,6 +178,14 @@ class Checkpoint:
         if whole or kind != "linear":
             return list(whole.values())
         return list(self._packed(weight, 0, (), same))
+
+    def matrices(self, module: str) -> Iterator[Array]:
+        """A module's weight as `[in, out]`, in every layout that torch may keep it in."""
+        for weight in self.weights:
+            if weight.module == module:
+                values = weight.read(_ALL).astype(np.float32, copy=False)
+                yield values.T
+                yield values
 
     def find_piece(self, weight: Array, guess: str, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
@@ -257,22 +286,66 @@ def _by_output(weight: _Weight, in_out: bool, dtype: np.dtype[np.generic]) -> Ar
     return values.T if in_out else values
 
 
-def _kind_of(module: nn.Module) -> Kind | None:
-    """By name, along the classes it inherits from: torch is not needed to attach points to a file.
+def scaled_axis(weight: Array, reference: Array) -> Literal["inputs", "outputs"] | None:
+    """Which axis of `reference` `[in, out]` was multiplied by scales that explain `weight`, as far as rounding lets
+    that be told; None: neither."""
+    wide: NDArray[np.float64] = weight.astype(np.float64)
+    known: NDArray[np.float64] = reference.astype(np.float64)
+    explained: dict[Literal["inputs", "outputs"], float] = {}
+    for name, along in _AXES.items():
+        squares = np.square(known).sum(axis=along)
+        if not squares.all():
+            continue
+        scales = (wide * known).sum(axis=along) / squares
+        rest = np.square(wide - known * np.expand_dims(scales, along))
+        errors = rest.sum(axis=along) / known.shape[along] / squares  # squares of the standard errors of scales
+        if np.square(scales - 1.0).mean() > _SCALED_FURTHER * errors.mean():
+            explained[name] = float(rest.sum())
+    best = min(explained, key=lambda name: explained[name], default=None)
+    whole = np.square(wide).sum()
+    return best if best is not None and explained[best] < _SCALED_REST * whole else None
 
-    MultiheadAttention reads the weight of its `out_proj` and never calls it: an adapter there has no effect. A
-    convolution that pads otherwise than with zeros does what PEFT's A beside it does not.
-    """
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    if kinds & {"Linear", "Conv1D"} and "NonDynamicallyQuantizableLinear" not in kinds:
-        return "linear"
-    if kinds & {"Conv1d", "Conv2d", "Conv3d"} and getattr(module, "padding_mode", "zeros") == "zeros":
-        return "conv"
-    # PEFT looks its A up by what the module is called with, and knows of what a class of its own adds one thing: a
-    # scale. Another forward (OPT's positions, which begin at 2) has rows that A's are not.
-    plain = type(module).forward.__qualname__ == "Embedding.forward" or hasattr(module, "embed_scale")
-    # With max_norm PEFT renormalises A's rows too.
-    return "embedding" if "Embedding" in kinds and plain and getattr(module, "max_norm", None) is None else None
+
+def _is_never_called(key: str, others: Collection[str]) -> bool:
+    """Whether a weight is `nn.MultiheadAttention`'s `out_proj`, which it reads and never calls: PEFT has no effect."""
+    parent, _, name = key.removesuffix(".weight").rpartition(".")
+    beside = {f"{parent}.{what}".lstrip(".") for what in ("in_proj_weight", "in_proj_bias")}
+    return name == "out_proj" and not beside.isdisjoint(others)
+
+
+# What torch's and transformers' own classes compute with their weight, by class and by the forward that does it.
+_KINDS: Mapping[str, Kind] = {
+    "Linear": "linear",
+    "Conv1D": "linear",
+    "Conv1d": "conv",
+    "Conv2d": "conv",
+    "Conv3d": "conv",
+    "Embedding": "embedding",
+}
+
+
+def _kind_of(module: nn.Module) -> Kind | None:
+    """By name, along the classes it inherits from: torch is not needed to attach points to a file."""
+    return next((_KINDS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _KINDS), None)
+
+
+def _refusal(module: nn.Module, kind: Kind) -> str | None:
+    """Why PEFT's delta beside a module's product would be something else than PEFT's delta beside the module, or
+    None. PEFT adds it to whatever the module gives, of which the graph shows only parts."""
+    name, _, method = type(module).forward.__qualname__.partition(".")
+    own_forward = name not in _KINDS or method != "forward" or "forward" in vars(module)
+    # PEFT knows of one thing that a class of embeddings adds: a scale.
+    if own_forward and not (kind == "embedding" and hasattr(module, "embed_scale")):
+        return f"{type(module).__name__} has a forward of its own, which may compute more than x · W0"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a hook may change what it takes in or gives"
+    if "NonDynamicallyQuantizableLinear" in (kind.__name__ for kind in type(module).__mro__):
+        return NEVER_CALLED
+    if kind == "conv" and getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"it pads with {getattr(module, 'padding_mode', '')} values, and PEFT's A beside it with zeros"
+    if kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "with max_norm PEFT renormalises A's rows too"
+    return None
 
 
 def _safetensors_files(folder: Path) -> list[Path]:

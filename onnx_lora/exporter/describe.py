@@ -48,6 +48,7 @@ def _point(module: str, uses: Sequence[tuple[Site, Linear]]) -> InjectionPoint:
         kernel=product.kernel,
         groups=product.groups,
         bias=first.has_bias,
+        unproven=next((linear.unproven for _, linear in uses if linear.unproven), ""),
     )
 
 
@@ -97,8 +98,9 @@ def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[st
     return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
 
 
-def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collection[str]) -> Replaceable:
-    """`heads`: modules whose number of outputs is free; `pointed`: those with a point."""
+def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collection[str], doubt: str) -> Replaceable:
+    """`heads`: modules whose number of outputs is free; `pointed`: those with a point; `doubt`: why a weight that is no
+    linear module's may be another than the model's."""
     assert exposure.value.name is not None
     assert exposure.value.const_value is not None
     stored = where(exposure.value)
@@ -110,11 +112,14 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collectio
         # Rows behind those that a point's A has would have no delta.
         free = table and exposure.name.removesuffix(".weight") not in pointed
         role: Literal["table", "whole"] = "table" if table else "whole"
-        return Replaceable(exposure.name, role, stored.shape, stored.dtype, free, False, digest(values), (part,))
+        return Replaceable(
+            *(exposure.name, role, stored.shape, stored.dtype, free, False, digest(values), (part,)), unproven=doubt
+        )
     rows, free = site.placement.per_row, linear.module in heads
     if exposure.is_bias:
         return Replaceable(
-            exposure.name, "linear_bias", stored.shape, linear.dtype, free, rows, digest(values), (part,)
+            *(exposure.name, "linear_bias", stored.shape, linear.dtype, free, rows, digest(values), (part,)),
+            unproven=linear.unproven,
         )
     weight = values if linear.product.transposed != linear.in_out else values.T
     return Replaceable(
@@ -127,4 +132,5 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collectio
         sha256=digest(weight),
         parts=(_part(linear),),
         in_out=linear.in_out,
+        unproven=linear.unproven,
     )

@@ -3,33 +3,28 @@ nothing."""
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.exporter.checkpoint import Checkpoint, Match
+from onnx_lora.exporter.checkpoint import NEVER_CALLED, Checkpoint, Match, scaled_axis
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
+from onnx_lora.exporter.scopes import path_of, scopes_around
+from onnx_lora.exporter.traces import Traces, module_doubt
 from onnx_lora.points import FLOAT_TYPES, Array, Bias
 from onnx_lora.quantised import Scheme
 
 __all__ = ["Linear", "Located", "Stray", "label_of", "locate", "same_weight"]
 
-# torch.onnx (dynamo) writes the module path of every node here.
-_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-
 # What onnxscript's rewriter, behind torch.onnx (dynamo), says of a node that it made.
 _RULE_NAME = "pkg.onnxscript.rewriter.rule_name"
 
-# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
-# `_Q4`, `_matmul_Q4` or `_quant`.
-_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
-
 # A weight that kept its torch name, or what a quantiser made of that.
-_NAMED_WEIGHT = re.compile(r".+\.weight(_(Q|quant).*)?")
+_NAMED_WEIGHT = re.compile(r"(?P<module>.+)\.weight(_(Q|quant).*)?")
 
 # A module called a second time gets its scope numbered: `query_1`.
 _CALLED_AGAIN = re.compile(r"(?P<path>.+)_\d+")
@@ -55,6 +50,7 @@ class Linear:
     module was cut up.
     `in_out`: torch keeps the weight `[in, out]`. `reference` reads the checkpoint's weight, as torch
     keeps it, where the checkpoint said which module this is, and `known_bias` whether that module has a bias.
+    `unproven`: why the graph may compute something else here than the module does, or nothing.
     """
 
     product: Product
@@ -67,6 +63,7 @@ class Linear:
     in_out: bool = False
     reference: Callable[[], Array] | None = field(default=None, compare=False)
     known_bias: Bias = "unknown"
+    unproven: str = ""
 
     @property
     def node(self) -> ir.Node:
@@ -154,6 +151,37 @@ class Located:
             tuple(replace(one, modules=tuple(prefix + name for name in one.modules)) for one in self.strays),
         )
 
+    def without(self, modules: Collection[str], reason: str) -> Located:
+        """The same, but that these modules have no place, for this reason."""
+        gone = [one for one in self.linears if one.module in modules]
+        strays = tuple(Stray(label_of(one.node), reason, (one.module,)) for one in gone)
+        kept = tuple(one for one in self.linears if one.module not in modules)
+        return Located(kept, (*self.strays, *strays))
+
+    def doubted(self, traces: Traces, *, named: bool) -> Located:
+        """The same, unproven where the graph shows traces of an optimiser. `named`: nothing but names told."""
+        doubted: list[Linear] = []
+        for one in self.linears:
+            doubt = traces.of_calls(one.product) or module_doubt(one.product)
+            if named:
+                doubt = doubt or traces.of_weight(one.product)
+            doubted.append(replace(one, unproven=one.unproven or doubt))
+        return replace(self, linears=tuple(doubted))
+
+    def counted(self, calls: Mapping[str, int]) -> Located:
+        """The same without the modules that torch calls more or less often than the graph does.
+
+        Fewer nodes: a call has become a constant. More: something else computes with the weight, and would take the
+        adapter along that PEFT leaves out there.
+        """
+        nodes = Counter(one.module for one in self.linears if one.first == 0)
+        located = self
+        for module, count in nodes.items():
+            if count != calls.get(module, 0):
+                reason = f"torch calls {module} {calls.get(module, 0)} times, and the graph holds it {count} times"
+                located = located.without([module], reason)
+        return located
+
 
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     """Find the modules behind the nodes.
@@ -162,6 +190,16 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     one the nearest), and its name decides between equals. Without, the name alone does: dynamo's
     scopes, the node's path, the initializer's name.
     """
+    located = _located(graph, checkpoint)
+    never_called = {
+        name.removesuffix("in_proj_bias").removesuffix("in_proj_weight") + "out_proj"
+        for name in graph.initializers
+        if name.endswith((".in_proj_bias", ".in_proj_weight"))
+    }
+    return located.without(never_called, NEVER_CALLED)
+
+
+def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:
     found: list[Linear] = []
     strays: list[Stray] = []
     for node in ir.traversal.RecursiveGraphIterator(graph):
@@ -231,8 +269,11 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
         guess, nameless = _name(node, weight), named and not _NAMED_WEIGHT.fullmatch(weight.name or "")
         if embedding and nameless:
             return None
-        if (product.kind == "conv" and nameless) or "FuseBatchNorm" in node.metadata_props.get(_RULE_NAME, ""):
+        fused = product.kind == "conv" and named and not _keeps_name(weight, guess)
+        if fused or "FuseBatchNorm" in node.metadata_props.get(_RULE_NAME, ""):
             return Stray(label_of(node), _FUSED, _possible(guess, None))
+        if (owner := _used_by_root(node, weight)) is not None:
+            return Stray(label_of(node), "its weight is used by a function, not by the module itself", (owner,))
         # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
         plain = node.op_type == "Gemm" and not product.transposed
         in_out = embedding or (plain and weight.name == f"{guess}.weight")
@@ -246,6 +287,18 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
     return Stray(label_of(node), f"{node.op_type} gets no point yet", _possible(guess, None))
 
 
+def _keeps_name(weight: ir.Value, guess: str) -> bool:
+    """Whether a kernel has its module's name: what is multiplied into it gives it another (`ConvMulFusion_W_...`)."""
+    named = _NAMED_WEIGHT.fullmatch(weight.name or "")
+    return named is not None and _agrees(guess, named["module"])
+
+
+def _used_by_root(node: ir.Node, weight: ir.Value) -> str | None:
+    """The module whose weight the model itself computes with, outside of every module (dynamo's scopes say so)."""
+    around, named = scopes_around(node), _NAMED_WEIGHT.fullmatch(weight.name or "")
+    return named["module"] if len(around) > 1 and not around[-2] and named is not None else None
+
+
 def label_of(node: ir.Node) -> str:
     """A node's name, or what stands for it."""
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
@@ -253,16 +306,10 @@ def label_of(node: ir.Node) -> str:
 
 def _name(node: ir.Node, weight: ir.Value | None) -> str:
     """The module's name by what the exporter wrote: scopes, the node's path, the weight's name."""
-    scopes = node.metadata_props.get(_NAME_SCOPES)
-    if scopes is not None:
-        try:
-            around = [str(scope) for scope in ast.literal_eval(scopes)]
-        except (ValueError, SyntaxError):
-            around = []
-        if len(around) > 1 and around[-2]:
-            return around[-2]
-    match = _NODE_NAME.fullmatch(node.name or "")
-    path = match["path"].replace("/", ".") if match else None
+    around = scopes_around(node)
+    if len(around) > 1 and around[-2]:
+        return around[-2]
+    path = path_of(node)
     name = (weight.name if weight is not None else None) or ""
     stem = name.removesuffix(".weight") if name.endswith(".weight") else None
     # Of a tied weight the name is the other module's; of a part exported alone the path lacks its beginning.
@@ -349,8 +396,10 @@ def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) 
         if ways and linear.module not in {way[0].module for way in ways}:
             # A head tied to the embeddings: the checkpoint has its values under the other name.
             return [replace(linear, reference=ways[0][0].read)]
+        if linear.guess in checkpoint.refused:
+            return checkpoint.refused[linear.guess]
         if linear.module in checkpoint.modules:
-            return f"its weight is not the checkpoint's {linear.module}.weight"
+            return f"its weight is not the checkpoint's {linear.module}.weight{_difference(linear, checkpoint)}"
         return "no weight of the checkpoint equals its weight"
     if len(own) > 1:
         named = [way for way in own if _named(linear.guess, way)]
@@ -358,7 +407,44 @@ def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) 
             modules = sorted({match.module for way in own for match in way})
             return f"its weight is that of several modules: {', '.join(modules[:8])}"
         own = named
-    return [_placed(linear, match) for match in own[0]]
+    placed = [_placed(linear, match) for match in own[0]]
+    return placed if linear.product.quantised is None else _compared(placed, weight, own[0])
+
+
+def _compared(placed: list[Linear], weight: Array, way: list[Match]) -> list[Linear] | str:
+    """A quantised product's modules, where its weight is what its quantiser made of theirs; unproven where that
+    cannot be told, and why not where it is another: the tolerance of rounding hides scales of some percent."""
+    product = placed[0].product
+    reference = np.concatenate([_by_input(match) for match in way], axis=1)
+    if product.is_rounded(reference):
+        return placed
+    if (scaled := scaled_axis(weight, reference)) is not None:
+        return f"its quantised weight is the checkpoint's with its {scaled} scaled ({_CAUSES[scaled]})"
+    doubt = "its quantised weight is not the checkpoint's rounded to nearest (GPTQ and others round otherwise)"
+    return [replace(linear, unproven=doubt) for linear in placed]
+
+
+# What scales a weight's inputs or outputs after training.
+_CAUSES = {
+    "inputs": "SmoothQuant, AWQ: the activation it reads is divided by that, which a branch beside it would miss",
+    "outputs": "a scale or a norm behind it was multiplied in, which a branch beside it would miss",
+}
+
+
+def _by_input(match: Match) -> Array:
+    """A match's outputs of its module's weight, `[in, outputs]`."""
+    values = match.read().astype(np.float32, copy=False)
+    matrix = values if match.in_out else values.T
+    return matrix[:, match.first : match.first + match.outputs]
+
+
+def _difference(linear: Linear, checkpoint: Checkpoint) -> str:
+    """What explains that a weight is not its module's, or nothing."""
+    weight = np.asarray(linear.product.values())
+    for reference in checkpoint.matrices(linear.module):
+        if reference.shape == weight.shape and (scaled := scaled_axis(weight, reference)) is not None:
+            return f", but that with its {scaled} scaled ({_CAUSES[scaled]})"
+    return ""
 
 
 def _named(guess: str, way: list[Match]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.points import FLOAT_TYPES, Array, Kind
-from onnx_lora.quantised import Scheme, dequantise
+from onnx_lora.quantised import Scheme, dequantise, is_rounded
 
 __all__ = ["Operand", "Product", "Quantised", "Unfit", "axes_of", "product_of", "unwrap"]
 
@@ -108,6 +108,18 @@ class Product:
         """The nodes between the weight and `node`."""
         maker = self.weight.node
         return self.wrappers if maker is self.node or maker in self.wrappers else (*self.wrappers, maker)
+
+    def is_rounded(self, weight: Array) -> bool:
+        """Whether the quantised weight is `weight` `[in, outputs]`, rounded to nearest."""
+        assert self.quantised is not None  # of whom else
+        quantised, zero = self.quantised, self.quantised.zero_point
+        return is_rounded(
+            quantised.scheme,
+            (weight.T if self.transposed else weight).astype(np.float32, copy=False),
+            _numbers(self.weight.value),
+            _numbers(quantised.scale.value),
+            None if zero is None else _numbers(zero.value),
+        )
 
     def values(self) -> Array:
         """W0 as `[in, outputs]`; of a quantised weight in float32."""

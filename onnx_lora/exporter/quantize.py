@@ -219,7 +219,9 @@ def _restore(built: Package, source: Package) -> None:
         graphs.append(
             replace(
                 new,
-                points=tuple(replace(points[point.module], sha256=point.sha256) for point in old.points),
+                points=tuple(
+                    replace(points[point.module], sha256=point.sha256, unproven=point.unproven) for point in old.points
+                ),
                 replaceable=tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable),
                 untargeted=old.untargeted,
                 unplaced=old.unplaced,

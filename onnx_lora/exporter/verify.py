@@ -83,6 +83,9 @@ def verify(
 ) -> list[Comparison]:
     """Compare a package with the checkpoint it was made from, in PyTorch.
 
+    Where all of it was tried (no `adapter` is given) and it agrees, its unproven points are proven, and the manifest
+    is written anew to say so.
+
     adapter: a PEFT folder that PEFT loads into the model; `tensors` is the same adapter, bound to the
         package. Without them random adapters are tried.
 
@@ -98,7 +101,10 @@ def verify(
     else:
         model, task = optimum.load_model(checkpoint, task=source.get("task"), precision=precision)
     if adapter is None:
-        return verify_module(package, model, task, None)
+        comparisons = verify_module(package, model, task, None)
+        if package.unproven:
+            package.record_proof({entry.graph for entry in comparisons if entry.case == "adapter"})
+        return comparisons
     with _peft_errors():
         import peft
 

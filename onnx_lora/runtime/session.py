@@ -91,10 +91,11 @@ class AdapterSession:
         """The adapters loaded at this moment, by name; read-only."""
         return MappingProxyType({name: loaded.bound for name, loaded in self._store.loaded.items()})
 
-    def load_adapter(self, name: str, adapter: AnyAdapter) -> BoundAdapter:
+    def load_adapter(self, name: str, adapter: AnyAdapter, *, allow_unproven: bool = False) -> BoundAdapter:
         """Make an adapter available to calls as `name`; its `coverage` says what it does here.
 
-        `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned.
+        `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned. `allow_unproven`: take
+        points at which the graph may compute something else than the module.
 
         Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, does not fit, or can only
         be folded.
@@ -102,7 +103,7 @@ class AdapterSession:
         if not isinstance(name, str) or not name:
             raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
         self._store.check_free(name)
-        bound = as_bound(adapter, self._package, name=name)
+        bound = as_bound(adapter, self._package.allowing_unproven(allow_unproven), name=name)
         refuse_fold_only(bound, bound.coverage.fold_only)
         self._store.add(name, bound)
         return bound

@@ -66,18 +66,19 @@ def fold_to(
     *,
     graph: str | None = None,
     requantize: Requantize | None = None,
+    allow_unproven: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write `out`: a model folder with the adapter, or a blend, in its weights. Returns `out`.
 
     One graph becomes `model.onnx`; a package with several keeps their names. The weights lie in
-    `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter` and
-    `requantize` as for `fold`.
+    `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter`,
+    `requantize` and `allow_unproven` as for `fold`.
 
     Raises AdapterError, SelectionError, PackageError: as `fold`. OutputExistsError: `out` exists.
     StorageError: it cannot be written. MissingDependencyError: no `onnx`.
     """
-    whole = opened(package)
+    whole = opened(package).allowing_unproven(allow_unproven)
     if whole.path.resolve() in Path(out).resolve().parents:
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import name_of, quiet, translated
 from onnx_lora.exporter.frontends.optimum import reference_of
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
@@ -107,10 +108,11 @@ def export_pipeline(
             progress(f"export {name}", index, len(parts))
             export(part, config, folder / f"{name}.onnx")
     sources = []
-    for name in parts:
-        network = _network(name)
+    for reference in references(networks):
+        name, network = reference.graph, _network(reference.graph)
         checkpoint = Checkpoint.of_module(networks[network], heads=frozenset())
-        sources.append(Source(name, folder / f"{name}.onnx", f"{network}.", checkpoint))
+        calls = count_calls(networks[network], {name: reference.answer})
+        sources.append(Source(name, folder / f"{name}.onnx", f"{network}.", checkpoint, calls[name]))
     return Loaded(tuple(sources), origin, companions=_companions(root, folder / "files"), scratch=folder), networks
 
 

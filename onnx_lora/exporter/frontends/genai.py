@@ -16,6 +16,7 @@ import numpy as np
 from onnx_lora.errors import ExportError
 from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_graph, builder_version
 from onnx_lora.exporter.frontends.huggingface import config_of, heads_of, name_of, quiet, translated, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
@@ -72,7 +73,8 @@ def build_checkpoint(
     }
     if precision.quantised:
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
-    sources = (Source("model", built / "model.onnx"),)
+    calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
+    sources = (Source("model", built / "model.onnx", calls=calls["model"]),)
     return Loaded(sources, origin, checkpoint, _companions(model, built, torch_model), folder), torch_model
 
 

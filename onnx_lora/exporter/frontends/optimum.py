@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of, name_of, quiet, translated, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.points import Array
@@ -35,7 +36,8 @@ def export_checkpoint(
 
         onnx_export_from_model(torch_model, folder, task=task, no_post_process=True, do_validation=False)
     files = sorted(folder.glob("*.onnx"))
-    sources = tuple(Source(file.stem, file) for file in files)
+    calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model, task)})
+    sources = tuple(Source(file.stem, file, calls=calls.get(file.stem)) for file in files)
     checkpoint = Checkpoint.of_module(torch_model, heads=heads_of(torch_model))
     local = Path(model)
     companions = {file.name: file for file in companions_of(folder)}

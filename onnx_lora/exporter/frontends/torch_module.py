@@ -8,12 +8,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.source import Loaded, Reference
 from onnx_lora.points import Array
 
@@ -71,13 +73,12 @@ def export_module(
         raise ExportError(f"torch.onnx could not export {type(model).__name__}: {_first_lines(error)}") from error
     checkpoint = Checkpoint.of_module(model, heads=frozenset())
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
-    return Loaded((Source("model", file),), origin, checkpoint, scratch=folder)
+    calls = count_calls(model, {"model": partial(_call, model, positional, keywords)})
+    return Loaded((Source("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
 
 
 def reference(model: nn.Module, outputs: Sequence[str], example_inputs: Any) -> Reference:
     """The example inputs by the graph's names, and what the module answers to them."""
-    import torch
-
     keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     positional = () if keywords else tuple(example_inputs)
 
@@ -88,11 +89,17 @@ def reference(model: nn.Module, outputs: Sequence[str], example_inputs: Any) -> 
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
     def answer() -> dict[str, Array]:
-        with torch.inference_mode():
-            flat = list(_flatten(model(*positional, **keywords)))
+        flat = list(_flatten(_call(model, positional, keywords)))
         return {name: value.numpy() for name, value in zip(outputs, flat, strict=True)}
 
     return Reference("model", feeds, answer)
+
+
+def _call(model: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model(*positional, **keywords)
 
 
 def _flatten(answer: Any) -> Iterator[Any]:

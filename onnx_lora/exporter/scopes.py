@@ -1,0 +1,41 @@
+"""What exporters write down of the modules around a node. It reads nodes; what they compute, it does not know."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import onnx_ir as ir
+
+__all__ = ["classes_around", "path_of", "scopes_around"]
+
+# torch.onnx (dynamo) writes the module path of every node here, and the classes of the modules.
+_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
+
+# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
+# `_Q4`, `_matmul_Q4` or `_quant`.
+_NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
+
+
+def scopes_around(node: ir.Node) -> list[str]:
+    """The paths of the modules around a node as dynamo names them, outermost first, and the call behind it; or none."""
+    return _listed(node, _NAME_SCOPES)
+
+
+def classes_around(node: ir.Node) -> list[str]:
+    """The classes of those modules, and the function behind the call; or none."""
+    return _listed(node, _CLASSES)
+
+
+def path_of(node: ir.Node) -> str | None:
+    """The module path in a node's name, as TorchScript's exporter and the GenAI builder write it; or None."""
+    match = _NODE_NAME.fullmatch(node.name or "")
+    return match["path"].replace("/", ".") if match else None
+
+
+def _listed(node: ir.Node, key: str) -> list[str]:
+    try:
+        return [str(entry) for entry in ast.literal_eval(node.metadata_props.get(key, "[]"))]
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return []

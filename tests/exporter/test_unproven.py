@@ -1,0 +1,398 @@
+"""Graphs that optimisers changed: a point is exact, or proven against the checkpoint, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from onnx_lora import AdapterSession, Package, fold
+from onnx_lora.errors import BindError, ModelError, VerificationError
+from onnx_lora.exporter import attach, export
+from onnx_lora.exporter.verify import verify
+from onnx_lora.package import MANIFEST
+from onnx_lora.quantised import Scheme, is_rounded, quantise
+from tests.support.numbers import assert_close
+
+Net = Callable[[], nn.Module]
+X = torch.linspace(-1, 1, 18).reshape(3, 6)
+SHAPES = ({0: torch.export.Dim("batch")},)
+
+
+class CalledTwice(nn.Module):
+    """`q` is applied to the input and to a constant, which exporters and optimisers compute in advance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.rel = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.q(x) @ self.q(self.rel).T @ self.rel / 6))
+        return answer
+
+
+class UsedByAFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.q(x)) + nn.functional.linear(x.cos(), self.q.weight))
+        return answer
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class OfASubclass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.fc = Doubled(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.q(x)))
+        return answer
+
+
+class Plain(OfASubclass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(6, 6)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.fc = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.stack([x, x * 2], 1)
+        answer: torch.Tensor = self.fc(self.attn(rows, rows, rows, need_weights=False)[0].mean(1))
+        return answer
+
+
+def _made(net: Net) -> nn.Module:
+    torch.manual_seed(0)
+    return net().eval()
+
+
+def _graph(net: Net, file: Path, *, dynamo: bool, x: torch.Tensor = X, **options: Any) -> Path:
+    if dynamo:
+        options = {"dynamic_shapes": SHAPES, "verbose": False} | options
+    else:
+        options = {"dynamic_axes": {"x": {0: "batch"}, "y": {0: "batch"}}} | options
+    names = {"input_names": ["x"], "output_names": ["y"]}
+    torch.onnx.export(_made(net), (x,), str(file), dynamo=dynamo, **names, **options)
+    return file
+
+
+def _optimised(file: Path, level: str = "ORT_ENABLE_BASIC") -> Path:
+    """What ONNX Runtime saves of a graph."""
+    target = file.with_name("optimised.onnx")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(target)
+    ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return target
+
+
+def _checkpoint(net: Net, folder: Path) -> Path:
+    folder.mkdir()
+    save_file({key: value.contiguous() for key, value in _made(net).state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+def _adapter(net: Net, folder: Path, *targets: str) -> Path:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
+    peft.get_peft_model(_made(net), config).save_pretrained(folder)
+    return folder
+
+
+def _by_peft(net: Net, adapter: Path, x: torch.Tensor = X) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        answer: np.ndarray[Any, Any] = peft.PeftModel.from_pretrained(_made(net), adapter).eval()(x).numpy()
+    return answer
+
+
+def _reasons(package: Package) -> str:
+    return "\n".join(entry.reason for graph in package.manifest.graphs for entry in graph.unplaced)
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_a_plain_export_has_no_unproven_points(dynamo: bool, tmp_path: Path) -> None:
+    package = attach(_graph(Plain, tmp_path / "m.onnx", dynamo=dynamo), tmp_path / "out")
+    assert set(package.points) == {"q", "fc"}
+    assert not package.unproven
+
+
+@pytest.mark.parametrize("given", ["names", "checkpoint"])
+@pytest.mark.parametrize("by", ["dynamo itself", "ONNX Runtime"])
+def test_where_a_call_may_have_been_folded_points_are_unproven(by: str, given: str, tmp_path: Path) -> None:
+    file = _graph(CalledTwice, tmp_path / "m.onnx", dynamo=by == "dynamo itself")
+    file = file if by == "dynamo itself" else _optimised(file)
+    checkpoint = _checkpoint(CalledTwice, tmp_path / "checkpoint") if given == "checkpoint" else None
+    package = attach(file, tmp_path / "out", checkpoint=checkpoint)
+    adapter = _adapter(CalledTwice, tmp_path / "adapter", "q", "fc")
+    assert set(package.unproven) >= {"q", "fc"}
+    with pytest.raises(BindError, match=r"fc, q: unproven, because .*--reference CHECKPOINT"):
+        AdapterSession(package).load_adapter("a", adapter)
+    with pytest.raises(BindError, match="unproven"):
+        fold(package, adapter)
+
+
+def test_whoever_allows_unproven_points_is_told_of_them(tmp_path: Path) -> None:
+    package = attach(_optimised(_graph(Plain, tmp_path / "m.onnx", dynamo=False)), tmp_path / "out")
+    adapter = _adapter(Plain, tmp_path / "adapter", "q")
+    session = AdapterSession(package)
+    bound = session.load_adapter("a", adapter, allow_unproven=True)
+    assert any("unproven, because the graph was optimised" in note for note in bound.coverage.notes)
+    feeds = {"x": X.numpy()}
+    assert_close(session.run(None, feeds, adapter="a")[0], _by_peft(Plain, adapter))
+    assert_close(fold(package, adapter, allow_unproven=True).run(None, feeds)[0], _by_peft(Plain, adapter))
+    opened = Package.open(package.path, allow_unproven=True)
+    assert_close(fold(opened, adapter).run(None, feeds)[0], _by_peft(Plain, adapter))
+
+
+def test_a_checkpoint_proves_the_weights_of_an_optimised_graph(tmp_path: Path) -> None:
+    file = _optimised(_graph(Plain, tmp_path / "m.onnx", dynamo=False))
+    assert attach(file, tmp_path / "by_name").unproven
+    assert not attach(file, tmp_path / "proven", checkpoint=_checkpoint(Plain, tmp_path / "checkpoint")).unproven
+
+
+@pytest.mark.parametrize("net", [CalledTwice, UsedByAFunction, OfASubclass])
+@pytest.mark.parametrize("verified", [False, True])
+def test_where_torch_is_at_hand_only_what_is_exact_gets_a_point(net: Net, verified: bool, tmp_path: Path) -> None:
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": SHAPES}
+    package = export(_made(net), tmp_path / "out", example_inputs=(X,), verify=verified, **names)
+    assert set(package.points) == {"fc"}
+    assert not package.unproven
+    adapter = _adapter(net, tmp_path / "adapter", "fc")
+    session = AdapterSession(package)
+    session.load_adapter("a", adapter)
+    assert_close(session.run(None, {"x": X.numpy()}, adapter="a")[0], _by_peft(net, adapter))
+
+
+def test_a_module_that_computes_more_than_its_product_is_unproven(tmp_path: Path) -> None:
+    scripted = attach(_graph(OfASubclass, tmp_path / "ts.onnx", dynamo=False), tmp_path / "ts")
+    assert "computes a Mul (/q/Mul) beside" in scripted.unproven["q"]
+    traced = attach(_graph(OfASubclass, tmp_path / "dynamo.onnx", dynamo=True), tmp_path / "dynamo")
+    assert "test_unproven.Doubled may compute more" in traced.unproven["q"]
+    assert set(scripted.unproven) == set(traced.unproven) == {"q"}
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_the_projection_that_multihead_attention_never_calls_gets_no_point(dynamo: bool, tmp_path: Path) -> None:
+    file = _graph(Attending, tmp_path / "m.onnx", dynamo=dynamo)
+    checkpoint = _checkpoint(Attending, tmp_path / "checkpoint")
+    # The names that other exporters leave: only those of the weights.
+    model = onnx.load(file)
+    for node in model.graph.node:
+        node.name = ""
+        del node.metadata_props[:]
+    onnx.save(model, tmp_path / "nameless.onnx")
+    packages = [
+        attach(file, tmp_path / "names"),
+        attach(file, tmp_path / "weights", checkpoint=checkpoint),
+        attach(tmp_path / "nameless.onnx", tmp_path / "nameless"),
+    ]
+    for package in packages:
+        assert "fc" in package.points
+        assert "attn.out_proj" not in package.points
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.gamma, self.fc = nn.Parameter(torch.rand(1, 8, 1, 1) + 2), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.relu(self.conv(x) * self.gamma).mean((2, 3)))
+        return answer
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names", "checkpoint"])
+def test_a_kernel_into_which_a_scale_was_multiplied_gets_no_point(named: bool, tmp_path: Path) -> None:
+    picture = torch.linspace(-1, 1, 216).reshape(2, 3, 6, 6)
+    file = _optimised(_graph(Convolved, tmp_path / "m.onnx", dynamo=False, x=picture))
+    checkpoint = None if named else _checkpoint(Convolved, tmp_path / "checkpoint")
+    package = attach(file, tmp_path / "out", targets="all", checkpoint=checkpoint)
+    assert set(package.points) == {"fc"}
+    assert ("a batch norm is multiplied into its weight" if named else "with its outputs scaled") in _reasons(package)
+
+
+class Normed(nn.Module):
+    """The product is the last thing, so that rounding the base blurs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.q_proj = nn.LayerNorm(64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.q_proj(self.norm(x))
+        return answer
+
+
+def _smoothed(spread: float) -> Net:
+    """The same function with a scale of each input of the product moved into the norm before it (SmoothQuant, AWQ)."""
+
+    def make() -> nn.Module:
+        net = Normed()
+        generator = torch.Generator().manual_seed(5)
+        scales = torch.exp((torch.rand(64, generator=generator) * 2 - 1) * spread)
+        with torch.no_grad():
+            net.norm.weight /= scales
+            net.norm.bias /= scales
+            net.q_proj.weight *= scales
+        return net
+
+    return make
+
+
+def _in_four_bits(file: Path) -> Path:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=32, is_symmetric=True)
+    quantiser.process()
+    target = file.with_name("quantised.onnx")
+    quantiser.model.save_model_to_file(str(target))
+    return target
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int4"])
+@pytest.mark.parametrize("spread", [0.15, 1.0])
+def test_a_weight_whose_inputs_were_scaled_gets_no_point(spread: float, quantised: bool, tmp_path: Path) -> None:
+    rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+    file = _graph(_smoothed(spread), tmp_path / "m.onnx", dynamo=False, x=rows)
+    file = _in_four_bits(file) if quantised else file
+    with pytest.raises(ModelError) as caught:
+        attach(file, tmp_path / "out", checkpoint=_checkpoint(Normed, tmp_path / "checkpoint"))
+    if spread < 1:
+        assert "with its inputs scaled (SmoothQuant, AWQ" in str(caught.value)
+
+
+def test_a_scale_too_small_to_be_told_from_rounding_is_a_doubt(tmp_path: Path) -> None:
+    rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+    file = _in_four_bits(_graph(_smoothed(0.01), tmp_path / "m.onnx", dynamo=False, x=rows))
+    package = attach(file, tmp_path / "out", checkpoint=_checkpoint(Normed, tmp_path / "checkpoint"))
+    assert "not the checkpoint's rounded to nearest" in package.unproven["q_proj"]
+
+
+def test_a_quantised_weight_is_proven_by_its_checkpoint_alone(tmp_path: Path) -> None:
+    rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
+    file = _in_four_bits(_graph(Normed, tmp_path / "m.onnx", dynamo=False, x=rows))
+    assert "quantisers may move a scale of" in attach(file, tmp_path / "named").unproven["q_proj"]
+    package = attach(file, tmp_path / "proven", checkpoint=_checkpoint(Normed, tmp_path / "checkpoint"))
+    assert not package.unproven
+    adapter = _adapter(Normed, tmp_path / "adapter", "q_proj")
+    session = AdapterSession(package)
+    session.load_adapter("a", adapter)
+    feeds = {"x": rows.numpy()}
+    with torch.no_grad():
+        base = _made(Normed)(rows).numpy()
+    moved = session.run(None, feeds, adapter="a")[0] - session.run(None, feeds)[0]
+    assert_close(moved, _by_peft(Normed, adapter, rows) - base)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric blocks", "blocks with zero points", "a tensor", "channels"])
+def test_what_rounding_to_nearest_gives_is_known_from_what_it_does_not(scheme: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    blocks = Scheme("blocks", 4, 32, -1, 8, 64)
+    int8 = np.full((8, 64), -128, np.int8)
+    layout, sample, zeros = {
+        "symmetric blocks": (blocks, np.zeros((8, 2, 16), np.uint8), None),
+        "blocks with zero points": (blocks, np.zeros((8, 2, 16), np.uint8), np.zeros((8, 1), np.uint8)),
+        "a tensor": (Scheme("affine", 8, 0, -1, 8, 64), int8, None),
+        "channels": (Scheme("affine", 8, 0, 0, 8, 64), int8, None),
+    }[scheme]
+    values, scale, zero_point = quantise(layout, weight, sample, zeros)
+    assert is_rounded(layout, weight, values, scale, zero_point)
+    assert not is_rounded(layout, weight * np.float32(1.01), values, scale, zero_point)
+    assert not is_rounded(layout, weight * np.linspace(0.98, 1.02, 64, dtype=np.float32), values, scale, zero_point)
+
+
+def test_tools_that_leave_their_name_are_believed(tmp_path: Path) -> None:
+    file = _graph(Plain, tmp_path / "m.onnx", dynamo=False)
+    for index, (what, change) in enumerate(
+        {
+            "onnxsim": lambda model: model.metadata_props.add(key="onnxsim.constant_folding", value="true"),
+            "transformers optimiser": lambda model: setattr(model, "producer_name", "onnxruntime.transformers"),
+        }.items()
+    ):
+        model = onnx.load(file)
+        change(model)
+        onnx.save(model, tmp_path / f"{index}.onnx")
+        package = attach(tmp_path / f"{index}.onnx", tmp_path / f"out{index}")
+        assert what in package.unproven["q"]
+
+
+def _deberta() -> Any:
+    """Its keys and queries are applied to relative positions too, which are constant."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.DebertaV2Config(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        max_position_embeddings=64,
+        type_vocab_size=0,
+        num_labels=3,
+        initializer_range=0.3,
+    )
+    return transformers.DebertaV2ForSequenceClassification(config).eval()
+
+
+def test_verify_proves_what_it_compares_and_writes_it_down(tmp_path: Path) -> None:
+    _deberta().save_pretrained(tmp_path / "checkpoint")
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", targets=["query_proj", "value_proj"])
+    assert not plain.unproven
+    for level, exact in (("ORT_DISABLE_ALL", True), ("ORT_ENABLE_BASIC", False)):
+        folder = shutil.copytree(plain.path, tmp_path / level)
+        file = _optimised(folder / plain.graph().base_file, level)
+        (folder / plain.graph().file).unlink()
+        package = attach(file, tmp_path / f"out_{level}", targets=["query_proj", "value_proj"])
+        assert set(package.unproven) >= set(package.points)
+        if exact:
+            verify(package, tmp_path / "checkpoint")
+            assert not Package.open(package.path).unproven
+        else:
+            with pytest.raises(VerificationError, match="adapter"):
+                verify(package, tmp_path / "checkpoint")
+            assert Package.open(package.path).unproven == package.unproven
+
+
+@pytest.mark.parametrize("made_by", ["attach", "optimum"])
+def test_packages_of_format_3_are_read_and_attached_ones_doubted(made_by: str, tmp_path: Path) -> None:
+    package = attach(_graph(Plain, tmp_path / "m.onnx", dynamo=False), tmp_path / "out")
+    manifest = json.loads((package.path / MANIFEST).read_text("utf-8"))
+    manifest["format_version"] = 3
+    manifest["source"]["made_by"] = made_by
+    for entry in (entry for graph in manifest["graphs"] for entry in (*graph["points"], *graph["replaceable"])):
+        del entry["unproven"]
+    (package.path / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    old = Package.open(package.path)
+    assert set(old.unproven) == (set(old.points) if made_by == "attach" else set())
+    assert old.fingerprint == package.fingerprint
