@@ -102,7 +102,7 @@ def zeros(shape: Sequence[int], kind: Any) -> Array:
     """Raises RunError: there is no memory for so many."""
     try:
         return np.zeros(shape, kind)
-    except (MemoryError, ValueError) as error:
+    except (MemoryError, ValueError, OverflowError) as error:
         raise RunError(
             f"there is no memory for what the call needs; give fewer prompts at once, or smaller max_tokens: {error}"
         ) from error
