@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.errors import InputError, MissingDependencyError
+from onnx_lora.errors import InputError, MissingDependencyError, PromptError
 from onnx_lora.exporter import attach
 from onnx_lora.points import Array
 from onnx_lora.runtime import AdapterSession, fold
+from onnx_lora.runtime.generation.text import refused
 
 __all__ = ["MODEL", "Answer", "DemoResult", "DemoTask", "run_demo", "tokenize"]
 
@@ -122,17 +123,18 @@ def _sentences(texts: Sequence[str]) -> list[str]:
 def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
     """Sentences as the model's inputs, padded to the longest: each `[sentences, tokens]`, int64.
 
-    Raises MissingDependencyError: `tokenizers` is not installed.
+    Raises MissingDependencyError: `tokenizers` is not installed. PromptError: a sentence is no text.
     """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise MissingDependencyError("the demo needs tokenizers: pip install 'onnx-lora[cpu,demo]'") from error
-    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     length = int(json.loads((MODEL / "config.json").read_text("utf-8"))["max_position_embeddings"])
-    tokenizer.enable_truncation(max_length=length)
-    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
-    encoded = tokenizer.encode_batch(list(sentences))
+    with refused(PromptError, "the sentences must be valid Unicode, and the tokenizer refuses them"):
+        tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+        tokenizer.enable_truncation(max_length=length)
+        tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
+        encoded = tokenizer.encode_batch(list(sentences))
     return {
         "input_ids": np.array([entry.ids for entry in encoded], np.int64),
         "attention_mask": np.array([entry.attention_mask for entry in encoded], np.int64),

@@ -18,7 +18,7 @@
         ├── MissingDependencyError   an optional package is not installed
         ├── StorageError             disk full, no permission
         ├── ExportError              the exporter or ONNX Runtime failed on a file that looked right
-        ├── RunError                 ONNX Runtime failed in a run whose inputs look right
+        ├── RunError                 ONNX Runtime, memory or a helping process failed in a run whose inputs look right
         └── VerificationError        a package does not reproduce its reference
 
 A message says what must hold, what was found, and what to do. An error that found several
@@ -146,7 +146,8 @@ class ExportError(OutsideError):
 
 
 class RunError(OutsideError):
-    """ONNX Runtime failed to start, or in a run whose inputs look right."""
+    """ONNX Runtime failed to start, or in a run whose inputs look right; or there is no memory for it, or no process
+    can be started to render a chat template."""
 
 
 class VerificationError(OutsideError):

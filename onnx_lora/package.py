@@ -164,7 +164,7 @@ class Package:
         graphs = {graph.name: graph for graph in self.manifest.graphs}
         if name is None and len(graphs) == 1:
             return self.manifest.graphs[0]
-        if name not in graphs:
+        if not isinstance(name, str) or name not in graphs:
             asked = "a graph must be named" if name is None else f"there is no graph {name!r}"
             raise PackageError(f"{asked}; this package has {', '.join(sorted(graphs))}", path=self.path)
         return graphs[name]

@@ -19,7 +19,7 @@ from peft import PeftModel
 from onnx_lora import AdapterSession, Package, fold
 from onnx_lora.demo import MODEL, run_demo, tokenize
 from onnx_lora.demo_text import BASE, WriterResult, run_writer
-from onnx_lora.errors import InputError
+from onnx_lora.errors import InputError, PromptError
 from onnx_lora.exporter import attach
 from tests.support.numbers import assert_close
 
@@ -123,6 +123,11 @@ def test_the_demo_answers_about_your_own_sentence() -> None:
 def test_the_demo_refuses_an_empty_sentence() -> None:
     with pytest.raises(InputError, match="must hold a sentence"):
         run_demo([" "])
+
+
+def test_the_demo_refuses_what_is_no_text() -> None:
+    with pytest.raises(PromptError, match="must be valid Unicode"):
+        run_demo(["\ud800"])
 
 
 def test_the_embedded_model_is_small_and_whole() -> None:

@@ -45,7 +45,7 @@ class GenaiNames:
             heads, key_heads = int(decoder["num_attention_heads"]), int(decoder["num_key_value_heads"])
             widths = {"q_proj": heads * size, "k_proj": key_heads * size, "v_proj": key_heads * size}
             return GenaiNames(str(model["type"]), widths)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"must be ONNX Runtime GenAI's config, and is not: {error!r}", path=file) from error
 
     def modules(self, linear: Linear) -> list[Linear] | str:

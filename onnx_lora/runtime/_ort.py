@@ -33,7 +33,7 @@ _NATIVE: tuple[type[Exception], ...] = tuple(
     kind for kind in vars(_native).values() if isinstance(kind, type) and issubclass(kind, Exception)
 )
 # pybind turns what is not ONNX Runtime's own into these.
-_FAILURES: tuple[type[Exception], ...] = (*_NATIVE, RuntimeError, ValueError, TypeError)
+_FAILURES: tuple[type[Exception], ...] = (*_NATIVE, RuntimeError, ValueError, TypeError, MemoryError)
 
 # Severity 3 is ERROR. At WARNING, ONNX Runtime writes one line for every optional input.
 _ERRORS_ONLY = 3

@@ -245,7 +245,7 @@ def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:
         return
     try:
         content: Any = json.loads(config.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"must be JSON: {error}; correct it", path=package / config.name) from error
     if not isinstance(content, dict):
         raise PackageError("must hold a JSON object; correct it", path=package / config.name)

@@ -348,8 +348,9 @@ def test_a_genai_folder_whose_names_do_not_tell_is_refused(tmp_path: Path, folde
             attach(made, tmp_path / "out")
 
 
-def test_a_damaged_genai_config_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ['{"model": 3}', '{"model": {"decoder": {"head_size": 1e999}}}'])
+def test_a_damaged_genai_config_is_refused(config: str, tmp_path: Path) -> None:
     made = _genai_folder(tmp_path / "in")
-    (made / "genai_config.json").write_text('{"model": 3}')
+    (made / "genai_config.json").write_text(config)
     with pytest.raises(ModelError, match="GenAI's config"):
         attach(made, tmp_path / "out")

@@ -39,12 +39,38 @@ SHORT = Sampling(max_tokens=3, ignore_eos=True)
         (np.array([1.0]), "an array of token ids"),
         (np.zeros((1, 1, 1), int), "an array of token ids"),
         ("\ud800", "must be valid Unicode"),
+        ([2**70], "ids from 0 below 100, and holds a number of 71 bits"),
+        (np.array([2**64 - 1], np.uint64), "ids from 0 below 100, and holds 18446744073709551615"),
+        (np.zeros(0, int), "the prompt must have a token at least"),
+        (np.zeros((2, 0), int), "prompt 1 must have a token at least"),
+        (range(10**12), "must have 16777216 tokens or rows at most"),
+        ([range(10**12)], "prompt 0 must be text, a Chat, or a list of token ids; it is a range"),
+        (bytearray(b"text"), "a prompt must be text"),
+        (memoryview(b"text"), "a prompt must be text"),
+        ([[3], [None]], "prompt 1 must be text, a Chat, or a list of token ids; it holds a NoneType"),
+        ([None], "prompt 0 must be text"),
+        (["the", 10**400], "prompt 1 must be text, a Chat, or a list of token ids; it is a int"),
+        (None, "a prompt must be text"),
+        (Chat("the"), "a chat must be a list of messages"),
+        (Chat([{"role": "user", "content": "\ud800"}]), "must be valid Unicode"),
         ([{"role": "user", "content": "Hi"}], "must be text, a Chat"),
     ],
 )
 def test_a_prompt_that_is_none_is_refused(generator: TextGenerator, prompt: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         generator.generate(prompt, sampling=SHORT)
+
+
+@pytest.mark.parametrize("text", [None, 7, b"the", ["the"]])
+def test_what_is_no_text_is_not_encoded(generator: TextGenerator, text: Any) -> None:
+    with pytest.raises(PromptError, match="must be text or a Chat"):
+        generator.encode(text)
+
+
+@pytest.mark.parametrize("graph", ["none", 7, []])
+def test_a_graph_that_is_not_there_is_refused(decoder: Decoder, graph: Any) -> None:
+    with pytest.raises(PackageError, match="there is no graph"):
+        TextGenerator(decoder.package, graph=graph)
 
 
 def test_an_empty_text_has_its_start_token(generator: TextGenerator) -> None:

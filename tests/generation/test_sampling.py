@@ -111,6 +111,15 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, temperature: float, 
         ({"repetition_penalty": 0.0}, "repetition_penalty must be"),
         ({"seed": -1}, "seed must be"),
         ({"stop": ("",)}, "stop must be texts"),
+        ({"stop": 7}, "stop must be texts"),
+        ({"stop": None}, "stop must be texts"),
+        ({"max_tokens": -(10**400)}, "it is a number of 1329 bits"),
+        ({"temperature": 10**400}, "temperature must be"),
+        ({"temperature": 1e300}, "temperature must be"),  # infinite in float32
+        ({"temperature": 1e-300}, "temperature must be"),  # zero in float32
+        ({"temperature": "hot"}, "temperature must be 0 .greedy., or from 1e-30 to 1e.30; it is 'hot'"),
+        ({"top_p": 10**400}, "top_p must be"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty must be"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict, message: str) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import MissingDependencyError, PackageError, PromptError
-from onnx_lora.runtime.generation.settings import read_object
+from onnx_lora.errors import PackageError, PromptError
+from onnx_lora.runtime.generation.settings import read_object, read_text
+from onnx_lora.runtime.generation.template import TemplateFailure, render
 
 __all__ = ["Chat", "ChatTemplate"]
 
@@ -20,12 +21,19 @@ _SPECIAL = "special_tokens_map.json"
 # Of several templates the one without a purpose of its own.
 _DEFAULT = "default"
 
+# Descriptions of tools nest a dozen levels; a list that holds itself has no end.
+_DEEPEST = 100  # levels
+
+# Python writes no longer numbers as text (`sys.set_int_max_str_digits`): 4300 digits.
+_LONGEST_NUMBER = 14_280  # bits
+
 
 @dataclass(frozen=True)
 class Chat:
     """A conversation as a prompt. `messages`: mappings with "role" and "content", as chat templates take them.
 
-    `variables`: what else the template knows, such as `tools` or `enable_thinking`.
+    `variables`: what else the template knows, such as `tools` or `enable_thinking`. Both hold what JSON can: texts,
+    numbers, lists (a tuple counts as one), mappings with texts as keys, True, False and None.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -44,14 +52,9 @@ class ChatTemplate:
     def read(folder: Path) -> ChatTemplate:
         """Raises PackageError: the package has no template."""
         config = read_object(folder / _CONFIG)
-        source = _single(config.get("chat_template"))
-        path = folder / _CONFIG
-        if (folder / _FILE).is_file():
-            path = folder / _FILE
-            try:
-                source = path.read_text("utf-8")
-            except (OSError, UnicodeError) as error:
-                raise PackageError(f"cannot be read: {error}; copy it again", path=path) from error
+        file = folder / _FILE
+        written = read_text(file)
+        path, source = (folder / _CONFIG, _single(config.get("chat_template"))) if written is None else (file, written)
         if source is None:
             raise PackageError(
                 f"must hold a chat template for a chat ({_FILE}, or chat_template in {_CONFIG}); "
@@ -64,19 +67,15 @@ class ChatTemplate:
     def text(self, chat: Chat) -> str:
         """The prompt that asks for an answer to `chat`.
 
-        Raises PromptError: the messages are none, or the template refuses them or fails. MissingDependencyError: no
-        jinja2.
+        Raises PromptError: the messages are none, or the template refuses them, fails, or takes too long or too much
+        memory. MissingDependencyError: no jinja2. RunError: no process can be started to render it.
         """
         _check(chat)
-        try:
-            from onnx_lora.runtime.generation.template import TemplateFailure, render
-        except ImportError as error:
-            raise MissingDependencyError(
-                "a chat needs the package jinja2: pip install 'onnx-lora[generate]'"
-            ) from error
         usual = {"tools": None, "documents": None, "add_generation_prompt": True}
+        given = {name: _plain(value, name) for name, value in chat.variables.items()}
+        messages = [_plain(message, f"messages[{index}]") for index, message in enumerate(chat.messages)]
         try:
-            return render(self.source, {**self.tokens, **usual, **chat.variables, "messages": list(chat.messages)})
+            return render(self.source, {**self.tokens, **usual, **given, "messages": messages})
         except TemplateFailure as error:
             raise PromptError(
                 f"the chat template gives no prompt for these messages: {error}", path=self.path
@@ -87,11 +86,11 @@ def _single(found: object) -> str | None:
     """One template, or a list of named ones."""
     if isinstance(found, str):
         return found
-    if isinstance(found, list):
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-        template = named.get(_DEFAULT, next(iter(named.values()), None))
-        return template if isinstance(template, str) else None
-    return None
+    if not isinstance(found, list):
+        return None
+    templates = [each for each in found if isinstance(each, dict) and isinstance(each.get("template"), str)]
+    templates.sort(key=lambda each: each.get("name") != _DEFAULT)
+    return templates[0]["template"] if templates else None
 
 
 def _special_tokens(found: Mapping[str, Any]) -> dict[str, str]:
@@ -105,13 +104,41 @@ def _special_tokens(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check(chat: Chat) -> None:
-    messages = chat.messages
+    messages, variables = chat.messages, chat.variables
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise PromptError('a chat must be a list of messages like {"role": "user", "content": "Hi"}, and not empty')
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise PromptError("a chat's variables must be a mapping from names, which are texts, to values")
     wrong = [
-        f"message {index} must be a mapping with a role, and is {str(message)[:40]!r}"
+        f"message {index} must be a mapping with a role, which is a text; it is {_kind(message)}"
         for index, message in enumerate(messages)
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str)
     ]
     if wrong:
         raise PromptError("the chat's messages cannot be read", problems=wrong)
+
+
+def _kind(message: object) -> str:
+    if isinstance(message, Mapping):
+        role = message.get("role")
+        return "a mapping without one" if role is None else f"a mapping whose role is a {type(role).__name__}"
+    return f"a {type(message).__name__}"
+
+
+def _plain(value: object, place: str, depth: int = 0) -> object:
+    """`value` as JSON can hold it. Raises PromptError: it cannot."""
+    if depth > _DEEPEST:
+        raise PromptError(f"what a chat's template is given must not nest deeper than {_DEEPEST} levels")
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise PromptError(f"{place[:80]} must have texts as keys, and has a {type(wrong[0]).__name__}")
+        return {key: _plain(each, f"{place}.{key}", depth + 1) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, f"{place}[{index}]", depth + 1) for index, each in enumerate(value)]
+    if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
+        raise PromptError(f"{place[:80]} must be a number that can be written, and has {value.bit_length()} bits")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise PromptError(
+        f"{place[:80]} must be what JSON can hold (texts, numbers, lists, mappings), and is a {type(value).__name__}"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import CPU, Device, ort, running
-from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
 from onnx_lora.runtime.held import Held
 
 __all__ = ["Decoder", "Memory"]
@@ -23,7 +23,7 @@ class Memory(Protocol):
     """The keys and values of every token that rows were fed."""
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens in every row."""
+        """Make room for so many more tokens in every row, where it cannot be made later. Raises RunError: no memory."""
 
     def connect(self, decoder: Decoder) -> None:
         """Bind the cache to a generation's runs, before the first."""
@@ -95,7 +95,7 @@ class Decoder:
         if self.graph.vocabulary is None:
             return None
         if self._scores is None:
-            scores = np.zeros((rows, 1, self.graph.vocabulary), self.graph.scores)
+            scores = zeros((rows, 1, self.graph.vocabulary), self.graph.scores)
             self._scores = ort.OrtValue.ortvalue_from_numpy(scores), scores
             self.binding.bind_ortvalue_output(self.graph.logits, self._scores[0])
         array: Array = self._scores[1]

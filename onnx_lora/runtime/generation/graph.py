@@ -4,20 +4,20 @@ tells the families apart; it runs nothing."""
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnx_lora.errors import PackageError
+from onnx_lora.errors import PackageError, RunError
 from onnx_lora.points import Array
-from onnx_lora.runtime.generation.settings import Settings
+from onnx_lora.runtime.generation.settings import MOST, Names, Settings
 from onnx_lora.runtime.session import AdapterSession
 
-__all__ = ["DecoderGraph", "Part"]
+__all__ = ["DecoderGraph", "Part", "zeros"]
 
 # NodeProto.op_type (field 4, 19 bytes) of the operator whose cache may be one buffer for past and present. Graphs
 # with it take their rows' lengths from the attention mask's sums, and number positions from them.
@@ -60,30 +60,18 @@ class DecoderGraph:
         names = settings.names
         inputs = {arg.name: arg for arg in session.get_inputs()}
         outputs = {arg.name: arg for arg in session.get_outputs()}
-        pairs = _cache_names(names.past, names.present, inputs)
-        if missing := [name for name in (names.ids, names.mask) if name not in inputs]:
-            raise _no_decoder(file, [f"it has no input {name}" for name in missing])
-        if names.logits not in outputs or not pairs:
-            problems = [] if names.logits in outputs else [f"it has no output {names.logits}"]
-            raise _no_decoder(
-                file, problems + ([] if pairs else [f"it has no input {names.past[0].replace('%d', '0')}"])
-            )
-        known = {names.ids, names.mask, names.positions, *(past for past, _ in pairs)}
-        problems = [f"the input {name} is not known here" for name in inputs if name not in known]
-        problems += [f"the output {present} is missing" for _, present in pairs if present not in outputs]
+        pairs = _cache_names(names, inputs)
+        _check_kind(file, names, pairs, inputs, outputs)
         fed = [name for name in (names.ids, names.mask, names.positions) if name in inputs]
-        problems += [
-            f"{name} must be int64 or int32 [rows, tokens], and is {inputs[name].type} {list(inputs[name].shape)}"
-            for name in fed
-            if inputs[name].type not in _NUMBERS or len(inputs[name].shape) != 2
+        problems = [
+            *_naming_problems(settings, pairs, inputs, outputs),
+            *_input_problems([inputs[name] for name in fed]),
+            *_logits_problems(outputs[names.logits]),
         ]
-        problems += [f"the input {past} is missing" for past, _ in pairs if past not in inputs]
-        caches = [inputs[past] for past, _ in pairs if past in inputs]
-        problems += [problem for arg in caches for problem in _cache_problems(arg, settings)]
-        logits = outputs[names.logits]
-        if logits.type not in _FLOATS or len(logits.shape) != 3:
-            problems.append(f"{logits.name} must be floats [rows, tokens, vocabulary], and is {list(logits.shape)}")
-        if len({arg.type for arg in caches}) > 1:
+        for past, present in pairs:
+            if past in inputs and present in outputs:
+                problems += _cache_problems(inputs[past], outputs[present], settings)
+        if len({inputs[past].type for past, _ in pairs if past in inputs}) > 1:
             problems.append("the cache must be of one type")
         if problems:
             raise PackageError(
@@ -91,7 +79,7 @@ class DecoderGraph:
                 path=file,
                 problems=problems,
             )
-        last = logits.shape[-1]
+        last = outputs[names.logits].shape[-1]
         return DecoderGraph(
             ids=names.ids,
             mask=names.mask,
@@ -100,51 +88,123 @@ class DecoderGraph:
             numbers={name: _NUMBERS[inputs[name].type] for name in fed},
             parts=tuple(_part(inputs[past], present, settings) for past, present in pairs),
             cache=_FLOATS[inputs[pairs[0][0]].type],
-            scores=_FLOATS[logits.type],
+            scores=_FLOATS[outputs[names.logits].type],
             vocabulary=last if isinstance(last, int) else None,
             shared=_holds(file, _SHARED_OPERATOR),
         )
 
     def zeros(self, part: Part, rows: int, tokens: int) -> Array:
         """An empty cache: zeros, and not what the memory held before."""
-        return np.zeros((rows, part.heads, tokens, part.size), self.cache)
+        return zeros((rows, part.heads, tokens, part.size), self.cache)
 
 
-def _cache_names(past: tuple[str, str], present: tuple[str, str], inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Past and present of every layer that the graph has."""
+def zeros(shape: Sequence[int], kind: Any) -> Array:
+    """Raises RunError: there is no memory for so many."""
+    try:
+        return np.zeros(shape, kind)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise RunError(
+            f"there is no memory for what the call needs; give fewer prompts at once, or smaller max_tokens: {error}"
+        ) from error
+
+
+def _cache_names(names: Names, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Past and present of every layer that the graph has. It ends: a layer's names are no other layer's."""
     pairs: list[tuple[str, str]] = []
-    for layer in map(str, count()):
-        names = [(old.replace("%d", layer), new.replace("%d", layer)) for old, new in zip(past, present, strict=True)]
-        # A name without a place for the layer would be found for every layer.
-        if not any(old in inputs for old, _ in names) or names[0] in pairs:
-            break
-        pairs += names
+    layer = names.layer(0)
+    while any(past in inputs for past, _ in layer):
+        pairs += layer
+        layer = names.layer(len(pairs) // len(layer))
     return pairs
 
 
-def _cache_problems(arg: Any, settings: Settings) -> list[str]:
-    shape = list(arg.shape)
-    if arg.type not in _FLOATS:
-        return [f"{arg.name} must be float32 or float16, and is {arg.type}"]
-    if len(shape) != 4 or not isinstance(shape[1], int):
-        return [f"{arg.name} must be [rows, heads, tokens, size], and is {shape}"]
-    if not isinstance(shape[3], int) and settings.head_size is None:
-        return [f"{arg.name} must say its size, and is {shape}; config.json or genai_config.json could say it, too"]
+def _check_kind(
+    file: Path,
+    names: Names,
+    pairs: Sequence[tuple[str, str]],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+) -> None:
+    """Raises PackageError: the graph is something else than a decoder."""
+    first, _ = names.layer(0)[0]
+    problems = [f"it has no input {name}" for name in (names.ids, names.mask) if name not in inputs]
+    problems += [] if names.logits in outputs else [f"it has no output {names.logits}"]
+    problems += [] if pairs else [f"it has no input {first}"]
+    if problems:
+        raise PackageError(
+            "must be a decoder with a cache for text to be generated (token ids and past in, logits and present out); "
+            "export it for the task text-generation-with-past, which is the default for language models",
+            path=file,
+            problems=problems,
+        )
+
+
+def _naming_problems(
+    settings: Settings,
+    pairs: Sequence[tuple[str, str]],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+) -> list[str]:
+    names = settings.names
+    taken = Counter([names.ids, names.mask, names.positions, *(past for past, _ in pairs)])
+    given = Counter([names.logits, *(present for _, present in pairs)])
+    problems = [f"the input {name} is not known here" for name in inputs if name not in taken]
+    problems += [f"the input {past} is missing" for past, _ in pairs if past not in inputs]
+    problems += [f"the output {present} is missing" for _, present in pairs if present not in outputs]
+    for kind, used in (("input", taken), ("output", given)):
+        twice = [name for name, times in used.items() if times > 1]
+        problems += [f"the {kind} {name} is named for two purposes in genai_config.json" for name in twice]
+    layers = len(pairs) // 2
+    if settings.layers not in (None, layers):
+        problems.append(f"its cache has {layers} layers, and genai_config.json says {settings.layers}")
+    return problems
+
+
+def _input_problems(args: Sequence[Any]) -> list[str]:
+    return [
+        f"{arg.name} must be int64 or int32 [rows, tokens], and is {arg.type} {list(arg.shape)}"
+        for arg in args
+        if arg.type not in _NUMBERS or len(arg.shape) != 2
+    ]
+
+
+def _logits_problems(logits: Any) -> list[str]:
+    shape = list(logits.shape)
+    if logits.type not in _FLOATS or len(shape) != 3:
+        return [f"{logits.name} must be floats [rows, tokens, vocabulary], and is {logits.type} {shape}"]
+    if not _open_or_within(shape[2], "vocabulary"):
+        return [f"{logits.name} must be of a vocabulary of 1 to {MOST['vocabulary']} tokens, and is {shape}"]
     return []
+
+
+def _cache_problems(past: Any, present: Any, settings: Settings) -> list[str]:
+    """Of one tensor: as it goes in, and as it comes out."""
+    shape, later = list(past.shape), list(present.shape)
+    if past.type not in _FLOATS:
+        return [f"{past.name} must be float32 or float16, and is {past.type}"]
+    if len(shape) != 4 or not isinstance(shape[1], int) or isinstance(shape[2], int):
+        return [f"{past.name} must be [rows, heads, tokens, size] for any number of tokens, and is {shape}"]
+    if not isinstance(shape[3], int) and settings.head_size is None:
+        return [f"{past.name} must say its size, and is {shape}; config.json or genai_config.json could say it, too"]
+    if not _open_or_within(shape[1], "heads") or not _open_or_within(shape[3], "head_size"):
+        return [f"{past.name} must have heads and sizes from 1 to {MOST['heads']} and {MOST['head_size']}: {shape}"]
+    # A graph need not say what shape an output has.
+    fits = present.type == past.type and len(later) in (0, 4) and all(map(_agree, shape, later))
+    return [] if fits else [f"{present.name} must be as {past.name} is, {past.type} {shape}: {present.type} {later}"]
+
+
+def _open_or_within(axis: object, kind: str) -> bool:
+    return not isinstance(axis, int) or 1 <= axis <= MOST[kind]
+
+
+def _agree(axis: object, other: object) -> bool:
+    """A number, of past and present, is the same; names say nothing, and are different for the tokens."""
+    return not isinstance(axis, int) or not isinstance(other, int) or axis == other
 
 
 def _part(arg: Any, present: str, settings: Settings) -> Part:
     size = arg.shape[3] if isinstance(arg.shape[3], int) else settings.head_size
     return Part(arg.name, present, arg.shape[1], int(size or 0))
-
-
-def _no_decoder(file: Path, problems: list[str]) -> PackageError:
-    return PackageError(
-        "must be a decoder with a cache for text to be generated (token ids and past in, logits and present out); "
-        "export it for the task text-generation-with-past, which is the default for language models",
-        path=file,
-        problems=problems,
-    )
 
 
 def _holds(file: Path, pattern: bytes) -> bool:

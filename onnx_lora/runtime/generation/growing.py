@@ -11,12 +11,15 @@ import numpy as np
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
 from onnx_lora.runtime.generation.decoder import Decoder
-from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
 
 __all__ = ["Growing"]
 
 # A long prompt goes in pieces: logits of a whole one, 128000 words wide, would take 2 GB in 4000 tokens.
 _PIECE = 512  # tokens
+
+# The least that a mask is made for.
+_ROUND = 64  # tokens
 
 
 class Growing:
@@ -26,23 +29,19 @@ class Growing:
         self._graph = graph
         self._device = device
         self._past: list[Any] = [device.value(graph.zeros(part, rows, 0)) for part in graph.parts]
-        self._mask = np.zeros((rows, 0), np.int64)
+        self._mask: Array = np.zeros((rows, 0), np.int64)
         self._width = 0  # columns of the mask in use
         self._lengths = np.zeros((rows, 1), np.int64)  # tokens of each row, without padding
 
     def reserve(self, tokens: int) -> None:
-        """Room in the mask; the cache finds its own."""
-        rows, used = len(self._mask), self._width
-        mask = np.zeros((rows, used + tokens), np.int64)
-        mask[:, :used] = self._mask[:, :used]
-        self._mask = mask
+        """ONNX Runtime makes room in the cache, run by run; `_lengthen` in the mask."""
 
     def connect(self, decoder: Decoder) -> None:
         self._bind(decoder)
 
     def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
         width = max(map(len, tokens))
-        ids = np.zeros((len(tokens), width), np.int64)
+        ids = zeros((len(tokens), width), np.int64)
         new = np.zeros_like(ids)
         for row, each in enumerate(tokens):
             if len(each):
@@ -57,7 +56,7 @@ class Growing:
     def _run(self, decoder: Decoder, ids: Array, new: Array) -> Array:
         end = self._width + ids.shape[1]
         if end > self._mask.shape[1]:
-            self.reserve(ids.shape[1])
+            self._lengthen(max(end, 2 * self._mask.shape[1], _ROUND))
         self._mask[:, self._width : end] = new
         steps = new.cumsum(axis=1)
         # As transformers numbers them; what is padded may have any number that there is.
@@ -68,6 +67,11 @@ class Growing:
         self._width = end
         self._lengths = self._lengths + steps[:, -1:]
         return logits
+
+    def _lengthen(self, columns: int) -> None:
+        mask = zeros((len(self._mask), columns), np.int64)
+        mask[:, : self._width] = self._mask[:, : self._width]
+        self._mask = mask
 
     def _bind(self, decoder: Decoder) -> None:
         binding, device = decoder.binding, self._device

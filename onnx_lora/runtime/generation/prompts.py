@@ -21,7 +21,16 @@ Prompt: TypeAlias = OnePrompt | Sequence[OnePrompt]
 
 Encode: TypeAlias = Callable[[str | Chat], list[int]]
 
+# Sequences of numbers, and no token ids.
+_BYTES = (bytes, bytearray, memoryview)
+
 _KINDS = "text, a Chat, or a list of token ids"
+
+# Ids that any graph can be fed, int32 or int64, and any tokenizer: where the graph does not say how many it has.
+_MOST_IDS = 2**31
+
+# Tokens of a text, or rows of a batch: no context is as long. A `range` can be longer than any memory.
+_LONGEST = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +52,11 @@ class Room:
         if self.context is not None and length >= self.context:
             behind = f" with the {past} before it" if past else ""
             return [f"{row}has {length} tokens{behind}, and the context has room for {self.context}, one of them new"]
-        wrong = [token for token in tokens if token < 0 or (self.vocabulary is not None and token >= self.vocabulary)]
+        most = self.vocabulary or _MOST_IDS
+        wrong = [token for token in tokens if not 0 <= token < most]
         if wrong:
-            return [f"{row}must hold token ids from 0 below {self.vocabulary}, and holds {wrong[0]}"]
+            found = wrong[0] if abs(wrong[0]) < 2**64 else f"a number of {wrong[0].bit_length()} bits"
+            return [f"{row}must hold token ids from 0 below {most}, and holds {found}"]
         return []
 
 
@@ -59,10 +70,12 @@ def rows_of(prompt: Prompt, encode: Encode) -> tuple[list[list[int]], bool]:
                 f"an array of token ids must be of whole numbers and have one axis, or two for a batch; it is "
                 f"{prompt.dtype} {list(prompt.shape)}"
             )
-        rows = prompt.reshape(-1, prompt.shape[-1]).tolist()
+        rows = np.atleast_2d(prompt).tolist()
         return _some(rows), prompt.ndim == 2
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, _BYTES):
         raise PromptError(f"a prompt must be {_KINDS}; or a list of these; it is a {type(prompt).__name__}")
+    if len(prompt) > _LONGEST:
+        raise PromptError(f"a prompt must have {_LONGEST} tokens or rows at most, and has {len(prompt)}")
     if all(_is_id(token) for token in prompt):
         return [_ids(prompt, "the prompt")], False
     return _some([_row(each, index, encode) for index, each in enumerate(prompt)]), True
@@ -83,9 +96,12 @@ def _row(each: object, index: int, encode: Encode) -> list[int]:
 def _ids(tokens: object, what: str) -> list[int]:
     if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype.kind in "iu":
         return [int(token) for token in tokens]
-    if isinstance(tokens, Sequence) and not isinstance(tokens, bytes) and all(_is_id(token) for token in tokens):
-        return [int(token) for token in tokens]
-    raise PromptError(f"{what} must be {_KINDS}; it is {str(tokens)[:60]!r}")
+    if isinstance(tokens, Sequence) and not isinstance(tokens, _BYTES) and len(tokens) <= _LONGEST:
+        wrong = next((type(token).__name__ for token in tokens if not _is_id(token)), "")
+        if not wrong:
+            return [int(token) for token in tokens]
+        raise PromptError(f"{what} must be {_KINDS}; it holds a {wrong}")
+    raise PromptError(f"{what} must be {_KINDS}; it is a {type(tokens).__name__}")
 
 
 def _is_id(token: object) -> bool:

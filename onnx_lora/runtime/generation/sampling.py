@@ -17,6 +17,9 @@ __all__ = ["Chooser", "Sampling", "distribution", "penalised"]
 
 Ids: TypeAlias = Array
 
+# What logits can be divided by, and stay numbers: float32 ends at 3e38.
+_LEAST, _MOST = 1e-30, 1e30
+
 # How many scores are looked at together, to find the highest of a vocabulary.
 _GROUPED = 64
 
@@ -42,20 +45,23 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        # What is no list of texts is told below.
+        object.__setattr__(self, "stop", tuple(stops) if isinstance(stops, Iterable) else (stops,))
+        warm = _within(self.temperature, _LEAST, _MOST)
         rules = {
             "max_tokens must be a whole number, 1 or more": _whole(self.max_tokens, 1),
-            "temperature must be a finite number, 0 (greedy) or more": _finite(self.temperature)
-            and self.temperature >= 0,
+            f"temperature must be 0 (greedy), or from {_LEAST} to {_MOST}": warm or _within(self.temperature, 0, 0),
             "top_k must be a whole number, 0 (off) or more": _whole(self.top_k, 0),
-            "top_p must be above 0, and 1 (off) or less": _finite(self.top_p) and 0 < self.top_p <= 1,
-            "repetition_penalty must be a finite number above 0; 1 is off": _finite(self.repetition_penalty)
-            and self.repetition_penalty > 0,
+            "top_p must be above 0, and 1 (off) or less": _within(self.top_p, 0, 1) and self.top_p > 0,
+            f"repetition_penalty must be from {_LEAST} to {_MOST}; 1 is off": _within(
+                self.repetition_penalty, _LEAST, _MOST
+            ),
             "seed must be a whole number, 0 or more, or None": self.seed is None or _whole(self.seed, 0),
             "stop must be texts that are not empty": all(isinstance(text, str) and text for text in self.stop),
         }
         values = {rule: getattr(self, rule.split()[0]) for rule in rules}
-        if problems := [f"{rule}; it is {values[rule]!r}" for rule, holds in rules.items() if not holds]:
+        if problems := [f"{rule}; it is {_shown(values[rule])}" for rule, holds in rules.items() if not holds]:
             raise SamplingError("the sampling settings are out of range", problems=problems)
 
     @property
@@ -67,8 +73,16 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _within(value: object, least: float, most: float) -> bool:
+    """NaN lies nowhere."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+
+
+def _shown(value: object) -> str:
+    # Python refuses to write numbers of 4300 digits.
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)[:80]
 
 
 class Chooser:

@@ -11,7 +11,7 @@ import numpy as np
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
 from onnx_lora.runtime.generation.decoder import Decoder
-from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
 
 __all__ = ["Shared"]
 
@@ -43,8 +43,6 @@ class Shared:
         if used + tokens > self._capacity:
             self._capacity = -(-(used + tokens) // _ROUND) * _ROUND
             self._buffers = self._moved(used)
-            numbers = np.arange(self._capacity)[None]
-            self._columns = np.ones_like(numbers) if self._rows == 1 else numbers
 
     def _moved(self, used: int) -> list[Any]:
         """Buffers of the new length with the old ones' tokens."""
@@ -93,7 +91,7 @@ class Shared:
         """Several tokens, for every row at least one."""
         counts = [len(row) for row in tokens]
         width = max(counts)
-        ids = np.zeros((self._rows, width), np.int64)
+        ids = zeros((self._rows, width), np.int64)
         for row, each in enumerate(tokens):
             ids[row, : len(each)] = each
         positions = np.array(self._lengths)[:, None] + np.arange(width)
@@ -112,9 +110,14 @@ class Shared:
 
     def _mask(self) -> Array:
         """Ones for a row's tokens: [rows, tokens of the longest]."""
+        longest = max(self._lengths)
+        if longest > self._columns.shape[1]:
+            # Not for the whole capacity: memory that is not written to costs nothing, and this is.
+            numbers = np.arange(max(longest, 2 * self._columns.shape[1], _ROUND))[None]
+            self._columns = np.ones_like(numbers) if self._rows == 1 else numbers
         if self._rows == 1:
-            return self._columns[:, : self._lengths[0]]
-        return self._columns[:, : max(self._lengths)] <= self._places
+            return self._columns[:, :longest]
+        return self._columns[:, :longest] <= self._places
 
     def copy(self) -> Shared:
         other = object.__new__(Shared)
