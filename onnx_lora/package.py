@@ -178,16 +178,19 @@ class Package:
         return sha256("".join(lines).encode()).hexdigest()
 
     def read(self, stored: StoredTensor) -> Array:
-        """A stored tensor, read-only: mapped from disk; 4-bit numbers as 8-bit ones, in memory."""
-        if stored.dtype in NIBBLES:
-            return self._read_nibbles(stored)
-        return np.memmap(
-            self.path / stored.file,
-            dtype=np.dtype(stored.dtype).newbyteorder("<"),
-            mode="r",
-            offset=stored.offset,
-            shape=stored.shape,
-        )
+        """A stored tensor, read-only: mapped from disk, so nothing may keep it; 4-bit numbers as 8-bit ones, in memory.
+
+        Raises PackageError: the file is gone, or was cut off.
+        """
+        try:
+            if stored.dtype in NIBBLES:
+                return self._read_nibbles(stored)
+            dtype = np.dtype(stored.dtype).newbyteorder("<")
+            return np.memmap(self.path / stored.file, dtype, "r", stored.offset, stored.shape)
+        except (OSError, ValueError) as error:
+            raise PackageError(
+                f"cannot be read: {error}; make the package again, or copy it again", path=self.path / stored.file
+            ) from error
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
@@ -233,9 +236,19 @@ class Package:
         return any(part.quantised for point in self.points.values() for part in point.parts)
 
     def default(self, weight: Replaceable) -> Array:
-        """The base's own value of a replaceable weight, as its graph input takes it."""
+        """The base's own value of a replaceable weight, as its graph input takes it, in memory of its own.
+
+        Raises PackageError: the file is gone, or holds other values than the package was made with.
+        """
         part = weight.parts[0]
-        return weight.from_initializer(self.read(part.stored).astype(weight.dtype, copy=False), part)
+        values = weight.from_initializer(np.array(self.read(part.stored)), part)
+        if digest(weight.to_torch(values)) != weight.sha256:
+            raise PackageError(
+                f"must hold the {weight.name} that the package was made with, and holds other values: its files may be "
+                "replaced by copies, and never overwritten; make the package again, or copy it again",
+                path=self.path / part.stored.file,
+            )
+        return values.astype(weight.dtype, copy=False)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -16,7 +16,7 @@ from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
 from onnx_lora.adapters.unknown import explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
+from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matches
 
 __all__ = ["bind"]
 
@@ -393,7 +393,8 @@ def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _frozen(value: Array, dtype: np.dtype[np.generic]) -> Array:
-    """C-contiguous, of `dtype`, read-only: the value itself where it is all that."""
+    """C-contiguous, of `dtype`, read-only, in memory: the value itself where it is all that."""
+    value = in_memory(value)
     if value.dtype == dtype and value.flags.c_contiguous and not value.flags.writeable:
         return value
     with np.errstate(over="ignore"):
