@@ -171,6 +171,15 @@ class Package:
             weights[weight.name] = replace(weight, per_row=weight.per_row and known.per_row, free_outputs=free)
         return weights
 
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
+        source = self.manifest.source
+        names = [source.get("base", "")]
+        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+            names.append(source.get("from", ""))
+        return tuple(name for name in dict.fromkeys(names) if name)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base weights of all points: equal for equal bases with equal points."""

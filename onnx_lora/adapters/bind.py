@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnx_lora.adapters.bases import base_number, base_problem
 from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, depends_on_weight, value_problems
 from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
 from onnx_lora.adapters.names import resolved
@@ -20,14 +21,22 @@ from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memo
 
 __all__ = ["bind"]
 
+_OTHER_NUMBER = (
+    "the number that stands for its base weights is not this package's: it was converted for another base, or other "
+    "modules; convert the adapter again for this package, or take the package it belongs to"
+)
 
-def bind(adapter: Adapter, package: Package) -> BoundAdapter:
+
+def bind(adapter: Adapter, package: Package, *, strict: bool = False) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 
-    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too.
+    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too. An adapter that
+    names another base than the package's is noted in `coverage.notes`, and refused if `strict`.
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
+    names = [*adapter.deltas, *adapter.replacements]  # an .onnx_adapter's are those of branches
+    number = None if adapter.base_number is None else base_number(names, package.manifest.graphs)
     adapter = resolved(adapter, package)
     adapter, untold = with_tied(adapter, package)
     adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
@@ -39,6 +48,9 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
     binder.check_heads()
     binder.check_saved_modules()
     binder.check_base()
+    binder.check_base_name(strict=strict)
+    if number != adapter.base_number:
+        binder.problems.append(_OTHER_NUMBER)
     if not adapter.deltas and not adapter.replacements and not adapter.changes:
         binder.problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if binder.problems:
@@ -57,6 +69,7 @@ def bind(adapter: Adapter, package: Package) -> BoundAdapter:
         changes=binder.changes,
         magnitudes=binder.magnitudes,
         made_of={**adapter.made_of, **binder.made_of},
+        base_names=package.base_names,
     )
 
 
@@ -351,6 +364,10 @@ class _Binder:
                 f"it was bound to another base: {len(other)} of {len(self.digests)} base weights differ, the first is "
                 f"{other[0]}; convert the adapter again for this package, or take the package it belongs to"
             )
+
+    def check_base_name(self, *, strict: bool) -> None:
+        if problem := base_problem(self.adapter.origin.base_model, self.package):
+            (self.problems if strict else self.notes).append(problem)
 
     def coverage(self) -> Coverage:
         points = self.package.points

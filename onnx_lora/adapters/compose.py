@@ -82,6 +82,7 @@ def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundA
         changes={module: change for part in adapters for module, change in part.changes.items()},
         magnitudes={module: values for part in adapters for module, values in part.magnitudes.items()},
         made_of={module: mark for part in adapters for module, mark in part.made_of.items()},
+        base_names=adapters[0].base_names,
     )
 
 

@@ -203,6 +203,19 @@ def test_a_whole_weight_without_rows_that_equals_the_bases_goes_beside_the_base(
     assert_close(logits(session, ["same", None]), logits(session, ["a", None]))
 
 
+def test_loading_an_adapter_of_another_base_is_logged_and_strictly_refused(package, caplog):
+    named = Package(package.path, replace(package.manifest, source={"made_by": "optimum", "from": "gpt2-medium"}))
+    session = AdapterSession(named, providers=CPU)
+    plain = tiny.adapter("a", 1)
+    other = replace(plain, origin=replace(plain.origin, base_model="openai/gpt2"))
+    session.load_adapter("a", other)
+    assert (
+        "'a': it says that it was trained on 'openai/gpt2', and the package was made from 'gpt2-medium'" in caplog.text
+    )
+    with pytest.raises(BindError, match="gpt2-medium"):
+        session.load_adapter("again", other, strict=True)
+
+
 def test_adapters_shows_what_is_loaded_and_cannot_be_changed(session):
     assert list(session.adapters) == ["a", "b"]
     with pytest.raises(TypeError):

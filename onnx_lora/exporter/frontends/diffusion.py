@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.frontends.huggingface import name_of, quiet, translated
+from onnx_lora.exporter.frontends.huggingface import base_of, name_of, quiet, translated
 from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.optimum import reference_of
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
@@ -151,7 +151,7 @@ def _loaded(model: str | os.PathLike[str], task: str | None, precision: str) -> 
     # Not a part of the module: Optimum asks the pipeline what its parts are.
     networks.__dict__["pipeline"] = pipeline
     origin = {"made_by": "optimum", "from": name_of(model), "task": task or _task_of(pipeline), "precision": precision}
-    return networks, origin | {"pipeline": type(pipeline).__name__}, root
+    return networks, origin | {"pipeline": type(pipeline).__name__} | base_of(model), root
 
 
 def _part(name: str, entry: Sequence[str], model: str | os.PathLike[str], root: Path, dtype: Any) -> Any:

@@ -17,7 +17,15 @@ from onnx_lora.errors import ExportError
 from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_graph, builder_version
-from onnx_lora.exporter.frontends.huggingface import config_of, heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.huggingface import (
+    base_of,
+    config_of,
+    heads_of,
+    name_of,
+    quiet,
+    translated,
+    without_bars,
+)
 from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
@@ -72,7 +80,7 @@ def build_checkpoint(
         "task": "text-generation-with-past",
         "precision": precision.name,
         "builder": f"onnxruntime-genai {builder_version()}",
-    }
+    } | base_of(model)
     if precision.quantised:
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
     sources = (Source("model", built / "model.onnx"),)

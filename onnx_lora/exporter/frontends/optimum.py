@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.frontends.huggingface import heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.huggingface import base_of, heads_of, name_of, quiet, translated, without_bars
 from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
@@ -43,7 +43,7 @@ def export_checkpoint(
     companions = {file.name: file for file in companions_of(folder)}
     if local.is_dir():
         companions |= {file.name: file for file in companions_of(local) if file.name not in companions}
-    origin = {"made_by": "optimum", "from": name_of(model), "task": task, "precision": precision.name}
+    origin = {"made_by": "optimum", "from": name_of(model), "task": task, "precision": precision.name} | base_of(model)
     return Loaded(sources, origin, checkpoint, tuple(companions.values()), folder), torch_model
 
 
