@@ -86,6 +86,11 @@ def _unproven_option(command: Callable[P, R]) -> Callable[P, R]:
     )(command)
 
 
+def _strict_option(command: Callable[P, R]) -> Callable[P, R]:
+    text = "Refuse adapters that name another base than the package's."
+    return click.option("--strict", is_flag=True, help=text)(command)
+
+
 def _point_options(command: Callable[P, R]) -> Callable[..., R]:
     """What gets points and inputs, as `export` and `attach` take it."""
 
@@ -220,6 +225,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
     help="The PEFT folder of ADAPTER before its training (PiSSA, OLoRA, CorDA, LoRA-GA).",
 )
 @_unproven_option
+@_strict_option
 @_json_option
 def convert(
     adapter: Sequence[Path],
@@ -229,6 +235,7 @@ def convert(
     kind: AdapterFormat | None,
     initial: Path | None,
     allow_unproven: bool,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Write ADAPTER, or a blend of several, in another format: ready to be fed to a package, or for other tools.
@@ -244,24 +251,25 @@ def convert(
     opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
     weighted = [(path, 1.0) for path in adapter] or list(map(_weighted, adapters))
     if len(weighted) == 1 and weighted[0][1] == 1.0:
-        facts = _convert_one(weighted[0][0], out, chosen, opened, initial)
+        facts = _convert_one(weighted[0][0], out, chosen, opened, initial, strict=strict)
     else:
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
-        bound = blended([(bind(read_adapter(path), opened), weight) for path, weight in weighted], name=out.stem)
+        parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
+        bound = blended(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
         facts = report.coverage_facts(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)
 
 
 def _convert_one(
-    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None
+    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None, *, strict: bool
 ) -> dict[str, Any]:
     adapter = read_adapter(path, initial=initial)
     if package is None:
         write_adapter(adapter, out, format=kind)
         return report.adapter_facts(adapter)
-    bound = bind(adapter, package)
+    bound = bind(adapter, package, strict=strict)
     write_adapter(bound if kind in ("safetensors", "onnx_adapter") else adapter, out, format=kind, package=package)
     return report.coverage_facts(bound)
 
@@ -272,8 +280,9 @@ def _convert_one(
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw how far it moves each weight of the package; and print it."
 )
+@_strict_option
 @_json_option
-def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) -> None:
+def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, as_json: bool) -> None:
     """Show what a package or an adapter at PATH holds: points, ranks, sizes, coverage.
 
     \b
@@ -289,7 +298,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) 
     else:
         opened = Package.open(package, allow_unproven=True)  # to be told of it
         adapter = read_adapter(path)
-        bound = bind(adapter, opened)
+        bound = bind(adapter, opened, strict=strict)
         facts = report.adapter_facts(adapter) | report.coverage_facts(bound, opened)
         if plot is not None:
             moved = effects(bound, opened)
@@ -310,6 +319,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, as_json: bool) 
 @click.option("--rows", metavar="NAME,NAME,...", help='One adapter per row of the batch; "-" is the base.')
 @click.option("--graph", help="Which graph, where the package has several.")
 @_unproven_option
+@_strict_option
 @_json_option
 def run(
     package: Path,
@@ -319,6 +329,7 @@ def run(
     rows: str | None,
     graph: str | None,
     allow_unproven: bool,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Run PACKAGE once on the inputs of an .npz file.
@@ -333,7 +344,7 @@ def run(
     with _new_file(output, (".npz",)) as temporary:
         session = AdapterSession(Package.open(package, allow_unproven=allow_unproven), graph=graph)
         for name, (path, _) in parts.items():
-            session.load_adapter(name, path)
+            session.load_adapter(name, path, strict=strict)
         values = session.run(None, _read_feeds(feeds), adapter=choice)
         results = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
         with storage_errors(output):
@@ -381,6 +392,7 @@ def _sampling_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.option("--graph", help="Which graph, where the package has several.")
 @_unproven_option
 @_sampling_options
+@_strict_option
 @_json_option
 def generate(
     package: Path,
@@ -391,6 +403,7 @@ def generate(
     graph: str | None,
     allow_unproven: bool,
     sampling: Sampling,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Write on behind prompts. One prompt's text comes as it is written; several are one batch.
@@ -405,7 +418,7 @@ def generate(
     given = [Chat([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
     generator = TextGenerator(Package.open(package, allow_unproven=allow_unproven), graph=graph)
     for name, (path, _) in parts.items():
-        generator.load_adapter(name, path)
+        generator.load_adapter(name, path, strict=strict)
     clock = report.Clock()
     with generator.stream(given, adapter=choice, sampling=sampling) as stream:
         for piece in stream:
@@ -425,6 +438,7 @@ def generate(
 @click.option("--requantize", is_flag=True, help="Fold into quantised weights too, and say what rounding cost.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantised from.")
 @_unproven_option
+@_strict_option
 @_json_option
 def fold(
     package: Path,
@@ -434,6 +448,7 @@ def fold(
     requantize: bool,
     source: Path | None,
     allow_unproven: bool,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Fold adapters into PACKAGE's weights and write an ordinary model folder OUT.
@@ -447,7 +462,7 @@ def fold(
         raise click.UsageError("--source says where --requantize finds the float weights; give both")
     leave = Requantize(None if source is None else Package.open(source)) if requantize else None
     opened = Package.open(package, allow_unproven=allow_unproven)
-    parts = [(bind(read_adapter(path), opened), weight) for path, weight in map(_weighted, adapters)]
+    parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in map(_weighted, adapters)]
     blend(parts)  # says what cannot be blended before anything is copied
     with report.progress("folding") as progress:
         fold_to(

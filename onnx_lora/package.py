@@ -188,6 +188,15 @@ class Package:
             weights[weight.name] = replace(weight, per_row=weight.per_row and known.per_row, free_outputs=free)
         return weights
 
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
+        source = self.manifest.source
+        names = [source.get("base", "")]
+        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+            names.append(source.get("from", ""))
+        return tuple(name for name in dict.fromkeys(names) if name)
+
     @cached_property
     def unproven(self) -> Mapping[str, str]:
         """Modules and parameters of which the graph may compute something else, and why."""
@@ -226,16 +235,19 @@ class Package:
         return sha256("".join(lines).encode()).hexdigest()
 
     def read(self, stored: StoredTensor) -> Array:
-        """A stored tensor, read-only: mapped from disk; 4-bit numbers as 8-bit ones, in memory."""
-        if stored.dtype in NIBBLES:
-            return self._read_nibbles(stored)
-        return np.memmap(
-            self.path / stored.file,
-            dtype=np.dtype(stored.dtype).newbyteorder("<"),
-            mode="r",
-            offset=stored.offset,
-            shape=stored.shape,
-        )
+        """A stored tensor, read-only: mapped from disk, so nothing may keep it; 4-bit numbers as 8-bit ones, in memory.
+
+        Raises PackageError: the file is gone, or was cut off.
+        """
+        try:
+            if stored.dtype in NIBBLES:
+                return self._read_nibbles(stored)
+            dtype = np.dtype(stored.dtype).newbyteorder("<")
+            return np.memmap(self.path / stored.file, dtype, "r", stored.offset, stored.shape)
+        except (OSError, ValueError) as error:
+            raise PackageError(
+                f"cannot be read: {error}; make the package again, or copy it again", path=self.path / stored.file
+            ) from error
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
@@ -281,9 +293,19 @@ class Package:
         return any(part.quantised for point in self.points.values() for part in point.parts)
 
     def default(self, weight: Replaceable) -> Array:
-        """The base's own value of a replaceable weight, as its graph input takes it."""
+        """The base's own value of a replaceable weight, as its graph input takes it, in memory of its own.
+
+        Raises PackageError: the file is gone, or holds other values than the package was made with.
+        """
         part = weight.parts[0]
-        return weight.from_initializer(self.read(part.stored).astype(weight.dtype, copy=False), part)
+        values = weight.from_initializer(np.array(self.read(part.stored)), part)
+        if digest(weight.to_torch(values)) != weight.sha256:
+            raise PackageError(
+                f"must hold the {weight.name} that the package was made with, and holds other values: its files may be "
+                "replaced by copies, and never overwritten; make the package again, or copy it again",
+                path=self.path / part.stored.file,
+            )
+        return values.astype(weight.dtype, copy=False)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -56,6 +56,16 @@ def digest(weight: Array) -> str:
     return sha256(np.ascontiguousarray(weight).data).hexdigest()
 
 
+def in_memory(values: Array) -> Array:
+    """The values in memory of their own where they were mapped: a file may be overwritten or cut off later."""
+    base: object = values
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return np.array(values)
+        base = base.base
+    return values
+
+
 def matches(module: str, names: Sequence[str]) -> bool:
     """Whether `module`, or a module around it, ends with one of `names`.
 
@@ -352,6 +362,14 @@ class Replaceable:
         if self.role == "linear_bias":
             return parameter[None, None, :]
         return parameter
+
+    def to_torch(self, value: Array) -> Array:
+        """A graph input's value (one row) as the torch parameter."""
+        if self.role == "linear_weight":
+            whole: Array = value[0]
+            return whole if self.in_out else whole.T
+        bias: Array = value[0, 0] if self.role == "linear_bias" else value
+        return bias
 
     def to_initializer(self, value: Array, part: WeightPart) -> Array:
         """A graph input's value (one row) as the base graph's initializer stores it."""

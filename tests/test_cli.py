@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,33 @@ def test_convert_then_run_the_converted_file(desk: Path) -> None:
         _json("run", "bert", "--input", "feeds.npz", "--output", out, "--adapter", f"a={name}", folder=desk)
         _json("run", "bert", "--input", "feeds.npz", "--output", f"p{out}", "--adapter", "a=head", folder=desk)
         assert_close(np.load(desk / out)["logits"], np.load(desk / f"p{out}")["logits"])
+
+
+def test_an_adapter_of_another_base_is_noted_and_strictly_refused(desk: Path, tmp_path: Path) -> None:
+    shutil.copytree(desk / "plain", tmp_path / "plain")
+    config = tmp_path / "plain" / "adapter_config.json"
+    fields = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps(fields | {"base_model_name_or_path": "org/another-bert"}), "utf-8")
+    adapter, package = tmp_path / "plain", ["--package", "bert"]
+    converted = tmp_path / "plain.safetensors"
+    facts = [
+        _json("inspect", adapter, *package, folder=desk),
+        _json("convert", adapter, converted, *package, folder=desk),
+        _json("inspect", converted, *package, folder=desk),
+    ]
+    assert all(any("'org/another-bert'" in note for note in each["notes"]) for each in facts)
+    loaded = ["--adapter", f"it={adapter}"]
+    calls: list[list[object]] = [
+        ["inspect", adapter, *package],
+        ["inspect", converted, *package],
+        ["convert", adapter, tmp_path / "again.safetensors", *package],
+        ["run", "bert", "--input", "feeds.npz", "--output", tmp_path / "o.npz", *loaded],
+        ["fold", "bert", tmp_path / "folded", "--adapter", adapter],
+    ]
+    for call in calls:
+        result = _call(*call, "--strict", folder=desk)
+        assert result.returncode == 2, call
+        assert "org/another-bert" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["blend.safetensors", "blend.onnx_adapter"])

@@ -7,19 +7,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 import transformers as hf
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from onnx_lora import Package
+from onnx_lora import Package, bind, read_adapter
 from onnx_lora.cli import cli
+from onnx_lora.errors import BindError
 from onnx_lora.exporter import attach
 from onnx_lora.runtime import Sampling, TextGenerator
 from tests.support.models import make_adapter
@@ -136,14 +138,18 @@ def _ours(desk: Desk, adapter: Any = None, prompt: Sequence[int] = PROMPT, **loa
     generator = TextGenerator(desk.package)
     for name, path in loaded.items():
         generator.load_adapter(name, path)
-    feeds: dict[str, Any] = {"input_ids": np.array([prompt]), "attention_mask": np.ones((1, len(prompt)), np.int64)}
-    for value in generator.session.get_inputs():
-        if value.name.startswith("past_key_values"):
-            feeds[value.name] = np.zeros((1, LLAMA.num_key_value_heads, 0, 16), np.float32)
-    names = [value.name for value in generator.session.get_inputs()]
-    logits = generator.session.run(["logits"], {name: feeds[name] for name in names}, adapter=adapter)[0]
+    logits = generator.session.run(["logits"], _feeds(generator, prompt), adapter=adapter)[0]
     tokens = generator.generate(list(prompt), adapter=adapter, sampling=Sampling(max_tokens=NEW)).tokens
     return Answer(tokens, logits[0, -1])
+
+
+def _feeds(generator: TextGenerator, prompt: Sequence[int]) -> dict[str, Any]:
+    """A prompt and an empty cache."""
+    feeds: dict[str, Any] = {"input_ids": np.array([prompt]), "attention_mask": np.ones((1, len(prompt)), np.int64)}
+    names = [value.name for value in generator.session.get_inputs()]
+    past = np.zeros((1, LLAMA.num_key_value_heads, 0, 16), np.float32)
+    feeds |= {name: past for name in names if name.startswith("past_key_values")}
+    return {name: feeds[name] for name in names}
 
 
 def _agree(theirs: Answer, ours: Answer) -> None:
@@ -207,8 +213,6 @@ def test_adapters_that_touch_the_same_modules_are_switched_within_one_text(desk:
 
 
 def test_a_converted_file_holds_the_graphs_own_inputs(desk: Desk) -> None:
-    import onnxruntime as ort
-
     graph = Package.open(desk.package).graph()
     assert f"{PACKED}.lora_A.weight" in graph.adapter_inputs
     file = _convert(desk, "qv", desk.adapters / "qv")
@@ -220,6 +224,55 @@ def test_a_converted_file_holds_the_graphs_own_inputs(desk: Desk) -> None:
     b = held[f"{PACKED}.lora_B.weight"].numpy()
     assert b.shape == (1, 6, 64 + 32 + 32)
     assert not b[:, :, 64:96].any()
+
+
+def test_the_number_of_a_base_disturbs_nobody_and_tells_bases_apart(desk: Desk, tmp_path: Path) -> None:
+    """`model_version` is the one place of an .onnx_adapter that both load with anything in it."""
+    file = _convert(desk, "all", desk.adapters / "all")
+    held = ort.AdapterFormat.read_adapter(str(file))
+    assert held.get_model_version() >= 2**30
+    plain = _written(tmp_path / "plain.onnx_adapter", 1, held.get_parameters())
+    with_number, without = (_theirs(desk.package, each) for each in (file, plain))
+    assert with_number.tokens == without.tokens
+    np.testing.assert_array_equal(with_number.logits, without.logits)
+    whole = Package.open(desk.package)
+    first, *others = whole.graph().points
+    changed = replace(whole.graph(), points=(replace(first, sha256="0" * 64), *others))
+    with pytest.raises(BindError, match="stands for its base weights"):
+        bind(read_adapter(file), replace(whole, manifest=replace(whole.manifest, graphs=(changed,))))
+
+
+def test_onnx_runtime_runs_a_file_with_a_number_and_refuses_what_is_no_input(desk: Desk, tmp_path: Path) -> None:
+    file = _convert(desk, "all", desk.adapters / "all")
+    ours = TextGenerator(desk.package)
+    ours.load_adapter("it", file)
+    feeds = _feeds(ours, PROMPT)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    session = ort.InferenceSession(desk.package / "model.onnx", settings, providers=["CPUExecutionProvider"])
+
+    def run(path: Path) -> Any:
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(path))
+        options = ort.RunOptions()
+        options.add_active_adapter(adapter)
+        return session.run(["logits"], feeds, options)[0]
+
+    assert_close(run(file), ours.session.run(["logits"], feeds, adapter="it")[0])
+    held = ort.AdapterFormat.read_adapter(str(file))
+    extra = {"onnx_lora": ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))}
+    more = _written(tmp_path / "more.onnx_adapter", held.get_model_version(), held.get_parameters() | extra)
+    with pytest.raises(Exception, match="Invalid input name"):
+        run(more)
+
+
+def _written(file: Path, number: int, parameters: dict[str, Any]) -> Path:
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(number)
+    adapter.set_parameters(parameters)
+    adapter.export_adapter(str(file))
+    return file
 
 
 def test_the_package_keeps_the_builders_files(desk: Desk) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from onnx_lora.adapters.bases import base_number, base_problem
 from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, depends_on_weight, value_problems
 from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
 from onnx_lora.adapters.names import resolved
@@ -16,20 +17,28 @@ from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
 from onnx_lora.adapters.unknown import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
+from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matches
 
 __all__ = ["bind"]
 
+_OTHER_NUMBER = (
+    "the number that stands for its base weights is not this package's: it was converted for another base, or other "
+    "modules; convert the adapter again for this package, or take the package it belongs to"
+)
 
-def bind(adapter: Adapter, package: Package, *, allow_unproven: bool = False) -> BoundAdapter:
+
+def bind(adapter: Adapter, package: Package, *, strict: bool = False, allow_unproven: bool = False) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 
-    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too. `allow_unproven`:
-    take points at which the graph may compute something else than the module, and note them in `coverage.notes`.
+    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too. An adapter that
+    names another base than the package's is noted in `coverage.notes`, and refused if `strict`. Points at which the
+    graph may compute something else than the module are refused, and noted if the caller `allow_unproven`.
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
     package = package.allowing_unproven(allow_unproven)
+    names = [*adapter.deltas, *adapter.replacements]  # an .onnx_adapter's are those of branches
+    number = None if adapter.base_number is None else base_number(names, package.manifest.graphs)
     adapter = resolved(adapter, package)
     adapter, untold = with_tied(adapter, package)
     adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
@@ -42,6 +51,9 @@ def bind(adapter: Adapter, package: Package, *, allow_unproven: bool = False) ->
     binder.check_saved_modules()
     binder.check_base()
     binder.check_proven()
+    binder.check_base_name(strict=strict)
+    if number != adapter.base_number:
+        binder.problems.append(_OTHER_NUMBER)
     if not adapter.deltas and not adapter.replacements and not adapter.changes:
         binder.problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if binder.problems:
@@ -60,6 +72,7 @@ def bind(adapter: Adapter, package: Package, *, allow_unproven: bool = False) ->
         changes=binder.changes,
         magnitudes=binder.magnitudes,
         made_of={**adapter.made_of, **binder.made_of},
+        base_names=package.base_names,
     )
 
 
@@ -363,6 +376,10 @@ class _Binder:
         else:
             self.problems += [f"{doubt}; {PROVE}" for doubt in doubts]
 
+    def check_base_name(self, *, strict: bool) -> None:
+        if problem := base_problem(self.adapter.origin.base_model, self.package):
+            (self.problems if strict else self.notes).append(problem)
+
     def coverage(self) -> Coverage:
         points = self.package.points
         factors = [module for module in points if points[module].lora_a in self.tensors]
@@ -404,7 +421,8 @@ def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _frozen(value: Array, dtype: np.dtype[np.generic]) -> Array:
-    """C-contiguous, of `dtype`, read-only: the value itself where it is all that."""
+    """C-contiguous, of `dtype`, read-only, in memory: the value itself where it is all that."""
+    value = in_memory(value)
     if value.dtype == dtype and value.flags.c_contiguous and not value.flags.writeable:
         return value
     with np.errstate(over="ignore"):

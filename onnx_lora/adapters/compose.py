@@ -82,6 +82,7 @@ def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundA
         changes={module: change for part in adapters for module, change in part.changes.items()},
         magnitudes={module: values for part in adapters for module, values in part.magnitudes.items()},
         made_of={module: mark for part in adapters for module, mark in part.made_of.items()},
+        base_names=adapters[0].base_names,
     )
 
 
@@ -195,12 +196,17 @@ def _weighted(part: BoundAdapter, name: str, weight: float) -> Array:
     return weighted
 
 
-def stack_rows(rows: Sequence[Tensors], package: Package) -> dict[str, Array]:
+def stack_rows(
+    rows: Sequence[Tensors], package: Package, *, defaults: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
     """One set of graph inputs for a batch: row i gets `rows[i]`, an empty mapping is the base.
 
     Ranks are padded with zeros, and so are heads with fewer outputs than the widest; the padding of
     their bias is -inf, so that neither softmax nor argmax sees it. What is the same in all rows
-    keeps one row. Raises SelectionError: rows differ where the graph cannot take that.
+    keeps one row. `defaults`: the base's own values of the weights that some row replaces, by parameter; without it
+    they are read from the package now, and with it one that is not there differs from what rows bring.
+
+    Raises SelectionError: rows differ where the graph cannot take that. PackageError: the package cannot be read.
     """
     if not rows:
         return {}
@@ -218,8 +224,13 @@ def stack_rows(rows: Sequence[Tensors], package: Package) -> dict[str, Array]:
         elif own:
             tensors.update(_stack_point(point, own, rows))
     modules = {name.rpartition(".")[0]: None for name in package.replaceable if name in used}
+    weights = [weight for weight in package.replaceable.values() if weight.module in modules]
+    if defaults is None:
+        lacking = [weight for weight in weights if not all(weight.name in row for row in rows)]
+        defaults = {weight.name: package.default(weight) for weight in lacking}
     for module in modules:
-        _stack_module(module, rows, package, tensors, problems)
+        own_weights = [weight for weight in weights if weight.module == module]
+        _stack_module(module, own_weights, rows, defaults, tensors, problems)
     if problems:
         raise SelectionError("these rows cannot share one call; run them in separate calls", problems=problems)
     return tensors
@@ -260,13 +271,17 @@ def _stack_point(point: InjectionPoint, names: Collection[str], rows: Sequence[T
 
 
 def _stack_module(
-    module: str, rows: Sequence[Tensors], package: Package, tensors: dict[str, Array], problems: list[str]
+    module: str,
+    weights: Sequence[Replaceable],
+    rows: Sequence[Tensors],
+    defaults: Mapping[str, Array],
+    tensors: dict[str, Array],
+    problems: list[str],
 ) -> None:
     """The whole weights of one module: its weight and its bias have the same number of outputs."""
-    weights = [weight for weight in package.replaceable.values() if weight.module == module]
-    values = {weight.name: _with_defaults(weight, rows, package) for weight in weights}
+    values = {weight.name: [row.get(weight.name, defaults.get(weight.name)) for row in rows] for weight in weights}
     heads = [weight for weight in weights if weight.of_linear]
-    widths = {value.shape[-1] for weight in heads for value in values[weight.name]}
+    widths = {value.shape[-1] for weight in heads for value in values[weight.name] if value is not None}
     padded = len(widths) > 1
     if padded and not any(weight.role == "linear_bias" for weight in heads):
         problems.append(
@@ -279,23 +294,18 @@ def _stack_module(
             _stack_weight(weight, values[weight.name], max(widths, default=0), tensors, problems)
 
 
-def _with_defaults(weight: Replaceable, rows: Sequence[Tensors], package: Package) -> list[Array]:
-    default = None if all(weight.name in row for row in rows) else package.default(weight)
-    return [row[weight.name] if default is None else row.get(weight.name, default) for row in rows]
-
-
 def _stack_weight(
-    weight: Replaceable, values: list[Array], width: int, tensors: dict[str, Array], problems: list[str]
+    weight: Replaceable, values: Sequence[Array | None], width: int, tensors: dict[str, Array], problems: list[str]
 ) -> None:
-    first = values[0]
+    known = [value for value in values if value is not None]
     per_row = weight.per_row and weight.of_linear
     if _same(values, by_value=not per_row):
-        tensors[weight.name] = first
-    elif not per_row:
+        tensors[weight.name] = known[0]
+    elif not per_row or len(known) < len(values):
         problems.append(f"{weight.name}: the graph takes one value for all rows, and these rows differ")
     else:
         fill = -np.inf if weight.role == "linear_bias" else 0.0
-        stacked = np.full((len(values), first.shape[1], width), fill, weight.dtype)
-        for index, value in enumerate(values):
+        stacked = np.full((len(known), known[0].shape[1], width), fill, weight.dtype)
+        for index, value in enumerate(known):
             stacked[index, :, : value.shape[2]] = value[0]
         tensors[weight.name] = stacked

@@ -105,6 +105,7 @@ class Adapter:
     empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
     PEFT cannot load it otherwise. `notes`: what a reader should know and cannot see in the tensors.
     `made_of`: for modules whose tensors were made from the base's weights, `Package.mark` of those.
+    `base_number`: what an `.onnx_adapter` says of those weights, see `bases.py`.
     `flat_names`: modules are written with `_` for `.`; which those are, only a package's own modules tell.
     """
 
@@ -118,6 +119,7 @@ class Adapter:
     changes: Mapping[str, Change] = field(default_factory=dict)
     flat_names: bool = False
     made_of: Mapping[str, str] = field(default_factory=dict)
+    base_number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class BoundAdapter:
     replaced weights as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
     what the adapter touches. `graphs`: the package's, for `graph_inputs`. `changes`: by module, what only folding
     can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own. `made_of` as in
-    `Adapter`.
+    `Adapter`. `base_names`: the package's, of the model that it was made from.
     """
 
     name: str
@@ -153,6 +155,7 @@ class BoundAdapter:
     changes: Mapping[str, Change] = field(default_factory=dict)
     magnitudes: Mapping[str, Array] = field(default_factory=dict)
     made_of: Mapping[str, str] = field(default_factory=dict)
+    base_names: tuple[str, ...] = ()
 
     @property
     def graph_inputs(self) -> dict[str, Array]:

@@ -46,7 +46,8 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
     scaled = [point.module for point in package.points.values() if point.dora_scale in bound.tensors]
     fold_only = {module: NO_SCALE for module in scaled if module not in package.dora}
     fold_only |= {module: bound.coverage.fold_only[module] for module in bound.changes}
-    return replace(bound, graphs=package.manifest.graphs, coverage=replace(bound.coverage, fold_only=fold_only))
+    coverage = replace(bound.coverage, fold_only=fold_only)
+    return replace(bound, graphs=package.manifest.graphs, base_names=package.base_names, coverage=coverage)
 
 
 def _shapes(package: Package) -> dict[str, tuple[str, tuple[int | None, ...]]]:

@@ -15,6 +15,14 @@ PROVE = (
     "with allow_unproven=True (--allow-unproven)"
 )
 
+# What tells a batch norm among whole parameters.
+_STATISTICS = ".running_mean"
+
+_OF_BATCH_NORM = (
+    "of a batch norm, which exporters multiply into the convolution before it: then no package can replace it; merge "
+    "the adapter into the base with PEFT (merge_and_unload) and export that"
+)
+
 # Comparing names is slow, and after a few the reader knows.
 _SUGGESTED = 3
 
@@ -61,6 +69,9 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
     known |= {module for graph in graphs for module in graph.untargeted}
     missing = [name for name in parameters if _module(name) not in known]
     problems = [f"{name}: {_irreplaceable(name, package)}" for name in parameters if _module(name) in known]
+    norms = {_module(name) for name in parameters if name.endswith(_STATISTICS)}
+    problems += [f"{name}: {_OF_BATCH_NORM}" for name in missing if _module(name) in norms]
+    missing = [name for name in missing if _module(name) not in norms]
     if message := _one_prefix(sorted({_module(name) for name in missing}), sorted(known)):
         return [*problems, message]
     problems.extend(

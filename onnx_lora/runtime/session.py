@@ -3,11 +3,13 @@ together; what an adapter is made of, it does not know."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.model import refuse_fold_only
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.package import GraphInfo, Package
@@ -19,6 +21,8 @@ from onnx_lora.runtime.signature import Signature
 from onnx_lora.runtime.store import Store, Values, key_of
 
 __all__ = ["COMPOSED_BYTES", "AdapterSession"]
+
+logger = logging.getLogger(__name__)
 
 # Blends and row mixes that are kept between calls. A rank-16 adapter on every projection of a 1B model
 # takes about 45 MB in float32; the limit holds a few of its mixtures.
@@ -91,11 +95,14 @@ class AdapterSession:
         """The adapters loaded at this moment, by name; read-only."""
         return MappingProxyType({name: loaded.bound for name, loaded in self._store.loaded.items()})
 
-    def load_adapter(self, name: str, adapter: AnyAdapter, *, allow_unproven: bool = False) -> BoundAdapter:
+    def load_adapter(
+        self, name: str, adapter: AnyAdapter, *, strict: bool = False, allow_unproven: bool = False
+    ) -> BoundAdapter:
         """Make an adapter available to calls as `name`; its `coverage` says what it does here.
 
-        `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned. `allow_unproven`: take
-        points at which the graph may compute something else than the module.
+        `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned. One that names another
+        base than the package's is noted in its coverage and logged as a warning, or refused if `strict`.
+        `allow_unproven`: take points at which the graph may compute something else than the module.
 
         Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, does not fit, or can only
         be folded.
@@ -103,7 +110,9 @@ class AdapterSession:
         if not isinstance(name, str) or not name:
             raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
         self._store.check_free(name)
-        bound = as_bound(adapter, self._package.allowing_unproven(allow_unproven), name=name)
+        bound = as_bound(adapter, self._package.allowing_unproven(allow_unproven), name=name, strict=strict)
+        if problem := base_problem(bound.origin.base_model, self._package):
+            logger.warning("adapter %r: %s", name, problem)
         refuse_fold_only(bound, bound.coverage.fold_only)
         self._store.add(name, bound)
         return bound

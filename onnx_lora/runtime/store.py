@@ -14,7 +14,7 @@ import numpy as np
 from onnx_lora.adapters import BoundAdapter, blend, stack_rows
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import GraphInfo, Package
-from onnx_lora.points import Array
+from onnx_lora.points import Array, digest, in_memory
 from onnx_lora.runtime._ort import Device
 from onnx_lora.runtime.selection import Selection, unknown
 
@@ -31,6 +31,7 @@ class Loaded:
     bound: BoundAdapter
     part: BoundAdapter  # what of it this session's graph takes
     values: Values
+    defaults: Mapping[str, Array]  # the base's own values beside it in a batch, by parameter
 
 
 # Per row, the adapters and their weights. Holding the adapters keeps their identity from being given
@@ -65,12 +66,32 @@ class Store:
         return self._loaded
 
     def add(self, name: str, bound: BoundAdapter) -> None:
-        """Put a bound adapter on the device. Raises SelectionError: the name is taken."""
+        """Put a bound adapter on the device, and keep what its rows may meet; no call reads a file later.
+
+        Raises SelectionError: the name is taken. PackageError: the base's own values cannot be read.
+        """
         part = _restricted(bound, name, self._graph)
-        loaded = Loaded(bound, part, self._device.values(self._graph.inputs(part.tensors)))
+        values = self._device.values(self._graph.inputs(part.tensors))
+        loaded = Loaded(bound, part, values, self._defaults(part))
         with self._lock:
             self.check_free(name)
             self._loaded = {**self._loaded, name: loaded}
+
+    def _defaults(self, part: BoundAdapter) -> dict[str, Array]:
+        """The base's own values of the weights that an adapter replaces, and of their modules' others, which a row of
+        the base has in one batch with it. Of weights that are never stacked only whether they are the adapter's."""
+        modules = {name.rpartition(".")[0] for name in part.coverage.replaced}
+        kept = {name: value for loaded in self._loaded.values() for name, value in loaded.defaults.items()}
+        defaults: dict[str, Array] = {}
+        for name, weight in self._package.replaceable.items():
+            own = part.tensors.get(name)
+            if weight.module not in modules:
+                continue
+            if weight.of_linear:
+                defaults[name] = kept[name] if name in kept else self._package.default(weight)
+            elif own is not None and digest(weight.to_torch(own)) == weight.sha256:
+                defaults[name] = own
+        return defaults
 
     def check_free(self, name: str) -> None:
         if name in self._loaded:
@@ -106,7 +127,10 @@ class Store:
     def _compose(self, key: Key) -> Values:
         # Outside the lock: two threads may do the same work once, and none waits for another's.
         rows = {choice: _blend(choice) for choice in dict.fromkeys(key)}
-        tensors = rows[key[0]] if len(key) == 1 else stack_rows([rows[choice] for choice in key], self._package)
+        tensors = rows[key[0]]
+        if len(key) > 1:
+            defaults = {name: value for choice in rows for part, _ in choice for name, value in part.defaults.items()}
+            tensors = stack_rows([rows[choice] for choice in key], self._package, defaults=defaults)
         inputs = self._graph.inputs(tensors)
         entry = _Entry(self._device.values(inputs), sum(value.nbytes for value in inputs.values()))
         if entry.size <= self._limit:
@@ -151,7 +175,7 @@ def _restricted(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapte
     """What of an adapter concerns a graph, under the name it is loaded as."""
     names = {name for point in graph.points for name in (point.lora_a, point.lora_b, point.dora_scale)}
     names |= {weight.name for weight in graph.replaceable}
-    tensors = {key: _private(tensor) for key, tensor in bound.tensors.items() if key in names}
+    tensors = {key: np.ascontiguousarray(in_memory(tensor)) for key, tensor in bound.tensors.items() if key in names}
     modules = {point.module for point in graph.points}
     coverage = replace(
         bound.coverage,
@@ -159,13 +183,3 @@ def _restricted(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapte
         replaced=tuple(key for key in bound.coverage.replaced if key in tensors),
     )
     return replace(bound, name=name, tensors=tensors, coverage=coverage)
-
-
-def _private(tensor: Array) -> Array:
-    """The tensor in memory of its own where it was mapped: a file may be overwritten or cut off later."""
-    base: object = tensor
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return np.array(tensor)
-        base = base.base
-    return np.ascontiguousarray(tensor)

@@ -256,3 +256,22 @@ def test_another_base_is_refused(package: Package) -> None:
     assert "bound to another base: 1 of 1" in str(error)
     own = {"bert.l0.q": package.points["bert.l0.q"].sha256}
     assert bound(package, {"bert.l0.q": delta(4, 6)}, base_digests=own).base_digests == own
+
+
+def test_what_was_bound_is_read_from_no_file_again(tmp_path: Path) -> None:
+    package = PackageBuilder(tmp_path / "p").point("q", 4, 6).whole("norm.weight", 4).open()
+    values = {name: numbers(*shape) for name, shape in (("a", (1, 4)), ("b", (6, 1)), ("norm", (4,)))}
+    mapped = {}
+    for name, value in values.items():
+        value.tofile(tmp_path / name)
+        mapped[name] = np.memmap(tmp_path / name, value.dtype, "r", shape=value.shape)
+    it = bound(
+        package,
+        {"q": Delta(mapped["a"], mapped["b"], 1.0)},
+        {"norm.weight": mapped["norm"]},
+    )
+    for name, value in values.items():
+        with (tmp_path / name).open("r+b") as file:
+            file.write(bytes(value.nbytes))
+    assert_same_bits(it.tensors["q.lora_A.weight"][0, :, 0], values["a"][0])
+    assert_same_bits(it.tensors["norm.weight"], values["norm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,10 +80,33 @@ def test_a_converted_file_of_another_base_is_refused(tmp_path: Path, package: Pa
         bind(read_adapter(tmp_path / "x.safetensors"), builder.open())
 
 
-def test_an_onnx_adapter_notes_that_its_base_is_unknown(tmp_path: Path, sql: BoundAdapter) -> None:
+def test_an_onnx_adapter_is_told_from_one_of_another_base(tmp_path: Path, package: Package, sql: BoundAdapter) -> None:
     pytest.importorskip("onnxruntime")
     write_bound(sql, tmp_path / "x.onnx_adapter", format="onnx_adapter")
+    adapter = read_adapter(tmp_path / "x.onnx_adapter")
+    assert bind(adapter, package).tensors.keys() == sql.tensors.keys()
+    builder = PackageBuilder(tmp_path / "other").point("one", 1, 1).point("q", 4, 6)
+    builder.weight("score.weight", 4, 2, free=True).bias("score.bias", 2, free=True).whole("norm.weight", 4)
+    with pytest.raises(BindError, match="stands for its base weights is not this package's"):
+        bind(adapter, builder.open())
+
+
+def test_an_onnx_adapter_of_another_tool_notes_that_its_base_is_unknown(tmp_path: Path, sql: BoundAdapter) -> None:
+    pytest.importorskip("onnxruntime")
+    write_bound(replace(sql, graphs=()), tmp_path / "x.onnx_adapter", format="onnx_adapter")
     assert "does not say which base" in read_adapter(tmp_path / "x.onnx_adapter").notes[0]
+
+
+def test_a_converted_file_keeps_the_names_of_both_bases(tmp_path: Path, package: Package) -> None:
+    named = replace(package, manifest=replace(package.manifest, source={"base": "meta/Llama-3"}))
+    adapter = read_adapter(write_bound(bound(package, {"q": delta(4, 6)}), tmp_path / "x.safetensors"))
+    it = bind(replace(adapter, origin=replace(adapter.origin, base_model="meta/Llama-2")), named)
+    file = write_bound(it, tmp_path / "y.safetensors")
+    with safetensors.safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+    assert (metadata["base_model"], metadata["package_base"]) == ("meta/Llama-2", "meta/Llama-3")
+    notes = bind(read_adapter(file), named).coverage.notes
+    assert [note for note in notes if "'meta/Llama-2'" in note]
 
 
 @pytest.mark.parametrize("kind", FORMATS)

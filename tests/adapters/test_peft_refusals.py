@@ -531,7 +531,20 @@ def test_loftq_has_no_initial_state_that_would_help(tmp_path: Path) -> None:
 
 
 def test_integers_are_refused_by_name(tmp_path: Path) -> None:
-    tensors = lora("m.q", 4, 6) | {f"{P}bn.num_batches_tracked": np.array(3)}
+    tensors = lora("m.q", 4, 6) | {f"{P}bn.positions": np.array(3)}
+    with pytest.raises(AdapterFileError, match=r"bn\.positions: must be floating point, and is int64"):
+        read_adapter(peft_folder(tmp_path, tensors))
+
+
+def test_the_batches_that_a_norm_counted_are_noted_and_replace_nothing(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}bn.num_batches_tracked": np.array(3), f"{P}bn.weight": numbers(6)}
+    adapter = read_adapter(peft_folder(tmp_path, tensors))
+    assert list(adapter.replacements) == ["bn.weight"]
+    assert any("bn.num_batches_tracked" in note for note in adapter.notes)
+
+
+def test_a_counter_of_batches_that_is_no_count_is_refused(tmp_path: Path) -> None:
+    tensors = lora("m.q", 4, 6) | {f"{P}bn.num_batches_tracked": np.array([3, 4])}
     with pytest.raises(AdapterFileError, match=r"bn\.num_batches_tracked: must be floating point, and is int64"):
         read_adapter(peft_folder(tmp_path, tensors))
 

@@ -158,6 +158,64 @@ def test_a_mapped_adapter_is_not_read_from_its_file_again(package, tmp_path):
     assert_same_bits(logits(session, "a"), before)
 
 
+def overwrite(package: Package, name: str) -> None:
+    """Other values where the package's file holds a replaceable weight."""
+    stored = package.replaceable[name].parts[0].stored
+    with (package.path / stored.file).open("r+b") as handle:
+        handle.seek(stored.offset)
+        handle.write(bytes(stored.size))
+
+
+@pytest.mark.parametrize("labels", [tiny.LABELS, 5])
+@pytest.mark.parametrize("harm", [overwrite, lambda package, _: (package.path / "model.onnx.data").unlink()])
+def test_rows_beside_a_whole_weight_need_no_file_after_loading(tmp_path, labels, harm):
+    package = tiny.make_package(tmp_path / "p")
+    session = open_session(package, composed_bytes=0)
+    session.load_adapter("own", tiny.adapter("own", 7, labels=labels))
+    before = logits(session, ["own", None])
+    harm(package, "score.weight")
+    assert_same_bits(logits(session, ["own", None]), before)
+
+
+def test_an_adapter_of_a_whole_weight_is_not_loaded_beside_an_overwritten_base(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    session = open_session(package)
+    overwrite(package, "score.weight")
+    with pytest.raises(PackageError, match=r"must hold the score\.weight that the package was made with"):
+        session.load_adapter("own", tiny.adapter("own", 7, labels=tiny.LABELS))
+    assert "own" not in session.adapters
+
+
+def test_a_package_whose_weights_are_gone_says_so_when_an_adapter_needs_them(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    session = open_session(package)
+    (package.path / "model.onnx.data").unlink()
+    with pytest.raises(PackageError, match=r"model\.onnx\.data: cannot be read"):
+        session.load_adapter("own", tiny.adapter("own", 7, labels=tiny.LABELS))
+
+
+def test_a_whole_weight_without_rows_that_equals_the_bases_goes_beside_the_base(tmp_path):
+    package = tiny.make_package(tmp_path / "p")
+    session = open_session(package)
+    norm = tiny.weights()["norm"]
+    session.load_adapter("same", tiny.bound("same", tiny.adapter("a", 1).tensors | {"norm.weight": norm}))
+    (package.path / "model.onnx.data").unlink()
+    assert_close(logits(session, ["same", None]), logits(session, ["a", None]))
+
+
+def test_loading_an_adapter_of_another_base_is_logged_and_strictly_refused(package, caplog):
+    named = Package(package.path, replace(package.manifest, source={"made_by": "optimum", "from": "gpt2-medium"}))
+    session = AdapterSession(named, providers=CPU)
+    plain = tiny.adapter("a", 1)
+    other = replace(plain, origin=replace(plain.origin, base_model="openai/gpt2"))
+    session.load_adapter("a", other)
+    assert (
+        "'a': it says that it was trained on 'openai/gpt2', and the package was made from 'gpt2-medium'" in caplog.text
+    )
+    with pytest.raises(BindError, match="gpt2-medium"):
+        session.load_adapter("again", other, strict=True)
+
+
 def test_adapters_shows_what_is_loaded_and_cannot_be_changed(session):
     assert list(session.adapters) == ["a", "b"]
     with pytest.raises(TypeError):

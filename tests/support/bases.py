@@ -227,6 +227,32 @@ def _t5() -> Any:
     return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=_WORDS, decoder_start_token_id=0, **config))
 
 
+def _segformer() -> Any:
+    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=150, mlp_ratios=[1, 1, 1, 1]))
+
+
+def _vit() -> Any:
+    config = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": _FFN}
+    return hf.ViTForImageClassification(hf.ViTConfig(image_size=32, num_labels=101, **config))
+
+
+def _whisper() -> Any:
+    layers = {"encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 12, "decoder_attention_heads": 12}
+    config = hf.WhisperConfig(
+        vocab_size=_WORDS,
+        d_model=768,
+        encoder_ffn_dim=_FFN,
+        decoder_ffn_dim=_FFN,
+        max_target_positions=_TOKENS,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **layers,
+        **_SPECIAL,
+    )
+    return hf.WhisperForConditionalGeneration(config)
+
+
 BASES: dict[str, Base] = {
     "bert": Base(_bert),
     "bloom": Base(_bloom),
@@ -242,7 +268,10 @@ BASES: dict[str, Base] = {
     "llama": Base(_llama),
     "opt": Base(_opt),
     "roberta": Base(_roberta),
+    "segformer": Base(_segformer),
     "t5": Base(_t5),
+    "vit": Base(_vit),
+    "whisper": Base(_whisper),
     "mlp": Base(MLP, lambda: torch.linspace(-2, 2, 30).view(3, 10)),
     "conv2d": Base(ModelConv2D, lambda: torch.linspace(-2, 2, 135).view(3, 5, 3, 3)),
     "embedding": Base(ModelEmbConv1D, lambda: torch.arange(30).view(3, 10)),

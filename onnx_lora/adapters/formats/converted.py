@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import safetensors.numpy
 
+from onnx_lora.adapters.bases import base_number, is_base_number
 from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
 from onnx_lora.adapters.formats.olive import from_olive
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
@@ -38,6 +39,11 @@ _VERSION = "1"
 
 # Bytes 4 to 8 of a flatbuffer; ONNX Runtime's lora/adapter_format schema.
 _ONNX_ADAPTER_MARK = b"TORT"
+
+_OF_ONE_PRECISION = (
+    "DoRA's scales in an .onnx_adapter are those of the package that it was converted for; in another precision the "
+    "base has others, and the file does not say which these are"
+)
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SCALE, _MAGNITUDE = ".dora_scale", ".lora_magnitude_vector"
@@ -90,6 +96,7 @@ def _write_safetensors(bound: BoundAdapter, path: Path) -> None:
         "source_sha256": bound.origin.sha256,
         "method": bound.origin.method,
         "base_model": bound.origin.base_model,
+        "package_base": ", ".join(bound.base_names),
         "coverage": json.dumps(asdict(bound.coverage)),
         "base_digests": json.dumps(dict(bound.base_digests)),
         # Of DoRA the magnitudes are there, and each package computes its own.
@@ -114,7 +121,8 @@ def _write_onnx_adapter(bound: BoundAdapter, path: Path, runtime: ModuleType) ->
     values = {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in inputs.items()}
     adapter = runtime.AdapterFormat()
     adapter.set_adapter_version(1)
-    adapter.set_model_version(1)
+    # Neither ONNX Runtime nor GenAI looks at it, and both refuse a parameter that is no input of the graph.
+    adapter.set_model_version(base_number(inputs, bound.graphs) if bound.graphs else 1)
     adapter.set_parameters(values)
     try:
         adapter.export_adapter(str(path))
@@ -169,7 +177,9 @@ def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
     runtime = _onnxruntime(path)
     tensors: dict[str, Array] = {}
     try:
-        for key, value in runtime.AdapterFormat.read_adapter(str(path)).get_parameters().items():
+        opened_format = runtime.AdapterFormat.read_adapter(str(path))
+        number = int(opened_format.get_model_version())
+        for key, value in opened_format.get_parameters().items():
             # Copied: the values are views of the mapped file.
             array = np.array(value.numpy())
             array.flags.writeable = False
@@ -177,9 +187,13 @@ def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
     deltas, replacements = _split(from_olive(tensors, path), path)
-    note = "an .onnx_adapter does not say which base it was bound to, so that was not checked"
     origin = Origin(str(path), sha256_of(path), "onnx_adapter", "", "")
-    return Adapter(name or path.stem, deltas, replacements, origin, notes=(note,))
+    adapter = Adapter(name or path.stem, deltas, replacements, origin)
+    if is_base_number(number):
+        scaled = any(delta.dora_scale is not None for delta in deltas.values())
+        return replace(adapter, base_number=number, notes=(_OF_ONE_PRECISION,) * scaled)
+    note = "this .onnx_adapter does not say which base it was bound to, so that was not checked"
+    return replace(adapter, notes=(note,))
 
 
 def _onnxruntime(path: Path) -> ModuleType:

@@ -17,6 +17,9 @@ from onnx_lora.points import Array, matches
 
 __all__ = ["Sorter"]
 
+# A batch norm's count of the batches that it was trained on: PEFT saves it with a head, and evaluation never reads it.
+_COUNTER = "num_batches_tracked"
+
 
 @dataclass
 class Sorter:
@@ -48,6 +51,8 @@ class Sorter:
                 self.unsupported.append(f"{key}: of torch's MultiheadAttention, of which no part is applied")
             elif parsed.kind == "base copy":
                 self.notes.append(f"{key}: the base's own copy beside a saved module, which PEFT does not use")
+            elif _is_counter(parsed, values):
+                self.notes.append(f"{key}: counts the batches of a training, and changes no answer")
             elif values.dtype.kind != "f" and not (parsed.tensor in self.method.integers and values.dtype.kind in "iu"):
                 self.problems.append(f"{key}: must be floating point, and is {values.dtype.name}")
             elif parsed.kind == "parameter":
@@ -194,6 +199,11 @@ class Sorter:
         for name, addition in self.added.items():
             found[name] = _onto(found[name], addition) if name in found else addition
         return found
+
+
+def _is_counter(key: Key, values: Array) -> bool:
+    last = key.name.rpartition(".")[2]
+    return key.kind == "parameter" and last == _COUNTER and values.dtype.kind in "iu" and values.size == 1
 
 
 def _onto(whole: Replacement, addition: Replacement) -> Replacement:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.frontends.diffusion import is_pipeline
 from onnx_lora.exporter.frontends.huggingface import config_of
+from onnx_lora.exporter.frontends.newer import translated_config
 from onnx_lora.exporter.frontends.source import Precision
 
 __all__ = ["MEASURED", "Via", "choose"]
@@ -67,7 +68,7 @@ def choose(
         raise ModelError(f"{wanted} is for text generation, and the task is {task!r}; {_OPTIMUM}", path=model)
     if not _is_installed():
         raise MissingDependencyError(f"{wanted} needs onnxruntime-genai: pip install 'onnx-lora[export,genai,cpu]'")
-    if problem := _unfit_heads(config_of(model)):
+    if problem := _unfit_heads(translated_config(config_of(model), model)):
         raise ModelError(f"{wanted}: {problem}; {_OPTIMUM}", path=model)
     return "genai"
 
@@ -79,7 +80,7 @@ def _goes_to_builder(model: str | os.PathLike[str], task: str | None) -> bool:
     if task not in _TASKS or not _is_installed():
         return False
     try:
-        config = config_of(model)
+        config = translated_config(config_of(model), model)
     except ModelError:
         return False  # Optimum says what is wrong with it
     names = config.get("architectures") or [""]

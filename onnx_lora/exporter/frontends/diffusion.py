@@ -4,11 +4,12 @@ its networks take adapters, it does not."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
-from onnx_lora.exporter.frontends.huggingface import name_of, quiet, translated
+from onnx_lora.exporter.frontends.huggingface import base_of, name_of, quiet, translated
+from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.optimum import reference_of
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
+from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,14 +142,29 @@ def _loaded(model: str | os.PathLike[str], task: str | None, precision: str) -> 
             raise ModelError(f"a pipeline is exported for {', '.join(_TASKS)}, and not for {task!r}", path=model)
         dtype = torch.float16 if precision == "fp16" else torch.float32
         unused = {name: None for name in ("safety_checker", "image_encoder") if name in index}
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            str(root), torch_dtype=dtype, local_files_only=True, **unused
-        )
+        with readable(root) as read:
+            parts = {
+                name: _part(name, index[name], model, Path(read), dtype) for name in _NETWORKS if _has(index, name)
+            }
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(read), torch_dtype=dtype, local_files_only=True, **parts, **unused
+            )
     networks = torch.nn.ModuleDict({name: getattr(pipeline, name) for name in _NETWORKS if _has(index, name)}).eval()
     # Not a part of the module: Optimum asks the pipeline what its parts are.
     networks.__dict__["pipeline"] = pipeline
     origin = {"made_by": "optimum", "from": name_of(model), "task": task or _task_of(pipeline), "precision": precision}
-    return networks, origin | {"pipeline": type(pipeline).__name__}, root
+    return networks, origin | {"pipeline": type(pipeline).__name__} | base_of(model), root
+
+
+def _part(name: str, entry: Sequence[str], model: str | os.PathLike[str], root: Path, dtype: Any) -> Any:
+    """One network of a pipeline, checked to be whole."""
+    library, kind = entry
+    known = importlib.import_module(library)
+    loaded, account = getattr(known, kind).from_pretrained(
+        str(root / name), torch_dtype=dtype, local_files_only=True, **LOADING
+    )
+    check_whole(loaded, account, Path(model) / name, root / name)
+    return loaded
 
 
 def _diffusers() -> Any:

@@ -18,8 +18,18 @@ from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_graph, builder_version
-from onnx_lora.exporter.frontends.huggingface import config_of, heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.huggingface import (
+    base_of,
+    config_of,
+    heads_of,
+    name_of,
+    quiet,
+    translated,
+    without_bars,
+)
+from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
+from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -52,9 +62,10 @@ def build_checkpoint(
     config = config_of(model)
     layers = config.get("num_hidden_layers")
     built = folder / "built"
-    wish = Wish(model, built, precision, layers if isinstance(layers, int) else 0)
     try:
-        build_graph(wish, folder, progress)
+        with readable(model) as read:
+            wish = Wish(model, built, precision, layers if isinstance(layers, int) else 0, read)
+            build_graph(wish, folder, progress)
     except NoTokenizer as error:
         local = Path(model)
         if not local.is_dir() or any(any(local.glob(pattern)) for pattern in _TOKENIZERS):
@@ -70,7 +81,7 @@ def build_checkpoint(
         "task": "text-generation-with-past",
         "precision": precision.name,
         "builder": f"onnxruntime-genai {builder_version()}",
-    }
+    } | base_of(model)
     if precision.quantised:
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
     calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
@@ -83,17 +94,19 @@ def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Mo
 
     Raises ModelError: no such checkpoint. MissingDependencyError: torch or transformers is not installed.
     """
-    with quiet(), translated(model, "loaded by transformers"), without_bars():
+    with quiet(), translated(model, "loaded by transformers"), without_bars(), readable(model) as read:
         import torch
         import transformers
 
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(model),
+        loaded, account = transformers.AutoModelForCausalLM.from_pretrained(
+            str(read),
             torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
-            local_files_only=Path(model).is_dir(),
+            local_files_only=Path(read).is_dir(),
             # The others leave out what some models have (Gemma 2's soft caps, GPT-OSS's sinks).
             attn_implementation="eager",
+            **LOADING,
         )
+        check_whole(loaded, account, model, read)
     evaluated: nn.Module = loaded.eval()
     return evaluated
 

@@ -40,9 +40,6 @@ _SAVED = re.compile(r"Saving .*\| (\d+)/(\d+) \[")
 _DAMAGED = ("OSError", "SafetensorError", "JSONDecodeError", "UnpicklingError", "ValueError")
 _MISSHAPEN = ("loading state_dict", "out of meta tensor")
 
-# What transformers only warns of: weights that the checkpoint lacks, filled with random numbers.
-_INVENTED = re.compile(r"Some weights of \w+ were not initialized .*newly initialized: (\[.*\])")
-
 
 class NoTokenizer(Exception):  # noqa: N818 - caught by the one caller, no user's error
     """The graph is whole; the builder could load no tokenizer. The message is the builder's."""
@@ -50,16 +47,18 @@ class NoTokenizer(Exception):  # noqa: N818 - caught by the one caller, no user'
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is built: a local folder's checkpoint or a hub id, where to, how. `layers`: as many as it has, or 0."""
+    """What is built: a local folder's checkpoint or a hub id, where to, how. `layers`: as many as it has, or 0.
+    `read` is what the builder is given for it: the same, or a folder in the words of this transformers."""
 
     model: str | os.PathLike[str]
     folder: Path
     precision: Precision
     layers: int
+    read: str | os.PathLike[str]
 
     @property
     def is_local(self) -> bool:
-        return Path(self.model).is_dir()
+        return Path(self.read).is_dir()
 
 
 def builder_version() -> str:
@@ -80,8 +79,6 @@ def build_graph(wish: Wish, scratch: Path, progress: Progress) -> None:
         for line in process.stdout:  # a progress bar's carriage returns end lines too
             if text := line.rstrip():
                 last.append(text)
-                if match := _INVENTED.search(text):
-                    raise ModelError(f"lacks weights: {match[1]}", path=wish.model)
                 _report(text, wish.layers, progress)
         code = process.wait()
     if code:
@@ -114,7 +111,7 @@ def _child(wish: Wish, scratch: Path) -> Iterator[subprocess.Popen[str]]:
 
 def _command(wish: Wish, scratch: Path) -> list[str]:
     """Its paths are absolute: the child starts elsewhere."""
-    source = ["-i", str(Path(wish.model).resolve())] if wish.is_local else ["-m", str(wish.model)]
+    source = ["-i", str(Path(wish.read).resolve())] if wish.is_local else ["-m", str(wish.read)]
     name = wish.precision.name
     options = []
     if wish.precision.quantised:

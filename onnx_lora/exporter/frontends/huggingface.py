@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,7 +19,11 @@ from safetensors import SafetensorError
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.trial import native_failures
 
-__all__ = ["config_of", "heads_of", "name_of", "quiet", "translated", "without_bars"]
+__all__ = ["base_of", "config_of", "heads_of", "name_of", "quiet", "short_name", "translated", "without_bars"]
+
+
+# Where the hub's client keeps a repository: models--ORG--NAME/snapshots/HASH.
+_HUB_CACHE = re.compile(r"/models--([^/]+)/snapshots/")
 
 
 def config_of(model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -37,6 +43,30 @@ def config_of(model: str | os.PathLike[str]) -> dict[str, Any]:
 def name_of(model: str | os.PathLike[str]) -> str:
     """What the manifest calls a checkpoint: a folder's own name or a hub id, never a path."""
     return Path(model).resolve().name if Path(model).is_dir() else str(model)
+
+
+def base_of(model: str | os.PathLike[str]) -> dict[str, str]:
+    """`base`, for the manifest: a local folder's model by the name that its config or the hub's cache gives it; nothing
+    for a hub id, which is the name already."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return {}
+    if cached := _HUB_CACHE.search(folder.resolve().as_posix()):
+        return {"base": cached[1].replace("--", "/")}
+    for name in ("config.json", "model_index.json"):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            config = json.loads((folder / name).read_text("utf-8"))
+            named = config.get("_name_or_path") if isinstance(config, dict) else None
+            if isinstance(named, str) and named:
+                return {"base": short_name(named)}
+    return {}
+
+
+def short_name(named: str) -> str:
+    """A hub id as it is, and of a path the last component: nothing of the machine that made it."""
+    path = PurePosixPath(named.replace("\\", "/"))
+    is_id = len(path.parts) <= 2 and not path.is_absolute() and path.parts[0] not in (".", "..", "~")
+    return str(path) if is_id else path.name
 
 
 def heads_of(model: Any) -> frozenset[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.huggingface import base_of, name_of
 from onnx_lora.exporter.frontends.source import Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.package import MANIFEST
@@ -42,9 +43,16 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
         if not Path(checkpoint).is_dir():
             raise ModelError("a checkpoint must be a folder with .safetensors weights", path=Path(checkpoint))
         weights = Checkpoint.of_folder(Path(checkpoint))
-    origin = {"made_by": "attach", "from": path.name}
+    origin = {"made_by": "attach", "from": path.name} | _base(folder, checkpoint)
     genai = GenaiNames.of_folder(folder) if weights is None else None
     return Loaded(sources, origin, weights, companions_of(folder), names=genai)
+
+
+def _base(folder: Path, checkpoint: str | os.PathLike[str] | None) -> dict[str, str]:
+    """The model's name: as the configs say, else as the checkpoint's folder is called."""
+    if checkpoint is None:
+        return base_of(folder)
+    return {"base": name_of(checkpoint)} | base_of(folder) | base_of(checkpoint)
 
 
 def _is_named_in_config(file: Path) -> bool:

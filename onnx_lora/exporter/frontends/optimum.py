@@ -12,8 +12,10 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
-from onnx_lora.exporter.frontends.huggingface import heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.huggingface import base_of, heads_of, name_of, quiet, translated, without_bars
+from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
+from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def export_checkpoint(
     companions = {file.name: file for file in companions_of(folder)}
     if local.is_dir():
         companions |= {file.name: file for file in companions_of(local) if file.name not in companions}
-    origin = {"made_by": "optimum", "from": name_of(model), "task": task, "precision": precision.name}
+    origin = {"made_by": "optimum", "from": name_of(model), "task": task, "precision": precision.name} | base_of(model)
     return Loaded(sources, origin, checkpoint, tuple(companions.values()), folder), torch_model
 
 
@@ -56,21 +58,24 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
-    with quiet(), translated(model, _exported(task)), without_bars():
-        library = TasksManager.infer_library_from_model(str(model))
+    with quiet(), translated(model, _exported(task)), without_bars(), readable(model) as read:
+        library = TasksManager.infer_library_from_model(str(read))
         if library == "sentence_transformers":
             # The same transformer in the same files; pooling is arithmetic without weights, and stays outside.
             library = "transformers"
-        chosen = task or _task_of(model, library)
+        chosen = task or _task_of(read, library)
         chosen = TasksManager.map_from_synonym(chosen)
-        loaded = TasksManager.get_model_from_task(
-            chosen,
-            str(model),
-            framework="pt",
-            library_name=library,
-            torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
-            local_files_only=Path(model).is_dir(),
-        )
+        options = {
+            "torch_dtype": torch.float16 if precision == "fp16" else torch.float32,
+            "local_files_only": Path(read).is_dir(),
+        }
+        if library == "transformers":
+            loaded, account = _class_for(chosen, read).from_pretrained(str(read), **options, **LOADING)
+            check_whole(loaded, account, model, read)
+        else:
+            loaded = TasksManager.get_model_from_task(
+                chosen, str(read), framework="pt", library_name=library, **options
+            )
         known = TasksManager.get_supported_tasks_for_model_type(loaded.config.model_type, "onnx", library_name=library)
         if task is None and f"{chosen}-with-past" in known:
             chosen = f"{chosen}-with-past"
@@ -86,6 +91,16 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
                 path=Path(model),
             )
     return loaded.eval(), chosen
+
+
+def _class_for(task: str, model: str | os.PathLike[str]) -> Any:
+    """The class that Optimum loads a checkpoint with."""
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=Path(model).is_dir())
+    named = config.architectures[0] if task == "reinforcement-learning" and config.architectures else None
+    return TasksManager.get_model_class_for_task(task, "pt", model_type=config.model_type, model_class_name=named)
 
 
 def _task_of(model: str | os.PathLike[str], library: str) -> str:

@@ -16,6 +16,7 @@ from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
+from onnx_lora.exporter.frontends.huggingface import short_name
 from onnx_lora.exporter.frontends.source import Loaded, Reference
 from onnx_lora.points import Array
 
@@ -73,6 +74,8 @@ def export_module(
         raise ExportError(f"torch.onnx could not export {type(model).__name__}: {_first_lines(error)}") from error
     checkpoint = Checkpoint.of_module(model, heads=frozenset())
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
+    if isinstance(named := getattr(getattr(model, "config", None), "_name_or_path", None), str) and named:
+        origin["base"] = short_name(named)
     calls = count_calls(model, {"model": partial(_call, model, positional, keywords)})
     return Loaded((Source("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
 

@@ -87,9 +87,11 @@ class TextGenerator:
         """How many tokens a text may have, prompt included; None where the package does not say."""
         return self._room.context
 
-    def load_adapter(self, name: str, adapter: AnyAdapter, *, allow_unproven: bool = False) -> BoundAdapter:
+    def load_adapter(
+        self, name: str, adapter: AnyAdapter, *, strict: bool = False, allow_unproven: bool = False
+    ) -> BoundAdapter:
         """As `AdapterSession.load_adapter`."""
-        return self._session.load_adapter(name, adapter, allow_unproven=allow_unproven)
+        return self._session.load_adapter(name, adapter, strict=strict, allow_unproven=allow_unproven)
 
     def unload_adapter(self, name: str) -> None:
         """As `AdapterSession.unload_adapter`. Generations that run finish with it; a kept cache that it filled can

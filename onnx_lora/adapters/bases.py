@@ -1,0 +1,83 @@
+"""Which base an adapter was made for: by the name it gives, and by the number that an `.onnx_adapter` has room for. It
+knows names and digests, and no tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from hashlib import sha256
+
+from onnx_lora.package import GraphInfo, Package
+
+__all__ = ["base_number", "base_problem", "is_base_number"]
+
+# Words of names that tools and people give to any model, beside numbers and hashes: they say nothing of which it is.
+_ANYBODYS = frozenset(
+    [
+        *("base", "best", "checkpoint", "checkpoints", "ckpt", "dir", "epoch", "export", "exported", "final", "folder"),
+        *("hf", "last", "latest", "local", "merged", "model", "onnx", "output", "outputs", "package", "pretrained"),
+        *("result", "results", "run", "saved", "snapshot", "snapshots", "step", "tmp", "weights"),
+    ]
+)
+_HASH = re.compile(r"(?=.*\d)[0-9a-f]{7,64}")
+
+# What is put behind a model's name where its weights are the same, in fewer bits or in another file.
+_ROUNDED = re.compile(r"(?:[-_](?:unsloth|bnb|awq|gptq|gguf|mlx|hf|int[48]|[48]bits?|bf16|fp16|fp32)){1,4}$")
+
+_HUB_CACHE = re.compile(r"models--(.{1,200}?)/snapshots/")
+
+# A longer name is compared, and shown, by its end.
+_LONGEST = 300  # characters
+
+# Numbers from here on are ours: others write small ones, counted up.
+_OURS = 2**30
+
+
+def base_problem(base_model: str, package: Package) -> str | None:
+    """Why an adapter that names `base_model` may be another base's than the package's, or None: the last components of
+    both names are known, and differ."""
+    own = _told(base_model)
+    names = [name for name in package.base_names if _told(name)]
+    if own is None or not names or own in map(_told, names):
+        return None
+    return (
+        f"it says that it was trained on {base_model[-_LONGEST:]!r}, and the package was made from {names[0]!r}; where "
+        "shapes agree it runs, and on another base its answers mean nothing"
+    )
+
+
+def _told(name: str) -> str | None:
+    """What the last component of a model's name or path says of which model it is, in small letters; or None."""
+    path = name[-_LONGEST:].replace("\\", "/").rstrip("/ ").lower()
+    cached = _HUB_CACHE.search(f"{path}/")
+    last = cached[1].rpartition("--")[2] if cached else path.rpartition("/")[2].partition("@")[0]
+    last = _ROUNDED.sub("", last)
+    return None if all(map(_is_anybodys, re.split(r"[-_. ]", last))) else last
+
+
+def _is_anybodys(word: str) -> bool:
+    plain = word.rstrip("0123456789")
+    return not plain or plain in _ANYBODYS or _HASH.fullmatch(word) is not None
+
+
+def base_number(names: Collection[str], graphs: Collection[GraphInfo]) -> int:
+    """A number for the base weights beside the branches, modules, parameters or graph inputs `names`: equal for equal
+    bases, in whatever precision, and else another by all likelihood."""
+    lines = sorted({line for graph in graphs for line in _lines(frozenset(names), graph)})
+    mark = sha256("".join(lines).encode()).digest()
+    return _OURS + int.from_bytes(mark[:4], "big") % _OURS
+
+
+def is_base_number(number: int) -> bool:
+    """Whether `base_number` may have given it."""
+    return _OURS <= number < 2 * _OURS
+
+
+def _lines(names: frozenset[str], graph: GraphInfo) -> Iterator[str]:
+    points = {point.module: point for point in graph.points}
+    for branch in graph.branches:
+        if names & {branch.name, *branch.names}:
+            yield from (f"{module} {points[module].sha256}\n" for module in branch.modules)
+    # A packed branch takes, too, what was written module by module for another package.
+    yield from (f"{module} {point.sha256}\n" for module, point in points.items() if module in names)
+    yield from (f"{weight.name} {weight.sha256}\n" for weight in graph.replaceable if weight.name in names)
