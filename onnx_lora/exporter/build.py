@@ -5,7 +5,7 @@ load –locate, settle→ sites –choose, own→ base graph on disk –inject�
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
-from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.checkpoint import Calls, Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
 from onnx_lora.exporter.genai_names import GenaiNames
@@ -46,14 +46,14 @@ class Source:
     """One ONNX file to be given points, and its name in the package.
 
     `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: how often torch calls each module, without the prefix; None where torch was not asked.
+    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
     """
 
     name: str
     file: Path
     prefix: str = ""
     checkpoint: Checkpoint | None = None
-    calls: Mapping[str, int] | None = None
+    calls: Calls | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["NEVER_CALLED", "Checkpoint", "Match", "scaled_axis"]
+__all__ = ["NEVER_CALLED", "Calls", "Checkpoint", "Match", "overridden", "scaled_axis"]
 
 # Why `nn.MultiheadAttention`'s `out_proj` gets no point.
 NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
@@ -66,6 +66,15 @@ class Match:
     size: int
     read: Callable[[], Array]
     bias: Bias = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What torch does with a model's modules in one run: how often it calls each, by name, and which of them compute
+    something else than x · W0 (and a bias)."""
+
+    counts: Mapping[str, int]
+    altered: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -313,7 +322,7 @@ def _is_never_called(key: str, others: Collection[str]) -> bool:
     return name == "out_proj" and not beside.isdisjoint(others)
 
 
-# What torch's and transformers' own classes compute with their weight, by class and by the forward that does it.
+# What torch's and transformers' own classes compute with their weight.
 _KINDS: Mapping[str, Kind] = {
     "Linear": "linear",
     "Conv1D": "linear",
@@ -326,17 +335,29 @@ _KINDS: Mapping[str, Kind] = {
 
 def _kind_of(module: nn.Module) -> Kind | None:
     """By name, along the classes it inherits from: torch is not needed to attach points to a file."""
-    return next((_KINDS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _KINDS), None)
+    plain = _plain_class(module)
+    return None if plain is None else _KINDS[plain.__name__]
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module] | None:
+    return next((kind for kind in type(module).__mro__ if kind.__name__ in _KINDS), None)
+
+
+def overridden(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch's or transformers' whose forward a module has replaced by its own; None where it has not.
+
+    PEFT adds its delta behind all of that, of which the graph shows only parts.
+    """
+    plain = _plain_class(module)
+    # PEFT knows of one thing that a class of embeddings adds: a scale.
+    if plain is None or (plain.__name__ == "Embedding" and hasattr(module, "embed_scale")):
+        return None
+    return None if type(module).forward is plain.forward and "forward" not in vars(module) else plain
 
 
 def _refusal(module: nn.Module, kind: Kind) -> str | None:
     """Why PEFT's delta beside a module's product would be something else than PEFT's delta beside the module, or
-    None. PEFT adds it to whatever the module gives, of which the graph shows only parts."""
-    name, _, method = type(module).forward.__qualname__.partition(".")
-    own_forward = name not in _KINDS or method != "forward" or "forward" in vars(module)
-    # PEFT knows of one thing that a class of embeddings adds: a scale.
-    if own_forward and not (kind == "embedding" and hasattr(module, "embed_scale")):
-        return f"{type(module).__name__} has a forward of its own, which may compute more than x · W0"
+    None."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "a hook may change what it takes in or gives"
     if "NonDynamicallyQuantizableLinear" in (kind.__name__ for kind in type(module).__mro__):

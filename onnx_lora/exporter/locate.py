@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.exporter.checkpoint import NEVER_CALLED, Checkpoint, Match, scaled_axis
+from onnx_lora.exporter.checkpoint import NEVER_CALLED, Calls, Checkpoint, Match, scaled_axis
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
 from onnx_lora.exporter.scopes import path_of, scopes_around
 from onnx_lora.exporter.traces import Traces, module_doubt
@@ -151,11 +151,11 @@ class Located:
             tuple(replace(one, modules=tuple(prefix + name for name in one.modules)) for one in self.strays),
         )
 
-    def without(self, modules: Collection[str], reason: str) -> Located:
-        """The same, but that these modules have no place, for this reason."""
-        gone = [one for one in self.linears if one.module in modules]
-        strays = tuple(Stray(label_of(one.node), reason, (one.module,)) for one in gone)
-        kept = tuple(one for one in self.linears if one.module not in modules)
+    def without(self, reasons: Mapping[str, str]) -> Located:
+        """The same, but that these modules have no place: why, by module."""
+        gone = [one for one in self.linears if one.module in reasons]
+        strays = tuple(Stray(label_of(one.node), reasons[one.module], (one.module,)) for one in gone)
+        kept = tuple(one for one in self.linears if one.module not in reasons)
         return Located(kept, (*self.strays, *strays))
 
     def doubted(self, traces: Traces, *, named: bool) -> Located:
@@ -168,19 +168,21 @@ class Located:
             doubted.append(replace(one, unproven=one.unproven or doubt))
         return replace(self, linears=tuple(doubted))
 
-    def counted(self, calls: Mapping[str, int]) -> Located:
-        """The same without the modules that torch calls more or less often than the graph does.
+    def counted(self, calls: Calls) -> Located:
+        """The same without the modules that torch calls more or less often than the graph does, or that are no x · W0.
 
         Fewer nodes: a call has become a constant. More: something else computes with the weight, and would take the
         adapter along that PEFT leaves out there.
         """
         nodes = Counter(one.module for one in self.linears if one.first == 0)
-        located = self
+        reasons: dict[str, str] = {}
         for module, count in nodes.items():
-            if count != calls.get(module, 0):
-                reason = f"torch calls {module} {calls.get(module, 0)} times, and the graph holds it {count} times"
-                located = located.without([module], reason)
-        return located
+            called = calls.counts.get(module, 0)
+            if module in calls.altered:
+                reasons[module] = f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
+            elif count != called:
+                reasons[module] = f"torch calls {module} {called} times, and the graph holds it {count} times"
+        return self.without(reasons)
 
 
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
@@ -196,7 +198,7 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
         for name in graph.initializers
         if name.endswith((".in_proj_bias", ".in_proj_weight"))
     }
-    return located.without(never_called, NEVER_CALLED)
+    return located.without(dict.fromkeys(never_called, NEVER_CALLED))
 
 
 def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:

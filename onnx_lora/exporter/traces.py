@@ -43,7 +43,7 @@ _CALL = re.compile(r"(?P<function>linear|addmm|mm|conv[123]d|convolution|embeddi
 # The classes that compute x · W0 and no more, as dynamo writes them down. PEFT knows of the scale that the last ones
 # multiply in.
 _PLAIN_CLASS = re.compile(
-    r"torch\.nn\.modules\..+|transformers\.pytorch_utils\.Conv1D|transformers\..+ScaledWordEmbedding"
+    r"torch\.nn\.modules\..+|transformers\..+\.(Conv1D|FalconLinear|\w+DepthwiseConv2d|\w+ScaledWordEmbedding)"
 )
 
 # What a module that computes x · W0 and no more may hold beside the product, by TorchScript's names.

@@ -74,6 +74,19 @@ class Plain(OfASubclass):
         self.q = nn.Linear(6, 6)
 
 
+class Spelled(nn.Linear):
+    """A forward of its own that computes what Linear's does, as Falcon has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class SpelledOut(OfASubclass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = Spelled(6, 6)
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -185,6 +198,12 @@ def test_where_torch_is_at_hand_only_what_is_exact_gets_a_point(net: Net, verifi
     session = AdapterSession(package)
     session.load_adapter("a", adapter)
     assert_close(session.run(None, {"x": X.numpy()}, adapter="a")[0], _by_peft(net, adapter))
+
+
+def test_a_subclass_that_computes_the_same_gets_its_point(tmp_path: Path) -> None:
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": SHAPES}
+    package = export(_made(SpelledOut), tmp_path / "out", example_inputs=(X,), **names)
+    assert set(package.points) == {"q", "fc"}
 
 
 def test_a_module_that_computes_more_than_its_product_is_unproven(tmp_path: Path) -> None:
