@@ -102,8 +102,9 @@ def verify(
         model, task = optimum.load_model(checkpoint, task=source.get("task"), precision=precision)
     if adapter is None:
         comparisons = verify_module(package, model, task, None)
-        if package.unproven:
-            package.record_proof({entry.graph for entry in comparisons if entry.case == "adapter"})
+        seen = {entry.graph for entry in comparisons if entry.case == "adapter" and _is_seen(entry)}
+        if package.unproven and seen:
+            package.record_proof(seen)
         return comparisons
     with _peft_errors():
         import peft
@@ -173,10 +174,15 @@ def _judged(package: Package, comparisons: list[Comparison]) -> list[Comparison]
             ],
         )
     adapted = [entry for entry in comparisons if entry.case == "adapter"]
-    if adapted and not any(entry.effect > _SEEN * entry.difference for entry in adapted):
+    if adapted and not any(_is_seen(entry) for entry in adapted):
         # Not wrong: PEFT's adapter moves nothing either, behind a last layer of zeros for example.
         logger.warning("%s: the adapter tried has no effect on any output, in PyTorch neither", package.path.name)
     return comparisons
+
+
+def _is_seen(entry: Comparison) -> bool:
+    """Whether the adapter moved an output much further than rounding does."""
+    return entry.effect > _SEEN * entry.difference
 
 
 def _run(
