@@ -3,15 +3,11 @@ folder; it knows neither ONNX nor adapters."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 import types
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -20,7 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from onnx_lora.errors import InputError, OutputExistsError, PackageError, StorageError
+from onnx_lora.boundary import public, unread
+from onnx_lora.companions import check_folder
+from onnx_lora.errors import PackageError
 from onnx_lora.points import (
     FLOAT_TYPES,
     NIBBLES,
@@ -42,20 +40,12 @@ __all__ = [
     "Manifest",
     "Package",
     "Unplaced",
-    "staged",
-    "storage_errors",
 ]
 
 MANIFEST = "onnx_lora.json"
 
 # Raised when a reader of the old version would misread the new one.
 FORMAT_VERSION = 3
-
-# What a place says that cannot be written to. EEXIST: a file where a folder must be.
-_NOT_WRITABLE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    errno.ENOENT,  # a file system without folders of ours: /proc
-)
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
@@ -115,6 +105,7 @@ class Manifest:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
+@public
 @dataclass(frozen=True)
 class Package:
     """An opened package folder: its manifest, checked against the files beside it."""
@@ -127,9 +118,11 @@ class Package:
         """Open a package folder.
 
         Raises PackageError: no such folder, no manifest, a manifest that is damaged or of a newer
-        version, or a file that is missing or too short.
+        version, a file that is missing or too short, or what is no file (a pipe, a device).
         """
         folder = Path(path)
+        if folder.is_dir():
+            check_folder(folder, PackageError)
         manifest = _read_manifest(folder)
         package = Package(folder, manifest)
         _check_files(package)
@@ -178,16 +171,23 @@ class Package:
         return sha256("".join(lines).encode()).hexdigest()
 
     def read(self, stored: StoredTensor) -> Array:
-        """A stored tensor, read-only: mapped from disk; 4-bit numbers as 8-bit ones, in memory."""
-        if stored.dtype in NIBBLES:
-            return self._read_nibbles(stored)
-        return np.memmap(
-            self.path / stored.file,
-            dtype=np.dtype(stored.dtype).newbyteorder("<"),
-            mode="r",
-            offset=stored.offset,
-            shape=stored.shape,
-        )
+        """A stored tensor, read-only: mapped from disk; 4-bit numbers as 8-bit ones, in memory.
+
+        Raises PackageError: its file is gone since the package was opened, or was cut off.
+        """
+        try:
+            if stored.dtype in NIBBLES:
+                return self._read_nibbles(stored)
+            return np.memmap(
+                self.path / stored.file,
+                dtype=np.dtype(stored.dtype).newbyteorder("<"),
+                mode="r",
+                offset=stored.offset,
+                shape=stored.shape,
+            )
+        except (OSError, ValueError) as error:
+            cure = "make the package again, or copy it again"
+            raise unread(error, self.path / stored.file, PackageError, cure) from error
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
@@ -252,7 +252,9 @@ def _read_manifest(folder: Path) -> Manifest:
             "make one with `onnx-lora export` or `attach`",
             path=folder,
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise unread(error, file, PackageError, "make the package again, or copy it again") from error
+    except RecursionError as error:
         raise PackageError(f"cannot be read: {error}", path=file) from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
@@ -413,42 +415,3 @@ def _branch_problems(graph: GraphInfo) -> list[str]:
             or len(set(branch.modules)) < len(branch.modules)
         ),
     ]
-
-
-@contextmanager
-def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes when not.
-
-    Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
-    """
-    target = Path(out)
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError("exists already; remove it or choose another name", path=target)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            # mkdtemp makes it private; a finished folder gets the usual permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            folder.chmod(0o777 & ~umask)
-            yield folder
-            folder.rename(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
-    """Say what the disk refused. An `OSError` about anything but writing passes through."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError("the disk is full; nothing was written", path=target) from error
-        if error.errno in _NOT_WRITABLE:
-            what = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-            raise StorageError(f"cannot be written ({what}); nothing was written", path=target) from error
-        raise

@@ -14,6 +14,7 @@ from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Co
 from onnx_lora.adapters.names import resolved
 from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
 from onnx_lora.adapters.unknown import explain_modules, explain_parameters
+from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
@@ -21,6 +22,7 @@ from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, matches
 __all__ = ["bind"]
 
 
+@public
 def bind(adapter: Adapter, package: Package) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 

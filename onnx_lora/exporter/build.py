@@ -111,7 +111,9 @@ def build(
     """
     from onnx_lora import __version__
 
-    store = WeightStore(folder, scratch=scratch)
+    files = [_Files(folder, source, several=len(sources) > 1) for source in sources]
+    own = [MANIFEST, *(file.name for each in files for file in (each.points, each.base))]
+    store = WeightStore(folder, scratch=scratch, reserved=own)
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
@@ -125,9 +127,8 @@ def build(
     )
     chosen = _choose(graphs, settled, exposures, options, checkpoint)
     infos: list[GraphInfo] = []
-    for graph, sites, exposed in zip(graphs, settled, exposures, strict=True):
-        files = _Files(folder, graph.source, several=len(graphs) > 1)
-        write = _Writing(graph, sites, exposed.found, chosen, store, files, options, progress)
+    for graph, sites, exposed, place in zip(graphs, settled, exposures, files, strict=True):
+        write = _Writing(graph, sites, exposed.found, chosen, store, place, options, progress)
         infos.append(_translated(graph.source, write.run))
     manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, Change
-from onnx_lora.errors import BindError, PackageError
+from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart
 
@@ -174,7 +174,7 @@ def folded(edit: Edit, package: Package) -> Array:
 
 def _start(edit: Edit, package: Package) -> Array:
     if edit.whole is None:
-        return np.array(_read(edit.stored, package))
+        return np.array(package.read(edit.stored))
     whole = edit.whole
     values = whole.weight.to_initializer(whole.value, whole.part).astype(edit.stored.dtype)
     if values.shape != edit.stored.shape and not whole.weight.free_outputs:
@@ -182,15 +182,6 @@ def _start(edit: Edit, package: Package) -> Array:
             f"{whole.weight.name} must have the base's shape {list(edit.stored.shape)}, and has {list(values.shape)}"
         )
     return values
-
-
-def _read(stored: StoredTensor, package: Package) -> Array:
-    try:
-        return package.read(stored)
-    except (OSError, ValueError) as error:
-        raise PackageError(
-            f"cannot be read: {error}; make the package again, or copy it again", path=package.path / stored.file
-        ) from error
 
 
 def _check_fits(module: str, new: Array, dtype: np.dtype[Any], change: Array) -> None:
