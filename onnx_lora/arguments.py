@@ -6,6 +6,7 @@ import builtins
 import collections.abc
 import inspect
 import os
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -13,13 +14,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 __all__ = ["misfits"]
 
+# Modules that are imported for checkers alone. They are loaded where there is an object of theirs.
+_FOR_CHECKERS = {"torch": "torch", "nn": "torch.nn"}
+
 # Items of a list that are looked at: what is wrong with it is mostly wrong with the first.
 _ITEMS = 1000
 
 _LARGE = 10**9  # Python itself refuses to write numbers of many thousand digits
 
-# What `typing` and `collections.abc` call containers of one kind of item.
-_OF_ITEMS = (list, tuple, set, frozenset)
+# Containers of one kind of item, which can be looked through without being used up.
+_OF_ITEMS = (list, tuple, set, frozenset, str, bytes)
 
 
 def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
@@ -39,8 +43,11 @@ def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         if not _fits(value, hint, function):
             written = parameter.annotation if isinstance(parameter.annotation, str) else inspect.formatannotation(hint)
             problems.append(f"{name} must be {written}, and is {_shown(value)}")
-        elif (wrong := _unwritable(value)) is not None:
-            problems.append(f"{name} must be a text that can be written, and {wrong}")
+            continue
+        texts = list(value)[:_ITEMS] if isinstance(value, list | tuple | dict) else [value]
+        wrong = next((wrong for text in texts if (wrong := _unwritable(text)) is not None), None)
+        if wrong is not None:
+            problems.append(f"{name} must be text that can be written, and {wrong}")
     return problems
 
 
@@ -58,8 +65,10 @@ def _hint(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
     if not isinstance(annotation, str):
         return annotation
+    names = vars(inspect.getmodule(function) or builtins)
+    theirs = {name: sys.modules[module] for name, module in _FOR_CHECKERS.items() if module in sys.modules}
     try:
-        return eval(annotation, vars(inspect.getmodule(function) or builtins))  # noqa: S307 - our own source's text
+        return eval(annotation, names, theirs)  # noqa: S307 - our own source's text
     except (NameError, AttributeError, TypeError):
         return Any
 
@@ -83,7 +92,7 @@ def _fits(value: Any, hint: Any, function: Callable[..., Any]) -> bool:
         return callable(value)
     kind = origin or hint
     if kind is float:
-        return isinstance(value, Real) and not isinstance(value, bool)
+        return isinstance(value, Real) and not isinstance(value, bool) and _is_float(value)
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is os.PathLike:
@@ -96,6 +105,14 @@ def _fits(value: Any, hint: Any, function: Callable[..., Any]) -> bool:
     except TypeError:  # a protocol that cannot be asked at run time
         return True
     return _items_fit(value, inside, function)
+
+
+def _is_float(value: Real) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _items_fit(value: Any, inside: Sequence[Any], function: Callable[..., Any]) -> bool:
@@ -120,6 +137,4 @@ def _unwritable(value: object) -> str | None:
             os.fsencode(text)
     except UnicodeError:
         return "holds half of a surrogate pair"
-    if isinstance(text, list | tuple):
-        return next((wrong for item in text[:_ITEMS] if (wrong := _unwritable(item)) is not None), None)
     return None

@@ -88,6 +88,8 @@ def translated(error: BaseException) -> OnnxLoraError:
         return OutsideError(_REFUSED[errno.ENOMEM][1])
     if isinstance(error, RecursionError):
         return InputError("what was given is nested too deeply to be worked on; make it flatter")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, before Python 3.13
+        return InputError(_REFUSED[errno.ELOOP][1])
     if isinstance(error, OSError):
         kind, cure = _REFUSED.get(error.errno or 0, (StorageError, f"the system failed: {error}; try again"))
         return kind(cure, path=_file_of(error))

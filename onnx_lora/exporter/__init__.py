@@ -26,14 +26,13 @@ from onnx_lora.staging import staged
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 __all__ = ["attach", "export"]
 
 
 @public
 def export(
-    model: str | os.PathLike[str] | nn.Module,
+    model: str | os.PathLike[str] | torch.nn.Module,
     out: str | os.PathLike[str],
     *,
     task: str | None = None,
@@ -134,7 +133,7 @@ def _exported(
     task: str | None,
     precision: Precision,
     progress: Progress,
-) -> tuple[Loaded, nn.Module]:
+) -> tuple[Loaded, torch.nn.Module]:
     if Path(model).is_dir():
         check_folder(Path(model), ModelError)
     way = choose(model, via=via, task=task, precision=precision)

@@ -68,17 +68,24 @@ class Options:
     def of(
         targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int, *, dora: bool = False
     ) -> Options:
-        """Raises ModelError: `default_rank` is neither 0 nor 1."""
-        return Options(
-            targets if isinstance(targets, str) else tuple(targets),
-            replaceable if isinstance(replaceable, str) else tuple(replaceable),
-            default_rank,
-            dora,
-        )
+        """Raises ModelError: `default_rank` is neither 0 nor 1, or a name is no text."""
+        return Options(_names("targets", targets), _names("replaceable", replaceable), default_rank, bool(dora))
 
     def __post_init__(self) -> None:
         if self.default_rank not in (0, 1):
             raise ModelError(f"default_rank must be 0 or 1, and is {self.default_rank!r}")
+
+
+def _names(what: str, given: str | Iterable[str]) -> str | tuple[str, ...]:
+    if isinstance(given, str):
+        return given
+    try:
+        names = tuple(given)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} must be names, and is a {type(given).__name__}: {error}") from error
+    if other := [type(name).__name__ for name in names if not isinstance(name, str)]:
+        raise ModelError(f"{what} must be names, and holds a {other[0]}")
+    return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnx_lora.boundary import public
 from onnx_lora.errors import MissingDependencyError, PackageError, PromptError
 from onnx_lora.runtime.generation.settings import read_object
 
@@ -21,6 +22,7 @@ _SPECIAL = "special_tokens_map.json"
 _DEFAULT = "default"
 
 
+@public
 @dataclass(frozen=True)
 class Chat:
     """A conversation as a prompt. `messages`: mappings with "role" and "content", as chat templates take them.

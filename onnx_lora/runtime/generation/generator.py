@@ -238,7 +238,7 @@ class TextGenerator:
             sampling=sampling,
             end=self._settings.end,
             decode=decode,
-            keep_cache=keep_cache,
+            keep_cache=bool(keep_cache),
         )
         return work, batch
 
