@@ -7,8 +7,8 @@ runtime's need onnxruntime.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
     from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter, write_bound
     from onnx_lora.errors import OnnxLoraError
@@ -43,7 +43,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # So that the command `onnx-lora` begins at once, and Ctrl-C finds it where it ends quietly.
     for module, names in _HOME.items():
         if name in names:

@@ -29,7 +29,7 @@ __all__ = ["scratch", "staged", "staged_place"]
 # Another host may share the disk and not its locks; it leaves alone what is not its own.
 _HOST = sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:8]
 _OURS = f".onnx-lora-{_HOST}-"
-_LOCK = "lock"
+_LOCK, _FILES = "lock", "files"
 
 
 @contextmanager
@@ -76,12 +76,12 @@ def scratch(parent: str | os.PathLike[str] | None = None) -> Iterator[Path]:
     _sweep(place)
     folder, lock = _locked_folder(place)
     try:
-        files = folder / "files"  # apart from the lock
+        files = folder / _FILES
         files.mkdir()
         yield files
     finally:
         os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def _locked_folder(parent: Path) -> tuple[Path, int]:
@@ -131,9 +131,18 @@ def _sweep_one(folder: Path) -> None:
         return
     try:
         if stat.S_ISREG(os.fstat(lock).st_mode) and _lock(lock, wait=False):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """The lock last: of what cannot be removed now, the next run knows that it may."""
+    with suppress(OSError):
+        if (folder / _FILES).exists():
+            shutil.rmtree(folder / _FILES)
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _refuse_taken(target: Path) -> None:
