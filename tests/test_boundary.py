@@ -19,7 +19,7 @@ import pytest
 from onnx_lora import AdapterSession, Package, TextGenerator, bind, read_adapter
 from onnx_lora.boundary import public
 from onnx_lora.demo_text import WRITER
-from onnx_lora.errors import InputError, InternalError, OnnxLoraError, OutsideError, StorageError
+from onnx_lora.errors import ExportError, InputError, InternalError, OnnxLoraError, OutsideError, StorageError
 from onnx_lora.exporter import attach
 from onnx_lora.runtime import Sampling
 
@@ -387,6 +387,13 @@ def test_signatures_and_docstrings_stay() -> None:
     assert "with the adapter of this call" in (AdapterSession.run.__doc__ or "")
     assert isinstance(vars(Package)["open"], staticmethod)
     assert isinstance(vars(AdapterSession)["graph"], property)
+
+
+def test_a_librarys_unexplained_failure_is_an_export_error() -> None:
+    from onnx_lora.exporter.frontends.huggingface import translated
+
+    with pytest.raises(ExportError, match="IndexError"), translated("model", "exported"):
+        raise IndexError("list index out of range")
 
 
 def test_too_many_open_files_are_not_a_damaged_package(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
