@@ -1,16 +1,17 @@
 """The command line: each command reads its arguments, calls one function, and reports.
 
 Results go to stdout (tables, or JSON with `--json`), progress and errors to stderr. Exit codes: 0 done,
-2 wrong input, 3 the world failed (missing package, full disk), 4 a verification failed, 130 interrupted."""
+1 a fault of ours, 2 wrong input, 3 the world failed (missing package, full disk), 4 a verification failed, 130
+interrupted, 143 and 129 told to end (SIGTERM, SIGHUP)."""
 
 from __future__ import annotations
 
+import io
 import json
-import secrets
 import sys
-import zipfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -25,9 +26,11 @@ from onnx_lora.adapters.compose import blended
 from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.model import refuse_fold_only
 from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
-from onnx_lora.errors import FeedError, InputError, OnnxLoraError, OutputExistsError, StorageError
+from onnx_lora.boundary import translated, unread
+from onnx_lora.errors import FeedError, InputError, InternalError, OnnxLoraError, printable
 from onnx_lora.heat import PICTURES, Heat
-from onnx_lora.package import MANIFEST, Package, storage_errors
+from onnx_lora.package import MANIFEST, Package
+from onnx_lora.staging import staged_place
 
 if TYPE_CHECKING:
     from onnx_lora.runtime import Sampling
@@ -38,6 +41,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _INTERRUPTED = 130
+
+# Of a fault of ours, to be reported whole.
+_TRACEBACK_LIMIT = 20_000  # characters
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,23 +57,34 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point: our errors become a message and an exit code."""
+    """The entry point: every error becomes a message and an exit code."""
     as_json = "--json" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few letters must not end a run
     try:
         cli(standalone_mode=False)
-    except OnnxLoraError as error:
-        if as_json:
-            _echo_error(type(error).__name__, error.message, error.path, error.problems)
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
     except click.exceptions.Abort:
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:
         if as_json:
-            _echo_error("UsageError", error.format_message())
-        error.show()
+            _echo_error("UsageError", printable(error.format_message()))
+        said = io.StringIO()
+        error.show(said)
+        click.echo(printable(said.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 - the last boundary of all; a traceback is shown of what is no user's
+        _end_with(translated(error), error, as_json=as_json)
+
+
+def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:
+    if as_json:
+        _echo_error(type(error).__name__, error.message, error.path, error.problems)
+    if isinstance(error, InternalError):
+        click.echo(printable("".join(traceback.format_exception(cause)), _TRACEBACK_LIMIT), err=True)
+    click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
 
 
 def _echo_error(kind: str, message: str, path: str | None = None, problems: Sequence[str] = ()) -> None:
@@ -347,8 +364,7 @@ def run(
             session.load_adapter(name, path, strict=strict)
         values = session.run(None, _read_feeds(feeds), adapter=choice)
         results = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
-        with storage_errors(output):
-            np.savez(temporary, **results)
+        np.savez(temporary, **results)
     shapes = {name: value.shape for name, value in results.items()}
     report.show({"outputs": shapes, "written": str(output)}, as_json=as_json)
 
@@ -424,7 +440,7 @@ def generate(
         for piece in stream:
             clock.tick()
             if len(prompts) == 1 and not as_json:
-                click.echo(piece.text, nl=False)
+                report.show_piece(piece.text)
     report.show_generations(prompts, stream.results, clock, as_json=as_json)
 
 
@@ -627,55 +643,24 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 
 def _read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    if not path.is_file():
+        raise FeedError("there is no such file", path=path)
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             raise FeedError("must be an .npz file, of inputs by name, and holds one array", path=path)
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise FeedError("there is no such file", path=path) from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise unread(error, path, FeedError, "give an .npz file") from error
+    except Exception as error:  # of a damaged archive: ValueError, EOFError, KeyError, zlib's, tokenize's and more
         raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
 
 
 @contextmanager
 def _new_file(path: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """A temporary file that becomes `path`, which ends as it must, when the block ends well; else nothing remains, nor
-    new folders.
-
-    Raises InputError: `path` must not be had. StorageError: it cannot be written.
-    """
+    """What `staged_place` gives, for a path that ends as it must. Raises InputError: it does not."""
     if path.suffix not in suffixes:
         raise InputError(f"the output must end with {' or '.join(suffixes)}", path=path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    with storage_errors(path):
-        _refuse_taken(path)
-        new_folders = [folder for folder in path.parents if not folder.exists()]
-    try:
-        with storage_errors(path):
-            _make_empty(temporary, path)
-        yield temporary
-        with storage_errors(path):
-            _refuse_taken(path)
-            temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-            for folder in new_folders:
-                folder.rmdir()
-        raise
-
-
-def _make_empty(temporary: Path, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-    except FileNotFoundError as error:
-        # Of a folder that is there: a file system that takes no files, like /proc.
-        raise StorageError("cannot be written: its folder takes no files; nothing was written", path=path) from error
-
-
-def _refuse_taken(path: Path) -> None:
-    if path.exists() or path.is_symlink():
-        raise OutputExistsError("exists already; remove it or choose another name", path=path)
+    with staged_place(path) as place:
+        yield place

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from onnx_lora.exporter import attach
 from onnx_lora.points import Array
 from onnx_lora.runtime import AdapterSession, fold
 from onnx_lora.runtime.generation.text import refused
+from onnx_lora.staging import scratch
 
 __all__ = ["MODEL", "Answer", "DemoResult", "DemoTask", "run_demo", "tokenize"]
 
@@ -71,8 +71,8 @@ def run_demo(
     """
     sentences = _sentences(texts)
     feeds = tokenize(sentences)
-    with tempfile.TemporaryDirectory(prefix="onnx-lora-demo.") as scratch:
-        folder = keep or Path(scratch) / "package"
+    with scratch() as place:
+        folder = keep or place / "package"
         progress("attach", 0, 4)
         start = time.perf_counter()
         package = attach(MODEL / "model.onnx", folder)

@@ -6,7 +6,6 @@ It uses the package as any user would, and checks what it claims."""
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from onnx_lora.errors import InputError
 from onnx_lora.exporter import attach
 from onnx_lora.runtime import Sampling, TextGenerator
+from onnx_lora.staging import scratch
 
 __all__ = ["BASE", "WRITER", "WriterResult", "Written", "run_writer"]
 
@@ -68,8 +68,8 @@ def run_writer(
     if not said.strip():
         raise InputError("--prompt must hold a text, and is empty")
     sampling = Sampling(_TOKENS, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=seed)
-    with tempfile.TemporaryDirectory(prefix="onnx-lora-demo.") as scratch:
-        folder = keep or Path(scratch) / "package"
+    with scratch() as place:
+        folder = keep or place / "package"
         attach(WRITER / "model", folder)
         generator = TextGenerator(folder)
         names: dict[str, str | None] = {BASE: None}

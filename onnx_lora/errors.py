@@ -14,19 +14,21 @@
     │   ├── SamplingError            settings of a generation that contradict themselves
     │   ├── CacheError               a kept cache that this call must not go on with
     │   └── OutputExistsError        the output's place is taken
-    └── OutsideError                 the world failed; trying again may help
-        ├── MissingDependencyError   an optional package is not installed
-        ├── StorageError             disk full, no permission
-        ├── ExportError              the exporter or ONNX Runtime failed on a file that looked right
-        ├── RunError                 ONNX Runtime, memory or a helping process failed in a run whose inputs look right
-        └── VerificationError        a package does not reproduce its reference
+    ├── OutsideError                 the world failed; trying again may help
+    │   ├── MissingDependencyError   an optional package is not installed
+    │   ├── StorageError             disk full, no permission, too many open files
+    │   ├── ExportError              the exporter or ONNX Runtime failed on a file that looked right
+    │   ├── RunError                 ONNX Runtime, memory or a helping process failed in a run whose inputs look right
+    │   └── VerificationError        a package does not reproduce its reference
+    └── InternalError                nobody foresaw it: a fault of this library, to be reported
 
 A message says what must hold, what was found, and what to do. An error that found several
-problems lists them all, headed by the file's path.
+problems lists them, headed by the file's path. Names out of files are shown as `printable` makes them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike
 
@@ -38,6 +40,7 @@ __all__ = [
     "ExportError",
     "FeedError",
     "InputError",
+    "InternalError",
     "MissingDependencyError",
     "ModelError",
     "OnnxLoraError",
@@ -51,11 +54,44 @@ __all__ = [
     "StorageError",
     "UnsupportedAdapterError",
     "VerificationError",
+    "printable",
 ]
+
+# Characters that steer a terminal or turn its text around, and halves of surrogate pairs, which cannot be written.
+# Line breaks and tabs are not among them.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_BREAKS = re.compile(r"[\n\t]")
+
+# What an error shows, in characters. A message is written by us and may list names out of a file; a problem is about
+# one tensor or node. Together they fit a screen's scroll-back, whatever a file holds.
+_MESSAGE_LIMIT = 4000
+_PROBLEM_LIMIT = 1000
+_SHOWN_PROBLEMS = 20
+
+# What an error keeps for programs: 10 MB of the longest problems.
+_KEPT_PROBLEMS = 10_000
+
+
+def printable(text: str, limit: int = _MESSAGE_LIMIT, *, one_line: bool = False) -> str:
+    """`text`, fit for a terminal: what would steer it is spelled out (`\\x1b`), and of more than `limit` characters
+    the middle is left out. `one_line`: line breaks and tabs are spelled out, too."""
+    if len(text) > limit:
+        head, tail = text[: limit * 2 // 3], text[-(limit // 3) :]
+        text = f"{head} … ({len(text) - len(head) - len(tail):,} characters) … {tail}"
+    text = _STEERING.sub(_spelled, text)
+    return _BREAKS.sub(_spelled, text) if one_line else text
+
+
+def _spelled(found: re.Match[str]) -> str:
+    return ascii(found[0])[1:-1]
 
 
 class OnnxLoraError(Exception):
-    """The root. `exit_code` is what the command line exits with."""
+    """The root. `exit_code` is what the command line exits with.
+
+    `problems` are what was found, one by one, the first ten thousand; `str()` shows twenty and says how many there
+    are. `path` is as it was given.
+    """
 
     exit_code = 1
 
@@ -66,11 +102,16 @@ class OnnxLoraError(Exception):
         path: str | PathLike[str] | None = None,
         problems: Sequence[str] = (),
     ) -> None:
-        self.message = message
+        self.message = printable(message)
         self.path = None if path is None else str(path)
-        self.problems = tuple(problems)
-        head = message if path is None else f"{self.path}: {message}"
-        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+        self.problems = tuple(
+            printable(problem, _PROBLEM_LIMIT, one_line=True) for problem in problems[:_KEPT_PROBLEMS]
+        )
+        lines = [f"  - {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if len(problems) > _SHOWN_PROBLEMS:
+            lines.append(f"  … and {len(problems) - _SHOWN_PROBLEMS:,} more")
+        where = "" if self.path is None else f"{printable(self.path, _PROBLEM_LIMIT, one_line=True)}: "
+        super().__init__("\n".join([f"{where}{self.message}", *lines]))
 
 
 class InputError(OnnxLoraError):
@@ -138,7 +179,7 @@ class MissingDependencyError(OutsideError):
 
 
 class StorageError(OutsideError):
-    """The disk is full, or may not be written."""
+    """The disk is full, may not be written or read, or the system opens no more files."""
 
 
 class ExportError(OutsideError):
@@ -154,3 +195,7 @@ class VerificationError(OutsideError):
     """A package does not give the numbers of its reference."""
 
     exit_code = 4
+
+
+class InternalError(OnnxLoraError):
+    """Nobody foresaw this: a fault of this library. Please report it; `__cause__` has the traceback."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lora.errors import MissingDependencyError
+from onnx_lora.errors import MissingDependencyError, printable
 
 __all__ = ["PICTURES", "Heat"]
 
@@ -19,6 +19,8 @@ PICTURES = (".pdf", ".png", ".svg")
 
 # Inches of a picture: a cell, a letter, and what is around all of them.
 _CELL, _LETTER, _AROUND = (0.8, 0.3), 0.11, 2.0
+
+_NAME_LIMIT = 200  # characters of one name
 
 # More kinds of modules than this do not fit into a terminal side by side.
 _WIDE = 12
@@ -39,9 +41,10 @@ class Heat:
     @staticmethod
     def of(title: str, numbers: Mapping[str, float]) -> Heat:
         """By module names: up to their last number is the layer, behind it the module."""
-        cells = {_split(name): number for name, number in numbers.items()}
+        shown = {printable(name, _NAME_LIMIT, one_line=True): number for name, number in numbers.items()}
+        cells = {_split(name): number for name, number in shown.items()}
         return Heat(
-            title,
+            printable(title, _NAME_LIMIT, one_line=True),
             tuple(dict.fromkeys(row for row, _ in cells)),
             tuple(dict.fromkeys(column for _, column in cells)),
             cells,
@@ -54,17 +57,17 @@ class Heat:
 
     def table(self) -> Table:
         """For a terminal; of many kinds of modules a line for each module instead of a column for each kind."""
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
+        table = Table(title=Text(self.title), title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         if len(self.columns) > _WIDE:
             table.add_column("", justify="right")
             for (row, column), number in self.cells.items():
-                table.add_row(".".join(filter(None, (row, column))), self._cell(number))
+                table.add_row(Text(".".join(filter(None, (row, column)))), self._cell(number))
             return table
         for column in self.columns:
-            table.add_column(_short(column), justify="right", no_wrap=True)
+            table.add_column(Text(_short(column)), justify="right", no_wrap=True)
         for row in self.rows:
-            table.add_row(row or "-", *(self._cell(self.cells.get((row, column))) for column in self.columns))
+            table.add_row(Text(row or "-"), *(self._cell(self.cells.get((row, column))) for column in self.columns))
         return table
 
     def _cell(self, number: float | None) -> Text:
@@ -89,9 +92,9 @@ class Heat:
         figure = Figure(figsize=(width, len(self.rows) * _CELL[1] + below + _AROUND), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shown, aspect="auto", cmap=ListedColormap(_SHADES), vmin=0.0, vmax=self.highest or 1.0)
-        figure.suptitle(self.title, fontsize=10)
-        axes.set_xticks(range(len(self.columns)), self.columns, rotation=45, ha="right")
-        axes.set_yticks(range(len(self.rows)), [row or "-" for row in self.rows])
+        figure.suptitle(self.title, fontsize=10, parse_math=False)
+        axes.set_xticks(range(len(self.columns)), self.columns, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(self.rows)), [row or "-" for row in self.rows], parse_math=False)
         for y, line in enumerate(shown):
             for x, number in enumerate(line):
                 if number == number:

@@ -3,15 +3,11 @@ folder; it knows neither ONNX nor adapters."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -20,7 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from onnx_lora.errors import InputError, OutputExistsError, PackageError, StorageError
+from onnx_lora.boundary import public, unread, unwritten
+from onnx_lora.companions import check_folder
+from onnx_lora.errors import PackageError
 from onnx_lora.points import (
     FLOAT_TYPES,
     NIBBLES,
@@ -34,6 +32,7 @@ from onnx_lora.points import (
     digest,
 )
 from onnx_lora.quantised import dequantise
+from onnx_lora.staging import scratch
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,8 +41,6 @@ __all__ = [
     "Manifest",
     "Package",
     "Unplaced",
-    "staged",
-    "storage_errors",
 ]
 
 MANIFEST = "onnx_lora.json"
@@ -56,12 +53,6 @@ _OLDEST_VERSION = 3
 
 # What version 3 did not ask of graphs that somebody else exported.
 _ATTACHED_BEFORE = "it was attached by an onnx-lora that did not look for traces of optimisers"
-
-# What a place says that cannot be written to. EEXIST: a file where a folder must be.
-_NOT_WRITABLE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-    errno.ENOENT,  # a file system without folders of ours: /proc
-)
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
@@ -121,6 +112,7 @@ class Manifest:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
+@public
 @dataclass(frozen=True)
 class Package:
     """An opened package folder: its manifest, checked against the files beside it.
@@ -140,9 +132,11 @@ class Package:
             (`unproven`).
 
         Raises PackageError: no such folder, no manifest, a manifest that is damaged or of a newer
-        version, or a file that is missing or too short.
+        version, a file that is missing or too short, or what is no file (a pipe, a device).
         """
         folder = Path(path)
+        if folder.is_dir():
+            check_folder(folder, PackageError)
         manifest = _read_manifest(folder)
         package = Package(folder, manifest, allow_unproven)
         _check_files(package)
@@ -216,16 +210,12 @@ class Package:
         )
         manifest = replace(self.manifest, graphs=proven)
         target = self.path / MANIFEST
-        with storage_errors(target):
-            descriptor, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=self.path)
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(manifest.to_json())
-                Path(name).chmod(target.stat().st_mode)
-                Path(name).replace(target)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+        try:
+            with scratch(self.path) as folder:
+                (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+                (folder / MANIFEST).replace(target)
+        except OSError as error:
+            raise unwritten(error, target) from error
         return replace(self, manifest=manifest)
 
     @cached_property
@@ -237,17 +227,21 @@ class Package:
     def read(self, stored: StoredTensor) -> Array:
         """A stored tensor, read-only: mapped from disk, so nothing may keep it; 4-bit numbers as 8-bit ones, in memory.
 
-        Raises PackageError: the file is gone, or was cut off.
+        Raises PackageError: its file is gone since the package was opened, or was cut off.
         """
         try:
             if stored.dtype in NIBBLES:
                 return self._read_nibbles(stored)
-            dtype = np.dtype(stored.dtype).newbyteorder("<")
-            return np.memmap(self.path / stored.file, dtype, "r", stored.offset, stored.shape)
+            return np.memmap(
+                self.path / stored.file,
+                dtype=np.dtype(stored.dtype).newbyteorder("<"),
+                mode="r",
+                offset=stored.offset,
+                shape=stored.shape,
+            )
         except (OSError, ValueError) as error:
-            raise PackageError(
-                f"cannot be read: {error}; make the package again, or copy it again", path=self.path / stored.file
-            ) from error
+            cure = "make the package again, or copy it again"
+            raise unread(error, self.path / stored.file, PackageError, cure) from error
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
@@ -322,7 +316,9 @@ def _read_manifest(folder: Path) -> Manifest:
             "make one with `onnx-lora export` or `attach`",
             path=folder,
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise unread(error, file, PackageError, "make the package again, or copy it again") from error
+    except RecursionError as error:
         raise PackageError(f"cannot be read: {error}", path=file) from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if type(version) is not int or version < 1:
@@ -499,42 +495,3 @@ def _branch_problems(graph: GraphInfo) -> list[str]:
             or len(set(branch.modules)) < len(branch.modules)
         ),
     ]
-
-
-@contextmanager
-def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes when not.
-
-    Raises OutputExistsError: `out` exists. StorageError: it cannot be written.
-    """
-    target = Path(out)
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError("exists already; remove it or choose another name", path=target)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            # mkdtemp makes it private; a finished folder gets the usual permissions.
-            umask = os.umask(0)
-            os.umask(umask)
-            folder.chmod(0o777 & ~umask)
-            yield folder
-            folder.rename(target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
-    """Say what the disk refused. An `OSError` about anything but writing passes through."""
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError("the disk is full; nothing was written", path=target) from error
-        if error.errno in _NOT_WRITABLE:
-            what = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-            raise StorageError(f"cannot be written ({what}); nothing was written", path=target) from error
-        raise

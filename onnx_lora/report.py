@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
+from onnx_lora.errors import printable
 from onnx_lora.heat import Heat
 from onnx_lora.package import Package
 
@@ -39,6 +42,7 @@ __all__ = [
     "show_demo",
     "show_generations",
     "show_heat",
+    "show_piece",
     "show_writer",
     "verification_facts",
 ]
@@ -47,6 +51,9 @@ Facts = dict[str, Any]
 
 # Lists longer than this are cut in tables; --json has them whole.
 _LIST_LIMIT = 12
+
+# Of a single text in a table.
+_TEXT_LIMIT = 1000  # characters
 
 
 @contextmanager
@@ -62,7 +69,9 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda what, done, total: bar.update(task, description=f"{title}: {what}", completed=done, total=total)
+        yield lambda what, done, total: bar.update(
+            task, description=escape(_shown(f"{title}: {what}")), completed=done, total=total
+        )
 
 
 def show(facts: Facts, *, as_json: bool) -> None:
@@ -74,7 +83,7 @@ def show(facts: Facts, *, as_json: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _text(value))
+        table.add_row(_cell(name.replace("_", " ")), _cell(_text(value)))
     _stdout().print(table)
 
 
@@ -93,13 +102,23 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return "\n".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
+        return "\n".join(f"{_shown(str(name))}: {_text(item)}" for name, item in value.items()) or "none"
     if isinstance(value, tuple):
         return _shape(value)
     if isinstance(value, list):
         more = f"\n… and {len(value) - _LIST_LIMIT} more (--json has them all)" if len(value) > _LIST_LIMIT else ""
         return "\n".join(_text(item) for item in value[:_LIST_LIMIT]) + more or "none"
-    return str(value)
+    return _shown(str(value))
+
+
+def _shown(text: str) -> str:
+    """A name or a note out of a file, on one line."""
+    return printable(text, _TEXT_LIMIT, one_line=True)
+
+
+def _cell(text: str) -> Text:
+    """As it stands: rich would take [words] in brackets for its own."""
+    return Text(text, overflow="fold")
 
 
 def _size(count: float) -> str:
@@ -255,6 +274,16 @@ class Clock:
         return {"tokens": self.tokens, "first_token_seconds": self._first, "tokens_per_second": rate}
 
 
+def show_piece(text: str) -> None:
+    """A piece of a text that is being written."""
+    click.echo(_on_terminal(text), nl=False)
+
+
+def _on_terminal(text: str) -> str:
+    """What a model wrote is anybody's: a terminal is not steered by it. A pipe gets it as it is."""
+    return printable(text, len(text)) if sys.stdout.isatty() else text
+
+
 def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: Clock, *, as_json: bool) -> None:
     """The texts behind their prompts. A single prompt's was shown as it came, and lacks the end of its line."""
     facts = clock.facts()
@@ -275,7 +304,7 @@ def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: 
         click.echo()
     else:
         for index, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-            click.echo(f"=== {index}: {prompt}\n{result.text}\n")
+            click.echo(f"=== {index}: {_on_terminal(prompt)}\n{_on_terminal(result.text)}\n")
     reasons = ", ".join(str(result.reason) for result in results)
     click.echo(
         f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} a second, "
@@ -298,8 +327,8 @@ def live_texts(*, quiet: bool) -> Iterator[Callable[[Mapping[str, str]], object]
 def _side_by_side(texts: Mapping[str, str]) -> Table:
     table = Table(title="One prompt, one batch, every row under another adapter", title_justify="left")
     for name in texts:
-        table.add_column(name, overflow="fold", ratio=1)
-    table.add_row(*(Text(text) for text in texts.values()))
+        table.add_column(_cell(name), overflow="fold", ratio=1)
+    table.add_row(*(Text(printable(text)) for text in texts.values()))
     return table
 
 

@@ -309,7 +309,7 @@ def test_an_interrupt_leaves_nothing_behind(desk: Path, tmp_path: Path, checkpoi
     command = [sys.executable, "-m", "onnx_lora", "export", str(checkpoints("swin")), str(tmp_path / "out")]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.*")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(tmp_path.glob(".onnx-lora-*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

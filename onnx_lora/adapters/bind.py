@@ -15,6 +15,7 @@ from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Co
 from onnx_lora.adapters.names import resolved
 from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
 from onnx_lora.adapters.unknown import PROVE, explain_doubts, explain_modules, explain_parameters
+from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matches
@@ -27,6 +28,7 @@ _OTHER_NUMBER = (
 )
 
 
+@public
 def bind(adapter: Adapter, package: Package, *, strict: bool = False, allow_unproven: bool = False) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out.
 

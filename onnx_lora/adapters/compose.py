@@ -12,6 +12,7 @@ from pathlib import PurePath
 import numpy as np
 
 from onnx_lora.adapters.model import BoundAdapter, Coverage, Origin
+from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable
@@ -23,6 +24,7 @@ Tensors = Mapping[str, Array]  # by graph input name
 _SCALE = ".dora_scale"
 
 
+@public
 def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
@@ -49,6 +51,7 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     return tensors
 
 
+@public
 def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundAdapter:
     """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
 
@@ -196,6 +199,7 @@ def _weighted(part: BoundAdapter, name: str, weight: float) -> Array:
     return weighted
 
 
+@public
 def stack_rows(
     rows: Sequence[Tensors], package: Package, *, defaults: Mapping[str, Array] | None = None
 ) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from onnx_lora.adapters.formats.peft import read_peft
 from onnx_lora.adapters.formats.safetensors_file import SafetensorsFile, read_names, read_safetensors
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.model import Adapter
+from onnx_lora.boundary import public
 from onnx_lora.errors import AdapterFileError, InputError
 
 __all__ = ["read_adapter"]
@@ -32,6 +33,7 @@ _HALVES = (
 )
 
 
+@public
 def read_adapter(
     path: str | os.PathLike[str], *, name: str | None = None, initial: str | os.PathLike[str] | None = None
 ) -> Adapter:

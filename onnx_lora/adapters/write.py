@@ -4,14 +4,13 @@ inside."""
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from onnx_lora.adapters.bind import bind
-from onnx_lora.adapters.formats.converted import refuse_existing, write_bound
+from onnx_lora.adapters.formats.converted import write_bound
 from onnx_lora.adapters.formats.diffusers_writer import write_diffusers
 from onnx_lora.adapters.formats.gguf_writer import write_gguf
 from onnx_lora.adapters.formats.kohya_writer import write_kohya
@@ -22,8 +21,10 @@ from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.names import modules_of
 from onnx_lora.adapters.plain import plain, unbound
 from onnx_lora.adapters.rebound import rebound
+from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
-from onnx_lora.package import Package, storage_errors
+from onnx_lora.package import Package
+from onnx_lora.staging import staged_place
 
 __all__ = ["FORMATS", "AdapterFormat", "write_adapter"]
 
@@ -63,6 +64,7 @@ FORMATS: Mapping[AdapterFormat, str] = {
 }
 
 
+@public
 def write_adapter(
     adapter: Adapter | BoundAdapter,
     out: str | os.PathLike[str],
@@ -90,14 +92,8 @@ def write_adapter(
         own = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
         return write_bound(own, target, format=format)
     plainly = _own(adapter, package, target)
-    refuse_existing(target)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
-            _WRITERS[format](plainly, temporary, package)
-            refuse_existing(target)
-            temporary.replace(target)
+    with staged_place(target) as place:
+        _WRITERS[format](plainly, place, package)
     return target
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_lora.boundary import public
+from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Options, Progress, build
 from onnx_lora.exporter.expose import HEADS_ONLY
@@ -19,17 +21,18 @@ from onnx_lora.exporter.frontends.optimum import export_checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, Precision
 from onnx_lora.exporter.frontends.torch_module import export_module
 from onnx_lora.exporter.targets import ALL_LINEAR
-from onnx_lora.package import Package, staged
+from onnx_lora.package import Package
+from onnx_lora.staging import staged
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 __all__ = ["attach", "export"]
 
 
+@public
 def export(
-    model: str | os.PathLike[str] | nn.Module,
+    model: str | os.PathLike[str] | torch.nn.Module,
     out: str | os.PathLike[str],
     *,
     task: str | None = None,
@@ -96,6 +99,7 @@ def export(
     return Package.open(out)
 
 
+@public
 def attach(
     onnx_file: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -129,7 +133,9 @@ def _exported(
     task: str | None,
     precision: Precision,
     progress: Progress,
-) -> tuple[Loaded, nn.Module]:
+) -> tuple[Loaded, torch.nn.Module]:
+    if Path(model).is_dir():
+        check_folder(Path(model), ModelError)
     way = choose(model, via=via, task=task, precision=precision)
     if way == "genai":
         return build_checkpoint(model, scratch, precision=precision, progress=progress)

@@ -12,7 +12,7 @@ from enum import Enum
 import onnx
 import onnx_ir as ir
 
-from onnx_lora.errors import MissingDependencyError
+from onnx_lora.errors import MissingDependencyError, printable
 
 __all__ = ["Form", "Shapes", "infer_shapes", "outputs_are_free"]
 
@@ -149,7 +149,9 @@ def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
         inference._update_output_from_vi()
         return inference.out_mp_.graph, True
     except Exception as error:  # noqa: BLE001 - a foreign tool on foreign graphs; only rows are lost without it
-        logger.warning("symbolic shape inference gave up (%s): no adapter per row in this graph", error)
+        logger.warning(
+            "symbolic shape inference gave up (%s): no adapter per row in this graph", printable(str(error), 300)
+        )
         return onnx.shape_inference.infer_shapes(proto).graph, False
 
 

@@ -70,17 +70,24 @@ class Options:
     def of(
         targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int, *, dora: bool = False
     ) -> Options:
-        """Raises ModelError: `default_rank` is neither 0 nor 1."""
-        return Options(
-            targets if isinstance(targets, str) else tuple(targets),
-            replaceable if isinstance(replaceable, str) else tuple(replaceable),
-            default_rank,
-            dora,
-        )
+        """Raises ModelError: `default_rank` is neither 0 nor 1, or a name is no text."""
+        return Options(_names("targets", targets), _names("replaceable", replaceable), default_rank, bool(dora))
 
     def __post_init__(self) -> None:
         if self.default_rank not in (0, 1):
             raise ModelError(f"default_rank must be 0 or 1, and is {self.default_rank!r}")
+
+
+def _names(what: str, given: str | Iterable[str]) -> str | tuple[str, ...]:
+    if isinstance(given, str):
+        return given
+    try:
+        names = tuple(given)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} must be names, and is a {type(given).__name__}: {error}") from error
+    if other := [type(name).__name__ for name in names if not isinstance(name, str)]:
+        raise ModelError(f"{what} must be names, and holds a {other[0]}")
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +121,9 @@ def build(
     """
     from onnx_lora import __version__
 
-    store = WeightStore(folder, scratch=scratch)
+    files = [_Files(folder, source, several=len(sources) > 1) for source in sources]
+    own = [MANIFEST, *(file.name for each in files for file in (each.points, each.base))]
+    store = WeightStore(folder, scratch=scratch, reserved=own)
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
@@ -128,9 +137,8 @@ def build(
     )
     chosen = _choose(graphs, settled, exposures, options, checkpoint)
     infos: list[GraphInfo] = []
-    for graph, sites, exposed in zip(graphs, settled, exposures, strict=True):
-        files = _Files(folder, graph.source, several=len(graphs) > 1)
-        write = _Writing(graph, sites, exposed.found, chosen, store, files, options, progress)
+    for graph, sites, exposed, place in zip(graphs, settled, exposures, files, strict=True):
+        write = _Writing(graph, sites, exposed.found, chosen, store, place, options, progress)
         infos.append(_translated(graph.source, write.run))
     manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")

@@ -74,8 +74,10 @@ def check(file: Path, source: Path) -> None:
         onnx.checker.check_model(str(file))
     except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
         # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
-        # stops at the first.
-        if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
+        # stops at the first. So it does at data files that are links, as the hub's cache has them; `check_external`
+        # has judged where they lead.
+        foreign = str(error).startswith("No Op registered for") and "SimplifiedLayerNormalization" in str(error)
+        if not foreign and not str(error).endswith("but it is a symbolic link."):
             raise ModelError(f"must be valid ONNX: {error}", path=source) from error
 
 

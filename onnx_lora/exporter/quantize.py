@@ -18,12 +18,14 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 
+from onnx_lora.boundary import public
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.build import Options, Progress, Source, build
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.source import companions_of
 from onnx_lora.exporter.trial import native_failures
-from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
+from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
 
@@ -31,6 +33,7 @@ __all__ = ["Method", "quantize"]
 _WRAPPERS = ("Cast", "Identity", "Transpose")
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Method:
     """How weights are quantised.
@@ -61,6 +64,7 @@ class Method:
         return "8 bits, dynamic" if self.kind == "dynamic" else f"{self.bits} bits in blocks of {self.block_size}"
 
 
+@public
 def quantize(
     package: str | os.PathLike[str] | Package,
     out: str | os.PathLike[str],

@@ -13,10 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_lora.boundary import public
+from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
 from onnx_lora.exporter.frontends import diffusion, genai, optimum
 from onnx_lora.exporter.frontends.source import Reference
@@ -74,6 +77,7 @@ class Comparison:
         return self.difference <= self.allowed
 
 
+@public
 def verify(
     package: Package,
     checkpoint: str | os.PathLike[str],
@@ -91,6 +95,8 @@ def verify(
 
     Raises VerificationError: the outputs differ by more than rounding. ModelError: no such checkpoint.
     """
+    if Path(checkpoint).is_dir():
+        check_folder(Path(checkpoint), ModelError)
     source = package.manifest.source
     precision = source.get("precision", "fp32")
     if source.get("made_by") == "genai":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnx_lora.companions import leads_out
 from onnx_lora.errors import ModelError
 from onnx_lora.points import StoredTensor
 
@@ -28,11 +29,13 @@ _ALIGNMENT = 64  # bytes: a cache line
 class WeightStore:
     """A package folder's data files. Equal bytes are written once, over all graphs.
 
-    External data is copied as it is, or moved where it lies in `scratch`, which nobody needs later.
+    External data is copied as it is, or moved where it lies in `scratch`, which nobody needs later. A data file that
+    has one of the names that are `reserved` for files of the package gets another.
     """
 
-    def __init__(self, folder: Path, *, scratch: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, scratch: Path | None = None, reserved: Collection[str] = ()) -> None:
         self._folder = folder
+        self._reserved = reserved
         self._scratch = scratch
         self._adopted: dict[Path, str] = {}
         self._written: dict[tuple[str, int], int] = {}  # digest and length -> offset
@@ -94,22 +97,22 @@ class WeightStore:
         )
 
     def _free_name(self, *names: str) -> str:
-        """The first of `names` that no file has taken, else the last with a number before it."""
-        taken = {*self._adopted.values(), self._file}
+        """The first of `names` that no file has taken, else the last with a number before it. To some disks capital
+        letters are small ones."""
+        taken = {name.casefold() for name in (*self._adopted.values(), *self._reserved, self._file or "")}
         numbered = (f"{count}.{names[-1]}" for count in range(len(taken) + 1))
-        return next(free for free in [*names, *numbered] if free not in taken)
+        return next(free for free in [*names, *numbered] if free.casefold() not in taken)
 
 
 def check_external(graph: ir.Graph, file: Path) -> None:
     """Raises ModelError: an external tensor's file is missing, too short, or outside the model's folder."""
-    folder = file.parent.resolve()
     problems: dict[str, None] = {}
     for value in graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         source = Path(tensor.path)
-        if not source.resolve().is_relative_to(folder):
+        if leads_out(source, file.parent):
             problems[f"{tensor.location} must lie in the model's folder"] = None
         elif not source.is_file():
             problems[f"{tensor.location} is missing"] = None

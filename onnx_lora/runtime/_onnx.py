@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx_lora.boundary import unread
 from onnx_lora.errors import MissingDependencyError, PackageError
 
 __all__ = ["External", "externals", "load", "place", "resize"]
@@ -45,7 +46,9 @@ def load(path: Path) -> Any:
         ) from error
     try:
         return onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError) as error:
+    except OSError as error:
+        raise unread(error, path, PackageError, "make the package again") from error
+    except DecodeError as error:
         raise PackageError(f"cannot be read: {error}; make the package again", path=path) from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.points import NIBBLES, Array
@@ -34,6 +35,7 @@ class _FoldedSession(ort.InferenceSession):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
+@public
 def fold(
     package: AnyPackage,
     adapter: AnyAdapter | Mixture,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnx_lora.errors import BindError, PackageError
+from onnx_lora.boundary import public
+from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, WeightPart
 from onnx_lora.quantised import Scheme, dequantise, quantise
@@ -29,6 +30,7 @@ class Rounding:
     of_change: float
 
 
+@public
 @dataclass
 class Requantize:
     """Leave to fold into quantised weights; `rounding` says afterwards what that cost, by module.
@@ -111,12 +113,7 @@ def _tensors(part: WeightPart, package: Package) -> list[Array]:
     """Values, scale, and the zero point where there is one."""
     quantisation = part.quantised[0]
     beside = [quantisation.scale, *quantisation.zero_point]
-    try:
-        return [np.asarray(package.read(stored)) for stored in (part.stored, *(tensor.stored for tensor in beside))]
-    except (OSError, ValueError) as error:
-        raise PackageError(
-            f"cannot be read: {error}; make the package again, or copy it again", path=package.path / part.stored.file
-        ) from error
+    return [np.asarray(package.read(stored)) for stored in (part.stored, *(tensor.stored for tensor in beside))]
 
 
 def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:

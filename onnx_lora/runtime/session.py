@@ -11,6 +11,7 @@ from typing import Any
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.model import refuse_fold_only
+from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.runtime._ort import Device, Options, Providers, fed_value, running, start
@@ -34,6 +35,7 @@ _WITHOUT_ADAPTERS = frozenset(
 )
 
 
+@public
 class AdapterSession:
     """Runs one graph of a package, each call with the adapter it names.
 

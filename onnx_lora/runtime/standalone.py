@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +14,17 @@ from typing import IO, Any
 
 import numpy as np
 
+from onnx_lora.boundary import public, unread
+from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
-from onnx_lora.package import MANIFEST, GraphInfo, Package, staged
+from onnx_lora.package import MANIFEST, GraphInfo, Package
 from onnx_lora.points import NIBBLES, Array
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
 from onnx_lora.runtime.fold import Progress
 from onnx_lora.runtime.merge import Edit, edits
 from onnx_lora.runtime.requantize import Requantize, merged
+from onnx_lora.staging import staged
 
 __all__ = ["fold_to"]
 
@@ -59,6 +61,7 @@ class _Data:
         return self.places[key]
 
 
+@public
 def fold_to(
     package: AnyPackage,
     adapter: AnyAdapter | Mixture,
@@ -208,7 +211,7 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise PackageError(f"cannot be read: {error.strerror}; make the package again", path=path) from error
+        raise unread(error, path, PackageError, "make the package again") from error
     with file:
         yield file
 
@@ -225,10 +228,10 @@ def _copy_companions(package: Package, folder: Path) -> None:
             continue
         for path in [companion, *sorted(companion.rglob("*"))]:
             copy = folder / path.relative_to(package.path)
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 copy.mkdir()
             else:
-                shutil.copyfile(path, copy)
+                copy_file(path, copy, folder=package.path, kind=PackageError)
 
 
 def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, sql: BoundAdapter, mo
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(StorageError, match="disk is full"):
         write_bound(sql, tmp_path / "out" / "x.safetensors")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()  # the folder was made for it, and goes with it
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,16 +19,16 @@ from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
 from onnx_lora.adapters.formats.olive import from_olive
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement, refuse_fold_only
-from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, OutputExistsError, StorageError
-from onnx_lora.package import storage_errors
+from onnx_lora.boundary import public
+from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, StorageError
 from onnx_lora.points import Array
+from onnx_lora.staging import staged_place
 
 __all__ = [
     "is_onnx_adapter",
     "is_ours",
     "read_onnx_adapter",
     "read_safetensors_adapter",
-    "refuse_existing",
     "write_bound",
 ]
 
@@ -49,6 +48,7 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SCALE, _MAGNITUDE = ".dora_scale", ".lora_magnitude_vector"
 
 
+@public
 def write_bound(
     bound: BoundAdapter,
     out: str | os.PathLike[str],
@@ -66,26 +66,12 @@ def write_bound(
     # A scale that the package does not take yet can be kept for one that does.
     refuse_fold_only(bound, bound.changes if format == "safetensors" else bound.coverage.fold_only)
     runtime = _onnxruntime(target) if format == "onnx_adapter" else None
-    refuse_existing(target)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
-            if runtime is None:
-                _write_safetensors(bound, temporary)
-            else:
-                _write_onnx_adapter(bound, temporary, runtime)
-            refuse_existing(target)
-            temporary.replace(target)
+    with staged_place(target) as place:
+        if runtime is None:
+            _write_safetensors(bound, place)
+        else:
+            _write_onnx_adapter(bound, place, runtime)
     return target
-
-
-def refuse_existing(target: Path) -> None:
-    """Raises OutputExistsError: `target` is taken, or lies in what is no folder."""
-    if target.exists() or target.is_symlink():
-        raise OutputExistsError("exists already; remove it or choose another name", path=target)
-    if target.parent.exists() and not target.parent.is_dir():
-        raise OutputExistsError(f"{target.parent} must be a folder, and is a file", path=target)
 
 
 def _write_safetensors(bound: BoundAdapter, path: Path) -> None:

@@ -132,3 +132,8 @@ def translated(model: str | os.PathLike[str], done: str) -> Iterator[None]:
         raise ExportError(
             f"torch.onnx failed, or wrote what ONNX Runtime refuses (in fp16 often: try fp32): {error}", path=model
         ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # an IndexError of Optimum's, say: foreign code on anybody's config
+        said = f"{type(error).__name__}: {error}"
+        raise ExportError(f"cannot be {done}: a library failed without saying why ({said})", path=model) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
@@ -32,16 +33,18 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
         files = [path]
     else:
         raise ModelError("there is no such file", path=path)
+    folder = path if path.is_dir() else path.parent
+    check_folder(folder, ModelError)
     several = len(files) > 1
     names = [file.stem if several or _is_named_in_config(file) else "model" for file in files]
     if clash := [name for name in names if name.startswith("base.") or name == "base"]:
         raise ModelError(f"{clash[0]}.onnx has a name that a package gives its base graph; rename it", path=path)
     sources = tuple(Source(name, file) for name, file in zip(names, files, strict=True))
-    folder = path if path.is_dir() else path.parent
     weights = None
     if checkpoint is not None:
         if not Path(checkpoint).is_dir():
             raise ModelError("a checkpoint must be a folder with .safetensors weights", path=Path(checkpoint))
+        check_folder(Path(checkpoint), ModelError)
         weights = Checkpoint.of_folder(Path(checkpoint))
     origin = {"made_by": "attach", "from": path.name} | _base(folder, checkpoint)
     genai = GenaiNames.of_folder(folder) if weights is None else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_lora.companions import leads_out
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
@@ -99,6 +100,13 @@ class Reference:
 
 
 def companions_of(folder: Path) -> tuple[Path, ...]:
-    """The configuration and tokenizer files of a model's folder."""
+    """The configuration and tokenizer files of a model's folder. Raises ModelError: one is a link out of it."""
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
-    return tuple(sorted(file for file in found if file.name not in _NOT_COMPANIONS))
+    companions = sorted(file for file in found if file.name not in _NOT_COMPANIONS)
+    if outside := [f"{file.name} → {file.resolve()}" for file in companions if leads_out(file, folder)]:
+        raise ModelError(
+            "what comes along into the package must lie in the model's folder; put copies in the place of these links",
+            path=folder,
+            problems=outside,
+        )
+    return tuple(companions)

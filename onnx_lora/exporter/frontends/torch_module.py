@@ -38,16 +38,23 @@ def export_module(
 ) -> Loaded:
     """Write the module's graph into `folder`. Axis 0 of every input is the batch unless `dynamic_shapes` says more.
 
-    Raises ModelError: there are no example inputs. ExportError: torch could not trace the module.
+    Raises ModelError: no module, no example inputs, or names that are none. ExportError: torch could not trace the
+    module.
     """
-    if not example_inputs:
+    if not isinstance(example_inputs, Mapping | list | tuple) or not example_inputs:
         raise ModelError("exporting a torch module needs example_inputs: a tuple, or a dict of keyword arguments")
+    _check_names("input_names", input_names)
+    _check_names("output_names", output_names)
     keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     positional: tuple[Any, ...] = () if keywords else tuple(example_inputs)
     file = folder / "model.onnx"
     try:
         import torch
 
+        if not isinstance(model, torch.nn.Module):
+            raise ModelError(f"must be a folder, a hub id or a torch.nn.Module, and is a {type(model).__name__}")
+        if not all(isinstance(value, torch.Tensor) for value in (*positional, *keywords.values())):
+            raise ModelError("example_inputs must be tensors")
         batch = torch.export.Dim("batch_size")
         if dynamic_shapes is None:
             by_name = {name: {0: batch} if value.ndim else None for name, value in keywords.items()}
@@ -70,7 +77,9 @@ def export_module(
         raise MissingDependencyError(
             f"exporting a torch module needs {error.name}: pip install 'onnx-lora[export,cpu]'"
         ) from error
-    except torch.onnx.errors.OnnxExporterError as error:
+    except (OSError, MemoryError, ModelError):
+        raise
+    except Exception as error:  # a foreign exporter on anybody's module
         raise ExportError(f"torch.onnx could not export {type(model).__name__}: {_first_lines(error)}") from error
     checkpoint = Checkpoint.of_module(model, heads=frozenset())
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
@@ -78,6 +87,15 @@ def export_module(
         origin["base"] = short_name(named)
     calls = count_calls(model, {"model": partial(_call, model, positional, keywords)})
     return Loaded((Source("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
+
+
+def _check_names(what: str, names: Sequence[str] | None) -> None:
+    if names is None:
+        return
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{what} must be a list of names")
+    if len(set(names)) < len(names):
+        raise ModelError(f"{what} must differ from each other, and are {', '.join(names)}")
 
 
 def reference(model: nn.Module, outputs: Sequence[str], example_inputs: Any) -> Reference:

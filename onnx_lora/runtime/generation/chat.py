@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, PromptError
 from onnx_lora.runtime.generation.settings import read_object, read_text
 from onnx_lora.runtime.generation.template import TemplateFailure, render
@@ -28,6 +29,7 @@ _DEEPEST = 100  # levels
 _LONGEST_NUMBER = 14_280  # bits
 
 
+@public
 @dataclass(frozen=True)
 class Chat:
     """A conversation as a prompt. `messages`: mappings with "role" and "content", as chat templates take them.

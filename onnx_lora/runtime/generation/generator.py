@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, overload
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.boundary import public
 from onnx_lora.errors import CacheError, InputError, PromptError
 from onnx_lora.package import Package
 from onnx_lora.runtime._ort import Device, Providers
@@ -31,6 +32,7 @@ __all__ = ["TextGenerator"]
 _GREEDY = Sampling()
 
 
+@public
 class TextGenerator:
     """Generates text with a package's decoder, each call with the adapter it names.
 
@@ -238,7 +240,7 @@ class TextGenerator:
             sampling=sampling,
             end=self._settings.end,
             decode=decode,
-            keep_cache=keep_cache,
+            keep_cache=bool(keep_cache),
         )
         return work, batch
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from onnx_lora.boundary import public
 from onnx_lora.errors import RunError, SamplingError
 from onnx_lora.points import Array
 
@@ -24,6 +25,7 @@ _LEAST, _MOST = 1e-30, 1e30
 _GROUPED = 64
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen, and when to stop. The default is greedy: the likeliest token, the lowest id among equals.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
+from onnx_lora.boundary import public
 from onnx_lora.runtime.generation.cache import Cache
 from onnx_lora.runtime.generation.decoder import Decoder, Memory
 from onnx_lora.runtime.generation.graph import DecoderGraph
@@ -115,6 +116,7 @@ class Row:
         return Generation("".join(self.text), tokens, self.prompt, self.reason, cache)
 
 
+@public
 class Stream:
     """The pieces of a generation as they come. It computes when it is asked for the next one, and frees what it needs
     when it ends, is closed, or is dropped."""

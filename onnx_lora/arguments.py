@@ -1,0 +1,140 @@
+"""Whether the arguments of a call are what its annotations say. It knows Python's types, and no function."""
+
+from __future__ import annotations
+
+import builtins
+import collections.abc
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+__all__ = ["misfits"]
+
+# Modules that are imported for checkers alone. They are loaded where there is an object of theirs.
+_FOR_CHECKERS = {"torch": "torch", "nn": "torch.nn"}
+
+# Items of a list that are looked at: what is wrong with it is mostly wrong with the first.
+_ITEMS = 1000
+
+_LARGE = 10**9  # Python itself refuses to write numbers of many thousand digits
+
+# Containers of one kind of item, which can be looked through without being used up.
+_OF_ITEMS = (list, tuple, set, frozenset, str, bytes)
+
+
+def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """One line for each argument that its annotation does not allow; annotations that mean nothing at run time allow
+    everything."""
+    signature = inspect.signature(function)
+    try:
+        given = signature.bind_partial(*args, **kwargs).arguments
+    except TypeError:
+        return []
+    problems: list[str] = []
+    for name, value in given.items():
+        parameter = signature.parameters[name]
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        hint = _hint(parameter.annotation, function)
+        if not _fits(value, hint, function):
+            written = parameter.annotation if isinstance(parameter.annotation, str) else inspect.formatannotation(hint)
+            problems.append(f"{name} must be {written}, and is {_shown(value)}")
+            continue
+        texts = list(value)[:_ITEMS] if isinstance(value, list | tuple | dict) else [value]
+        wrong = next((wrong for text in texts if (wrong := _unwritable(text)) is not None), None)
+        if wrong is not None:
+            problems.append(f"{name} must be text that can be written, and {wrong}")
+    return problems
+
+
+def _shown(value: object) -> str:
+    """Its type, and its value where that is short by nature: a foreign `repr` may fail, or never end."""
+    if value is None:
+        return "None"
+    short = isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < _LARGE)
+    return f"{type(value).__name__} {value!r}" if short else type(value).__name__
+
+
+def _hint(annotation: Any, function: Callable[..., Any]) -> Any:
+    """What an annotation means, or `Any` where it cannot be told: of types that are imported for checkers alone."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    names = vars(inspect.getmodule(function) or builtins)
+    theirs = {name: sys.modules[module] for name, module in _FOR_CHECKERS.items() if module in sys.modules}
+    try:
+        return eval(annotation, names, theirs)  # noqa: S307 - our own source's text
+    except (NameError, AttributeError, TypeError):
+        return Any
+
+
+def _fits(value: Any, hint: Any, function: Callable[..., Any]) -> bool:
+    if hint is Any or hint is object or isinstance(hint, TypeVar):
+        return True
+    if hint is None:
+        return value is None
+    if isinstance(hint, str):
+        return _fits(value, _hint(hint, function), function)
+    forward = getattr(hint, "__forward_arg__", None)
+    if forward is not None:
+        return _fits(value, _hint(forward, function), function)
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one, function) for one in inside)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inside)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    kind = origin or hint
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and _is_float(value)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind is os.PathLike:
+        return isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)
+    if not isinstance(kind, type):
+        return True
+    try:
+        if not isinstance(value, kind):
+            return False
+    except TypeError:  # a protocol that cannot be asked at run time
+        return True
+    return _items_fit(value, inside, function)
+
+
+def _is_float(value: Real) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _items_fit(value: Any, inside: Sequence[Any], function: Callable[..., Any]) -> bool:
+    if isinstance(value, dict) and len(inside) == 2:
+        keys, values = inside
+        first = list(value.items())[:_ITEMS]
+        return all(_fits(key, keys, function) and _fits(item, values, function) for key, item in first)
+    if isinstance(value, _OF_ITEMS) and inside:
+        if isinstance(value, tuple) and len(inside) == len(value) and inside[-1] is not Ellipsis:
+            return all(_fits(item, kind, function) for item, kind in zip(value, inside, strict=True))
+        return all(_fits(item, inside[0], function) for item in list(value)[:_ITEMS])
+    return True
+
+
+def _unwritable(value: object) -> str | None:
+    """Why no file, and no terminal, takes a text or a path."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(text, str) and "\0" in text:
+        return "holds a NUL character"
+    try:
+        if isinstance(text, str):
+            os.fsencode(text)
+    except UnicodeError:
+        return "holds half of a surrogate pair"
+    return None
