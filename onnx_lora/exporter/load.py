@@ -7,17 +7,16 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import (
-    InlinePass,
     LiftConstantsToInitializersPass,
     LiftSubgraphInitializersToMainGraphPass,
     RemoveInitializersFromInputsPass,
 )
-from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.weights import check_external
+from onnx_lora.exporter.foreign import foreign
+from onnx_lora.exporter.functions import inline_functions
+from onnx_lora.exporter.intake import read_model
 
 __all__ = ["check", "load"]
 
@@ -26,28 +25,21 @@ _WEIGHT_ELEMENTS = 64
 
 
 def load(file: Path) -> ir.Model:
-    try:
-        model = ir.load(file)
-    except FileNotFoundError:
-        raise ModelError("there is no such file", path=file) from None
-    except (DecodeError, SerdeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
-        raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
+    """The model of a file: functions inlined, weights as initializers of the main graph.
+
+    Raises ModelError: there is no such file, or no sound model in it.
+    """
+    model = read_model(file)
     if not model.graph.outputs:
         raise ModelError("must be an ONNX model, and has no outputs", path=file)
     if not all(isinstance(name, str) for name in _names(model.graph)):
         raise ModelError("must be valid ONNX, and has names that are no text", path=file)
-    check_external(model.graph, file)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.TensorProtoTensor):
-            try:
-                value.const_value.numpy()  # a view of the file's bytes
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
     check(file, file)
-    InlinePass()(model)
-    LiftSubgraphInitializersToMainGraphPass()(model)
-    RemoveInitializersFromInputsPass()(model)
-    LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
+    inline_functions(model, file)
+    with foreign("lifting its constants", file):
+        LiftSubgraphInitializersToMainGraphPass()(model)
+        RemoveInitializersFromInputsPass()(model)
+        LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     _take_in_constants(model.graph, file)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
     model.ir_version = max(model.ir_version or 0, 8)
@@ -62,17 +54,15 @@ def _take_in_constants(graph: ir.Graph, file: Path) -> None:
             tensor = attribute.value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            try:
+            with foreign(f"reading the constant of {node.name}", file):
                 node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), name=tensor.name))
-            except (OSError, ValueError, TypeError) as error:
-                raise ModelError(f"the constant of {node.name} cannot be read: {error}", path=file) from error
 
 
 def check(file: Path, source: Path) -> None:
     """Raises ModelError: `file`, which is or was made from `source`, is not valid ONNX."""
     try:
         onnx.checker.check_model(str(file))
-    except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - a foreign tool on a foreign file
         # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
         # stops at the first.
         if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):

@@ -1,0 +1,134 @@
+"""What an ONNX file must be before anything is made of it: readable, with tensors that are all there and lie where they
+may. It reads protobuf, and knows no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from onnx_lora.errors import ModelError
+from onnx_lora.exporter.foreign import first_line, foreign
+
+__all__ = ["read_model"]
+
+# No number of a type takes less.
+_LEAST_BITS = 2
+
+
+def read_model(file: Path) -> ir.Model:
+    """The model of a file; its external tensors stay where they are.
+
+    Raises ModelError: no such file, no ONNX model, or tensors that are not whole or lie outside the file's folder.
+    """
+    if not file.is_file():
+        raise ModelError("there is no such file", path=file)
+    try:
+        with foreign("reading it", file):
+            proto = onnx.load(file, load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error}", path=file) from error
+    _check_tensors(proto, file)
+    with foreign("reading it", file):
+        model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+    return model
+
+
+def _check_tensors(proto: onnx.ModelProto, file: Path) -> None:
+    """Raises ModelError: of a tensor, be it a weight or a node's constant, numbers are missing, or lie elsewhere."""
+    problems: dict[str, None] = {}
+    places = _Places(file.parent)
+    for tensor in _tensors(proto):
+        problem = places.problem(tensor) if tensor.data_location == tensor.EXTERNAL else _inline_problem(tensor)
+        if problem is not None:
+            problems[problem] = None
+    if problems:
+        raise ModelError("its tensors must be whole, and lie in its folder", path=file, problems=list(problems))
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    graphs, nodes = [proto.graph], [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            nodes.extend(graph.node)
+        for attribute in (attribute for node in nodes for attribute in node.attribute):
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                graphs.append(attribute.g)
+            graphs.extend(attribute.graphs)
+        nodes = []
+
+
+def _inline_problem(tensor: onnx.TensorProto) -> str | None:
+    """What is wrong with a tensor that lies in the file itself."""
+    name = str(tensor.name)
+    if min(tensor.dims, default=0) < 0:
+        return f"{name!r} has an impossible shape: {list(tensor.dims)}"
+    # Before anything is allocated for it.
+    if prod(tensor.dims) * _LEAST_BITS > 8 * tensor.ByteSize():
+        return f"{name!r} must hold {prod(tensor.dims)} numbers, and takes {tensor.ByteSize()} bytes"
+    try:
+        ir.serde.TensorProtoTensor(tensor).numpy()  # a view of the file's bytes, mostly
+    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign numbers
+        return f"{name!r} is damaged: {first_line(error)}"
+    return None
+
+
+@dataclass
+class _Places:
+    """The data files of a model, each looked up once: why tensors may not lie there, or how long it is."""
+
+    folder: Path
+    known: dict[str, str | int] = field(default_factory=dict)
+
+    def problem(self, tensor: onnx.TensorProto) -> str | None:
+        name = str(tensor.name)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location, offset, length = (entries.get(key, "") for key in ("location", "offset", "length"))
+        if not all(isinstance(value, str) for value in (location, offset, length)):
+            return f"{name!r} does not say in text where it lies"
+        if location not in self.known:
+            self.known[location] = self._look_up(location)
+        found = self.known[location]
+        if isinstance(found, str):
+            return found
+        begin, size = _natural(offset or "0"), _size(tensor)
+        if begin is None or size is None or (length and _natural(length) != size):
+            return (
+                f"{name!r} must lie at a place of its own size, and says offset {offset[:40]!r}, length {length[:40]!r}"
+            )
+        if begin + size > found:
+            return f"{location} was cut off: weight {name!r} ends past its end"
+        return None
+
+    def _look_up(self, location: str) -> str | int:
+        try:
+            path = (self.folder / location).resolve()
+            if not location or not path.is_relative_to(self.folder.resolve()):
+                return f"{location!r} must lie in the model's folder"
+            return path.stat().st_size if path.is_file() else f"{location} is missing"
+        except (OSError, ValueError, RuntimeError) as error:
+            return f"{location[:100]!r} cannot be a file of the model: {first_line(error)}"
+
+
+def _natural(text: str) -> int | None:
+    """A number as external data says it; of more digits than any file has bytes it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def _size(tensor: onnx.TensorProto) -> int | None:
+    """The bytes of a tensor's numbers; None where its type or shape has no such size."""
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        return None
+    return None if min(tensor.dims, default=0) < 0 else -(-prod(tensor.dims) * bits // 8)
