@@ -1,5 +1,5 @@
-"""The boundary between the exporter and the libraries that it hands foreign graphs to: whatever they throw becomes one of
-our errors, which names the step and the file. It knows no library."""
+"""The boundary between the exporter and the libraries that it hands foreign graphs to: whatever they throw becomes one
+of our errors, which names the step and the file. It knows no library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def foreign(step: str, file: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise ExportError(f"{step} failed: memory ran out", path=file) from error
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:
         raise ModelError(f"must be a sound ONNX graph, and {step} failed: {first_line(error)}", path=file) from error
 
 

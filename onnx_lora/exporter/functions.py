@@ -15,21 +15,26 @@ from onnx_ir.passes.common import InlinePass
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.foreign import foreign
 
-__all__ = ["inline_functions"]
+__all__ = ["inline_functions", "settle_functions"]
 
 # What inlining may take: nodes that are made, each as often as there are calls of its function, because names are
 # found by counting. Functions of torch.onnx take thousands; ten seconds are a hundred million.
 _MOST_WORK = 10**8
 
 
-def inline_functions(model: ir.Model, file: Path) -> None:
-    """Raises ModelError: functions call themselves, make more nodes than any model has, or mean other operators than
-    the graph does by the same name."""
-    if not model.functions:
-        return
+def settle_functions(model: ir.Model, file: Path) -> None:
+    """Look at the functions before anything is made of them, and let them mean the operators that the graph means.
+
+    Raises ModelError: functions call themselves, make more nodes than any model has, or mean other operators than the
+    graph does by the same name.
+    """
     _check_size(model, file)
     for domain in dict.fromkeys(domain for imports in _imports(model) for domain in imports):
         _agree(model, domain, file)
+
+
+def inline_functions(model: ir.Model, file: Path) -> None:
+    """Put settled functions in the place of their calls. Raises ModelError: a call does not fit its function."""
     with foreign("inlining its functions", file):
         InlinePass()(model)
 
@@ -61,27 +66,26 @@ def _imports(model: ir.Model) -> list[dict[str, int]]:
 
 
 def _agree(model: ir.Model, domain: str, file: Path) -> None:
-    """Let the graph and its functions mean one version of an operator set. An operator that did not change between two
-    versions is the same in both.
+    """Let functions mean the graph's version of an operator set. An operator that did not change between two versions
+    is the same in both.
 
-    Raises ModelError: there is no version in which all their operators mean the same.
+    Raises ModelError: one did.
     """
     versions = [imports[domain] for imports in _imports(model) if domain in imports]
-    if len(set(versions)) < 2:
+    wanted, others = versions[0], sorted(set(versions[1:]) - {versions[0]})
+    if not others:
         return
-    used = _operators(model, domain)
-    common = [one for one in dict.fromkeys(versions) if all(_is_same(*own, one, domain) for own in used)]
-    if not common:
-        changed = sorted({name for name, version in used if not _is_same(name, version, versions[0], domain)})
+    changed = {name for name, version in _operators(model, domain) if not _is_same(name, version, wanted, domain)}
+    if changed:
         raise ModelError(
-            f"its functions must mean the operators of one version of {domain or 'ai.onnx'}, and mean "
-            f"{sorted(set(versions))}, between which {', '.join(changed)} changed; "
-            "convert it with onnx.inliner.inline_local_functions(model, convert_version=True)",
+            f"its functions must mean the operators of {domain or 'ai.onnx'} {wanted}, as its graph does, and mean "
+            f"those of {', '.join(map(str, others))}, where {', '.join(sorted(changed))} are others; export it again "
+            "with one opset version for all",
             path=file,
         )
     for imports in _imports(model):
         if domain in imports:
-            imports[domain] = common[0]
+            imports[domain] = wanted
 
 
 def _operators(model: ir.Model, domain: str) -> set[tuple[str, int]]:

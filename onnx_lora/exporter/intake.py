@@ -14,16 +14,26 @@ import onnx_ir as ir
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.foreign import first_line, foreign
 
-__all__ = ["read_model"]
+__all__ = ["read_model", "read_proto"]
 
 # No number of a type takes less.
 _LEAST_BITS = 2
 
 
 def read_model(file: Path) -> ir.Model:
-    """The model of a file; its external tensors stay where they are.
+    """The model of a file; its external tensors stay where they are. Raises ModelError: see `read_proto`."""
+    proto = read_proto(file)
+    with foreign("reading it", file):
+        model: ir.Model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+    return model
 
-    Raises ModelError: no such file, no ONNX model, or tensors that are not whole or lie outside the file's folder.
+
+def read_proto(file: Path) -> onnx.ModelProto:
+    """What stands in a file, without the tensors that lie beside it.
+
+    Raises ModelError: no such file, no ONNX model, names that are no text, or tensors that are not whole or lie outside
+    the file's folder.
     """
     if not file.is_file():
         raise ModelError("there is no such file", path=file)
@@ -32,40 +42,56 @@ def read_model(file: Path) -> ir.Model:
             proto = onnx.load(file, load_external_data=False)
     except OSError as error:
         raise ModelError(f"cannot be read: {error}", path=file) from error
-    _check_tensors(proto, file)
-    with foreign("reading it", file):
-        model = ir.from_proto(proto)
-        ir.external_data.set_base_dir(model.graph, file.parent)
-    return model
+    graphs, nodes = _parts(proto)
+    if not all(isinstance(name, str) for name in _names(graphs, nodes)):
+        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
+    _check_tensors(_tensors(graphs, nodes), file)
+    return proto
 
 
-def _check_tensors(proto: onnx.ModelProto, file: Path) -> None:
+def _parts(proto: onnx.ModelProto) -> tuple[list[onnx.GraphProto], list[onnx.NodeProto]]:
+    """All graphs and all nodes of a model, those of branches, loops and functions too."""
+    graphs, nodes = (
+        [proto.graph],
+        [*proto.graph.node, *(node for function in proto.functions for node in function.node)],
+    )
+    for node in nodes:  # it grows meanwhile
+        for attribute in node.attribute:
+            inner = [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]
+            graphs.extend(inner)
+            nodes.extend(node for graph in inner for node in graph.node)
+    return graphs, nodes
+
+
+def _names(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[object]:
+    """What protobuf hands on as bytes where it is no UTF-8."""
+    for graph in graphs:
+        for named in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            yield named.name
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _tensors(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for graph in graphs:
+        yield from graph.initializer
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _check_tensors(tensors: Iterator[onnx.TensorProto], file: Path) -> None:
     """Raises ModelError: of a tensor, be it a weight or a node's constant, numbers are missing, or lie elsewhere."""
     problems: dict[str, None] = {}
     places = _Places(file.parent)
-    for tensor in _tensors(proto):
+    for tensor in tensors:
         problem = places.problem(tensor) if tensor.data_location == tensor.EXTERNAL else _inline_problem(tensor)
         if problem is not None:
             problems[problem] = None
     if problems:
         raise ModelError("its tensors must be whole, and lie in its folder", path=file, problems=list(problems))
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    graphs, nodes = [proto.graph], [node for function in proto.functions for node in function.node]
-    while graphs or nodes:
-        if graphs:
-            graph = graphs.pop()
-            yield from graph.initializer
-            nodes.extend(graph.node)
-        for attribute in (attribute for node in nodes for attribute in node.attribute):
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                graphs.append(attribute.g)
-            graphs.extend(attribute.graphs)
-        nodes = []
 
 
 def _inline_problem(tensor: onnx.TensorProto) -> str | None:

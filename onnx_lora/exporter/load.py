@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -15,7 +14,7 @@ from onnx_ir.passes.common import (
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.foreign import foreign
-from onnx_lora.exporter.functions import inline_functions
+from onnx_lora.exporter.functions import inline_functions, settle_functions
 from onnx_lora.exporter.intake import read_model
 
 __all__ = ["check", "load"]
@@ -32,8 +31,7 @@ def load(file: Path) -> ir.Model:
     model = read_model(file)
     if not model.graph.outputs:
         raise ModelError("must be an ONNX model, and has no outputs", path=file)
-    if not all(isinstance(name, str) for name in _names(model.graph)):
-        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
+    settle_functions(model, file)
     check(file, file)
     inline_functions(model, file)
     with foreign("lifting its constants", file):
@@ -41,6 +39,11 @@ def load(file: Path) -> ir.Model:
         RemoveInitializersFromInputsPass()(model)
         LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     _take_in_constants(model.graph, file)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            # An initializer is what its tensor is, whatever else the file notes under its name.
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+            value.type = ir.TensorType(value.const_value.dtype)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
     model.ir_version = max(model.ir_version or 0, 8)
     return model
@@ -48,9 +51,11 @@ def load(file: Path) -> ir.Model:
 
 def _take_in_constants(graph: ir.Graph, file: Path) -> None:
     """Read small constants that lie in a data file, where Optimum puts them in models of more than 2 GB: shapes
-    depend on them. Raises ModelError: the file was cut off."""
+    depend on them. Raises ModelError: the file was cut off, or what stands there is no constant."""
     for node in ir.traversal.RecursiveGraphIterator(graph):
         for name, attribute in node.attributes.items():
+            if attribute.is_ref():
+                raise ModelError(f"{node.name} must have a value for {name}, and refers to a function's", path=file)
             tensor = attribute.value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
@@ -62,16 +67,8 @@ def check(file: Path, source: Path) -> None:
     """Raises ModelError: `file`, which is or was made from `source`, is not valid ONNX."""
     try:
         onnx.checker.check_model(str(file))
-    except Exception as error:  # noqa: BLE001 - a foreign tool on a foreign file
+    except Exception as error:
         # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
         # stops at the first.
         if not str(error).startswith("No Op registered for") or "SimplifiedLayerNormalization" not in str(error):
             raise ModelError(f"must be valid ONNX: {error}", path=source) from error
-
-
-def _names(graph: ir.Graph) -> Iterator[object]:
-    """What a damaged file may hold as bytes; names that are missing do not count."""
-    yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        yield from (node.name or "", node.op_type, node.domain, *node.attributes)
-        yield from (value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)

@@ -34,7 +34,7 @@ def check_opens(file: Path, source: Path) -> None:
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's own, and what pybind makes of the others
+    except Exception as error:
         # A type or an operator that the CPU has no kernel for, or that a library of the user's brings.
         if any(phrase in str(error) for phrase in ("NOT_IMPLEMENTED", "is not a registered function/op")):
             return
@@ -93,7 +93,7 @@ def _translated(file: Path) -> Iterator[None]:
         yield
     except OnnxLoraError:
         raise
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name
         ) from error

@@ -27,7 +27,9 @@ _FAILED, _NOT_FINISHED = 1, 3
 @click.option("--seed", default=0, show_default=True, help="Another seed, other inputs.")
 @click.option("--jobs", "processes", type=int, default=jobs, help="Processes at once; one a core by default.")
 @click.option("--only", multiple=True, help="This target alone; may be given several times.")
-@click.option("--state", type=click.Path(path_type=Path), default=Path(".fuzz"), show_default=True, help="Where it lies.")
+@click.option(
+    "--state", type=click.Path(path_type=Path), default=Path(".fuzz"), show_default=True, help="Where it lies."
+)
 @click.option("--table", default="tests.fuzz.targets", hidden=True)
 @click.option("--replay", type=click.Path(exists=True, path_type=Path), help="A failure's folder: do it once more.")
 def main(
@@ -97,7 +99,7 @@ def _replay(folder: Path, table: str) -> int:
                 return _FAILED
             click.echo(f"refused: {type(error).__name__}: {error}")
             return 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - what this is all about
             traceback.print_exc()
             return _FAILED
     click.echo("accepted")

@@ -151,13 +151,12 @@ def run(plan: Plan, tell: Callable[[Summary], None] = lambda _: None) -> Summary
     plan.folder.mkdir(parents=True, exist_ok=True)
     state = plan.folder / "state.json"
     summary = Summary.read(state, plan.seed)
-    began, before = time.monotonic(), summary.seconds
     chosen = _targets(plan, summary)
     _make(plan, [target.name for target in chosen])
+    began, before = time.monotonic(), summary.seconds
     waiting = deque(_batches(plan, chosen, summary))
     processes: list[_Process] = []
-    started = saved = 0.0
-    bad = 0
+    saved, bad = 0.0, 0
     try:
         while True:
             summary.seconds = before + time.monotonic() - began
@@ -166,7 +165,6 @@ def run(plan: Plan, tell: Callable[[Summary], None] = lambda _: None) -> Summary
                 break
             while waiting and len(processes) < plan.jobs:
                 processes.append(_Process(plan, len(processes)))
-                started += 1
             for process in processes:
                 if process.batch is None and waiting:
                     process.give(waiting.popleft())

@@ -394,11 +394,27 @@ def _pickle(data: bytes, chance: Random) -> bytes:
 
 # Small opcodes, whole: values, containers, what builds and what calls.
 _OPCODES = (
-    *(b"N", b"\x88", b"K\x01", b"K\xff", b"J\xff\xff\xff\xff", b"\x8a\x09" + b"\xff" * 8 + b"\x01", b"G\x7f\xf0" + bytes(6)),
+    *(
+        b"N",
+        b"\x88",
+        b"K\x01",
+        b"K\xff",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\x09" + b"\xff" * 8 + b"\x01",
+        b"G\x7f\xf0" + bytes(6),
+    ),
     *(b"]", b"}", b")", b"(", b"t", b"d", b"l", b"s", b"u", b"a", b"e", b"0", b"1", b"2", b"\x85", b"\x86", b"\x87"),
     *(b"Q", b"R", b"b", b"\x81", b"\x93", b"h\x00", b"q\x00", b"X\x01\0\0\0a", b"U\x01a", b"X\xff\xff\xff\xff"),
     *(b"cos\nsystem\n", b"cbuiltins\neval\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n"),
-    *(b"ccollections\nOrderedDict\n", b"\x8f", b"\x90", b"\x91", b"\x95" + b"\xff" * 8, b"I99999999999999999999\n", b"F1e999\n"),
+    *(
+        b"ccollections\nOrderedDict\n",
+        b"\x8f",
+        b"\x90",
+        b"\x91",
+        b"\x95" + b"\xff" * 8,
+        b"I99999999999999999999\n",
+        b"F1e999\n",
+    ),
 )
 
 
@@ -462,7 +478,7 @@ def _edit_list(values: Any, field: Any, messages: Sequence[Any], chance: Random)
     elif edit == 2 and len(values) > 1:
         copies = list(values)
         chance.shuffle(copies)
-        kept = [copy for copy in copies]
+        kept = list(copies)
         if field.message_type is None:
             values[:] = kept
         else:
@@ -502,4 +518,6 @@ def _scalar(old: Any, messages: Sequence[Any], chance: Random) -> Any:
     if isinstance(old, float):
         return chance.choice(_REALS)
     limit = chance.choice((2**31, 2**63))
-    return chance.choice((old + 1, old - 1, -old, chance.randrange(30), chance.choice(_NUMBERS) % limit, limit - 1, -limit))
+    return chance.choice(
+        (old + 1, old - 1, -old, chance.randrange(30), chance.choice(_NUMBERS) % limit, limit - 1, -limit)
+    )

@@ -23,8 +23,6 @@ from onnx_lora.exporter.quantize import Method, quantize
 from onnx_lora.package import Package
 from onnx_lora.points import Array
 from tests.adapters.building import PackageBuilder, adapter, lora, numbers, peft_folder
-from tests.adapters.test_format_gguf import file as gguf_file
-from tests.adapters.test_format_others import numbered, onnx_adapter
 from tests.support.graphs import random, save
 
 __all__ = [
@@ -143,6 +141,8 @@ def peft_pickles(folder: Path) -> None:
 
 def kohya_files(folder: Path) -> None:
     """kohya's LoRA, LyCORIS's LoHa, LoKr, full and norm, cloneofsimo's numbered modules, sgm's names."""
+    from tests.adapters.test_format_others import numbered  # loads torch
+
     tensors: dict[str, Array] = {}
     for name, values in {"lora_down.weight": numbers(2, 4), "lora_up.weight": numbers(6, 2)}.items():
         tensors[f"lora_unet_a_q.{name}"] = values
@@ -163,6 +163,8 @@ def kohya_files(folder: Path) -> None:
 
 
 def diffusion_files(folder: Path) -> None:
+    from tests.adapters.test_format_others import onnx_adapter  # loads torch
+
     tensors = {"unet.a.lora_A.weight": numbers(2, 4), "unet.a.lora_B.weight": numbers(6, 2)}
     tensors |= {"text_encoder.q.lora.down.weight": numbers(2, 4), "text_encoder.q.lora.up.weight": numbers(6, 2)}
     config = {"unet.r": 2, "unet.lora_alpha": 4, "unet.target_modules": ["a"], "unet.rank_pattern": {"a": 2}}
@@ -182,6 +184,8 @@ def mlx_folders(folder: Path) -> None:
 
 
 def ggufs(folder: Path) -> None:
+    from tests.adapters.test_format_gguf import file as gguf_file  # loads torch
+
     tensors = {"blk.0.attn_q.weight.lora_a": numbers(2, 4), "blk.0.attn_q.weight.lora_b": numbers(8, 2)}
     tensors |= {"token_embd.weight.lora_a": numbers(9, 2), "token_embd.weight.lora_b": numbers(4, 2)}
     for name in ("float", "list", "Q4_0", "Q8_0"):
@@ -243,9 +247,16 @@ def _settings(place: Path) -> None:
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "inputs": inputs | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
-    _json(place / "genai_config.json", {"model": {"type": "llama", "eos_token_id": [2, 3], "context_length": 64, "decoder": decoder}})
+    _json(
+        place / "genai_config.json",
+        {"model": {"type": "llama", "eos_token_id": [2, 3], "context_length": 64, "decoder": decoder}},
+    )
     _json(place / "generation_config.json", {"eos_token_id": 2})
     _json(place / "config.json", {"hidden_size": 8, "num_attention_heads": 2, "n_positions": 64, "text_config": {}})
     _json(place / "tokenizer.json", _tokenizer())
@@ -395,13 +406,19 @@ def checkpoints(folder: Path) -> None:
     nodes, weights = _mlp()
     for each in nodes:
         each.name = ""
-    tensors = {"m.up.weight": weights["w1"].T.copy(), "m.up.bias": weights["b1"], "m.down.weight": weights["w2"].T.copy()}
+    tensors = {
+        "m.up.weight": weights["w1"].T.copy(),
+        "m.up.bias": weights["b1"],
+        "m.down.weight": weights["w2"].T.copy(),
+    }
     for name in ("whole", "shards", "packed"):
         place = folder / name
         save(place / "m.onnx", nodes, weights, inputs=_X, outputs=_Y)
         checkpoint = place / "checkpoint"
         checkpoint.mkdir()
-        _json(checkpoint / "config.json", {"architectures": ["Net"], "hidden_size": 8, "transformers_version": "4.57.0"})
+        _json(
+            checkpoint / "config.json", {"architectures": ["Net"], "hidden_size": 8, "transformers_version": "4.57.0"}
+        )
     stored(folder / "whole" / "checkpoint" / "model.safetensors", tensors)
     parts = {"m.gate.weight": tensors["m.up.weight"][:5].copy(), "m.up.weight": tensors["m.up.weight"][5:].copy()}
     stored(folder / "packed" / "checkpoint" / "model.safetensors", parts | {"m.down.weight": tensors["m.down.weight"]})
@@ -456,7 +473,12 @@ def exports(folder: Path) -> None:
     """Checkpoints of transformers."""
     import transformers as hf
 
-    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     made: dict[str, Callable[[], Any]] = {
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=20, **small)),
         "bert": lambda: hf.BertForSequenceClassification(

@@ -1,7 +1,8 @@
-"""What is done with mutants: one target a kind of file. A target ends, or raises one of our errors; anything else that it
-does is a bug.
+"""What is done with mutants: one target a kind of file. A target ends, or raises one of our errors; anything else that
+it does is a bug.
 
-"memory" targets read files and compute in Python, thousands a second; "model" targets start exporters or ONNX Runtime."""
+"memory" targets read files and compute in Python, a thousand a second; "model" targets start exporters or ONNX
+Runtime."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,21 +38,9 @@ from onnx_lora.runtime.generation.chat import ChatTemplate
 from onnx_lora.runtime.generation.settings import Settings
 from onnx_lora.runtime.generation.text import TextTokenizer
 from tests.fuzz import seeds
+from tests.fuzz.worker import Target
 
-__all__ = ["TARGETS", "Target"]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """`make` writes whole samples, each in a folder of its own; `use` takes such a folder, mutated, and a place for what
-    is written. `weight`: its share of the inputs. `needs`: modules without which there is no such target."""
-
-    name: str
-    kind: Literal["memory", "model"]
-    make: Callable[[Path], None]
-    use: Callable[[Path, Path], None]
-    weight: float = 1.0
-    needs: tuple[str, ...] = ()
+__all__ = ["TARGETS"]
 
 
 @cache
@@ -89,7 +77,9 @@ def _adapter(folder: Path, out: Path) -> None:
     # Writing takes ten times as long as reading: one format a file, or none.
     chosen = int(own.origin.sha256[:4], 16) % 12
     formats: tuple[Literal["peft", "kohya", "mlx", "diffusers"], ...] = ("peft", "kohya", "mlx", "diffusers")
-    _attempt(to_package, *(partial(write_adapter, own, out / name, format=name) for name in formats[chosen : chosen + 1]))
+    _attempt(
+        to_package, *(partial(write_adapter, own, out / name, format=name) for name in formats[chosen : chosen + 1])
+    )
 
 
 def _open(folder: Path, out: Path) -> None:

@@ -1,5 +1,5 @@
-"""One process of the fuzzer: makes mutants, gives them to a target, and says what came of it. It may be killed, or die by
-itself: what it is doing stands in memory that the campaign reads."""
+"""One process of the fuzzer: makes mutants, gives them to a target, and says what came of it. It may be killed, or die
+by itself: what it is doing stands in memory that the campaign reads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,27 @@ import traceback
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from onnx_lora import OnnxLoraError
 from tests.fuzz.mutate import mutate
 
-__all__ = ["LIMITS", "Failure", "Limits", "Mutant", "Report", "available", "make_samples", "mutant", "samples_of", "work"]
+__all__ = [
+    "LIMITS",
+    "Failure",
+    "Limits",
+    "Mutant",
+    "Report",
+    "available",
+    "make_samples",
+    "mutant",
+    "samples_of",
+    "work",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,19 @@ Files = Mapping[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """`make` writes whole samples, each in a folder of its own; `use` takes such a folder, mutated, and a place for
+    what is written. `weight`: its share of the inputs. `needs`: modules without which there is no such target."""
+
+    name: str
+    kind: Literal["memory", "model"]
+    make: Callable[[Path], None]
+    use: Callable[[Path, Path], None]
+    weight: float = 1.0
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Mutant:
     """A sample's files, some of them changed."""
 
@@ -64,7 +88,8 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a target must not do. `kind`: foreign (an error that is none of ours), slow, memory, left behind, hang, crash."""
+    """What a target must not do. `kind`: foreign (an error that is none of ours), slow, memory, left behind (output of
+    what was refused), hang, crash."""
 
     target: str
     index: int
@@ -87,7 +112,7 @@ class Report:
     failures: list[Failure] = field(default_factory=list)
 
 
-def available(target: Any) -> bool:
+def available(target: Target) -> bool:
     return all(importlib.util.find_spec(module) for module in target.needs)
 
 
@@ -149,7 +174,7 @@ def work(connection: Any, beat: Any, table: str, folder: str, seed: int, log: st
 class _Bench:
     """A target with a folder to work in."""
 
-    def __init__(self, target: Any, samples: Mapping[str, Files], folder: Path, seed: int) -> None:
+    def __init__(self, target: Target, samples: Mapping[str, Files], folder: Path, seed: int) -> None:
         self._target, self._samples, self._seed = target, samples, seed
         self._inputs, self._out = folder / "in", folder / "out"
         self._peak = 0
@@ -168,6 +193,7 @@ class _Bench:
 
     def run(self, index: int, report: Report) -> None:
         made = mutant(self._samples, self._target.name, self._seed, index)
+        refused = False
         place = self._inputs / made.sample
         write(made.changed, place)
         traced = self._target.kind == "memory" and index % _TRACED_EVERY == 0
@@ -177,23 +203,22 @@ class _Bench:
         try:
             self._target.use(place, self._out)
             report.outcomes["accepted"] += 1
-        except OnnxLoraError as error:
-            report.outcomes["refused"] += 1
-            if type(error).__name__ == "InternalError":
-                self._fail(report, index, "foreign", error)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - what this is all about
-            self._fail(report, index, "foreign", error)
+            refused = isinstance(error, OnnxLoraError) and type(error).__name__ != "InternalError"
+            report.outcomes["refused" if refused else "failed"] += 1
+            if not refused:
+                self._fail(report, index, "foreign", error)
         finally:
             spent = time.process_time() - began
             allocated = tracemalloc.get_traced_memory()[1] if traced else 0
             tracemalloc.stop()
-        self._check(report, index, made, spent, allocated)
+        self._check(report, index, made, spent, allocated, refused=refused)
         self._clear()
         write({file: made.whole[file] for file in made.changed}, place)
 
-    def _check(self, report: Report, index: int, made: Mutant, spent: float, allocated: int) -> None:
+    def _check(self, report: Report, index: int, made: Mutant, spent: float, allocated: int, *, refused: bool) -> None:
         limits = LIMITS[self._target.kind]
         if spent > limits.cpu:
             self._fail(report, index, "slow", f"it took {spent:.1f} CPU seconds")
@@ -202,14 +227,14 @@ class _Bench:
         if (peak := _peak_memory()) > self._peak + limits.memory:
             self._fail(report, index, "memory", f"the process grew by {(peak - self._peak) >> 20} MiB")
             self._peak = peak
-        if left := [entry.name for entry in self._out.iterdir() if entry.name.startswith(".")]:
-            self._fail(report, index, "left behind", f"temporary files: {left}")
+        if left := [entry.name for entry in self._out.iterdir() if refused or entry.name.startswith(".")]:
+            self._fail(report, index, "left behind", f"files: {left}")
 
     def _fail(self, report: Report, index: int, kind: str, error: BaseException | str) -> None:
         if isinstance(error, str):
             report.failures.append(Failure(self._target.name, index, kind, error))
             return
-        message = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]}"
+        message = f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]}".replace("\n", " ")
         trace = "".join(traceback.format_exception(error, limit=-12))[-6000:]
         report.failures.append(Failure(self._target.name, index, kind, message, _innermost(error), trace))
 
