@@ -42,7 +42,7 @@ def select(
             return frozenset(modules)
         try:
             pattern = re.compile(targets)
-        except (re.error, OverflowError, RecursionError) as error:
+        except re.error as error:
             raise ModelError(
                 f"targets {targets!r} must be a regular expression, a list of names, {ALL_LINEAR!r} or {ALL!r}: {error}"
             ) from error
