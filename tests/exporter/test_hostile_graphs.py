@@ -3,6 +3,7 @@ library stumbles over it."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import tracemalloc
@@ -329,3 +330,16 @@ def test_a_vision_model_without_its_image_processor_says_what_is_missing(tmp_pat
     size = '{"image_processor_type": "BitImageProcessor", "crop_size": {"height": 28, "width": 28}}'
     (tmp_path / "in" / "preprocessor_config.json").write_text(size)
     assert export(tmp_path / "in", tmp_path / "out").points
+
+
+def test_code_that_comes_with_a_checkpoint_is_not_run_and_nobody_is_asked(tmp_path: Path) -> None:
+    place = tmp_path / "in"
+    place.mkdir()
+    (place / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    config = {"model_type": "own", "architectures": ["Model"], "auto_map": classes}
+    (place / "config.json").write_text(json.dumps(config))
+    for via in ("optimum", "genai"):
+        with pytest.raises((ModelError, ExportError)):
+            export(place, tmp_path / "out", via=via, task="text-generation")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"in"}
