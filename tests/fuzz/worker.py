@@ -43,7 +43,7 @@ class Limits:
     """What one input may take."""
 
     cpu: float  # seconds
-    memory: int  # bytes of resident memory beside what the process had after its first inputs
+    memory: int  # bytes by which the process's peak of resident memory may grow
     batch: int  # inputs handed out at once
 
 
@@ -171,13 +171,21 @@ def work(connection: Any, beat: Any, table: str, folder: str, seed: int, log: st
             connection.send(report)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What an input took: CPU seconds, and bytes that Python allocated (0: not looked at) or the process grew by."""
+
+    cpu: float
+    allocated: int
+    grown: int
+
+
 class _Bench:
     """A target with a folder to work in."""
 
     def __init__(self, target: Target, samples: Mapping[str, Files], folder: Path, seed: int) -> None:
         self._target, self._samples, self._seed = target, samples, seed
         self._inputs, self._out = folder / "in", folder / "out"
-        self._peak = 0
 
     def warm_up(self) -> None:
         """Every whole sample is taken. Raises AssertionError: one is not, and its mutants would show nothing."""
@@ -189,7 +197,6 @@ class _Bench:
             except OnnxLoraError as error:
                 raise AssertionError(f"{self._target.name}: the whole sample {sample} is refused: {error}") from error
             self._clear()
-        self._peak = _peak_memory()
 
     def run(self, index: int, report: Report) -> None:
         made = mutant(self._samples, self._target.name, self._seed, index)
@@ -199,7 +206,7 @@ class _Bench:
         traced = self._target.kind == "memory" and index % _TRACED_EVERY == 0
         if traced:
             tracemalloc.start()
-        began = time.process_time()
+        peak, began = _peak_memory(), time.process_time()
         try:
             self._target.use(place, self._out)
             report.outcomes["accepted"] += 1
@@ -214,19 +221,19 @@ class _Bench:
             spent = time.process_time() - began
             allocated = tracemalloc.get_traced_memory()[1] if traced else 0
             tracemalloc.stop()
-        self._check(report, index, made, spent, allocated, refused=refused)
+            grown = _peak_memory() - peak
+        self._check(report, index, made, _Cost(spent, allocated, grown), refused=refused)
         self._clear()
         write({file: made.whole[file] for file in made.changed}, place)
 
-    def _check(self, report: Report, index: int, made: Mutant, spent: float, allocated: int, *, refused: bool) -> None:
+    def _check(self, report: Report, index: int, made: Mutant, cost: _Cost, *, refused: bool) -> None:
         limits = LIMITS[self._target.kind]
-        if spent > limits.cpu:
-            self._fail(report, index, "slow", f"it took {spent:.1f} CPU seconds")
-        if allocated > _TRACED_ROOM + 2 * sum(map(len, made.files.values())):
-            self._fail(report, index, "memory", f"{allocated >> 20} MiB were allocated")
-        if (peak := _peak_memory()) > self._peak + limits.memory:
-            self._fail(report, index, "memory", f"the process grew by {(peak - self._peak) >> 20} MiB")
-            self._peak = peak
+        if cost.cpu > limits.cpu:
+            self._fail(report, index, "slow", f"it took {cost.cpu:.1f} CPU seconds")
+        if cost.allocated > _TRACED_ROOM + 2 * sum(map(len, made.files.values())):
+            self._fail(report, index, "memory", f"{cost.allocated >> 20} MiB were allocated")
+        if cost.grown > limits.memory:
+            self._fail(report, index, "memory", f"the process grew by {cost.grown >> 20} MiB")
         if left := [entry.name for entry in self._out.iterdir() if refused or entry.name.startswith(".")]:
             self._fail(report, index, "left behind", f"files: {left}")
 
