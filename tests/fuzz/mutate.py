@@ -11,6 +11,7 @@ import io
 import json
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
@@ -341,7 +342,7 @@ def _zip(data: bytes, chance: Random) -> bytes:
     else:
         members[at] = name, _member(name, content, chance)
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(out, "w", method) as archive:  # names twice
         for name, content in members:
             archive.writestr(zipfile.ZipInfo(name or "x"), content, method)
     packed = out.getvalue()
