@@ -8,7 +8,7 @@ MINILM := $(VENV)/minilm
 export HF_HUB_OFFLINE := 1
 export ONNX_LORA_MINILM ?= $(abspath $(MINILM))
 
-.PHONY: setup demo test check format bench docs clean
+.PHONY: setup demo test check format fuzz bench docs clean
 
 setup: $(VENV)/.ready  ## the environment for development: everything, torch included
 
@@ -43,6 +43,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+fuzz: setup  ## mutated files into everything that reads files; a stopped run goes on (FUZZ="--seconds 600 --seed 1")
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
 bench: setup  ## ratios, measured side by side on this machine; JSON goes to benchmarks/results
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.decode
@@ -51,4 +54,4 @@ docs: setup  ## rewrite the tables in docs that are made by running things
 	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

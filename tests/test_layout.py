@@ -23,7 +23,7 @@ ALLOWED = {
     "companions": {"errors"},
     "quantised": set(),
     "points": {"errors", "quantised"},
-    "package": {"errors", "boundary", "companions", "points", "quantised"},
+    "package": {"errors", "boundary", "companions", "points", "quantised", "staging"},
     "adapters": {"errors", "boundary", "staging", "points", "package"},
     "exporter": {"errors", "boundary", "staging", "companions", "points", "package", "quantised"},
     "runtime": {"errors", "boundary", "staging", "companions", "points", "package", "adapters", "quantised"},

@@ -21,6 +21,7 @@ from onnx_lora.exporter.frontends.optimum import export_checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, Precision
 from onnx_lora.exporter.frontends.torch_module import export_module
 from onnx_lora.exporter.targets import ALL_LINEAR
+from onnx_lora.exporter.trial import blamed_on_damage
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -122,7 +123,9 @@ def attach(
     """
     options = Options.of(targets, replaceable, default_rank, dora=dora)
     with staged(out) as folder:
-        _build(folder, load_onnx(onnx_file, checkpoint), options, progress)
+        loaded = load_onnx(onnx_file, checkpoint)
+        with blamed_on_damage(source.file for source in loaded.sources):
+            _build(folder, loaded, options, progress)
     return Package.open(out)
 
 

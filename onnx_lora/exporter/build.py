@@ -8,17 +8,16 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Calls, Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
@@ -32,8 +31,6 @@ from onnx_lora.exporter.trial import check_opens
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
 from onnx_lora.points import Branch, InjectionPoint, Replaceable
-
-T = TypeVar("T")
 
 __all__ = ["Options", "Progress", "Source", "build"]
 
@@ -127,7 +124,7 @@ def build(
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
-        graphs.append(_translated(source, lambda source=source: _read(source, store, checkpoint, names)))  # type: ignore[misc]
+        graphs.append(_read(source, store, checkpoint, names))
     settled = settle([graph.sites for graph in graphs])
     exposures = agreeing(
         [
@@ -139,7 +136,7 @@ def build(
     infos: list[GraphInfo] = []
     for graph, sites, exposed, place in zip(graphs, settled, exposures, files, strict=True):
         write = _Writing(graph, sites, exposed.found, chosen, store, place, options, progress)
-        infos.append(_translated(graph.source, write.run))
+        infos.append(write.run())
     manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     for companion in companions:
@@ -149,18 +146,12 @@ def build(
     return Package.open(folder)
 
 
-def _translated(source: Source, step: Callable[[], T]) -> T:
-    try:
-        return step()
-    except SerdeError as error:
-        raise ModelError(f"must be valid ONNX: {error.__cause__ or error}", path=source.file) from error
-
-
 def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
     model = load(source.file)
     # First of all: from here on the weights are in a file, not in memory.
     store.externalize(model.graph)
-    shapes = infer_shapes(model)
+    with foreign("inferring its shapes", source.file):
+        shapes = infer_shapes(model)
     own = source.checkpoint or checkpoint
     located, doubt = locate(model.graph, own), ""
     if source.calls is not None:
@@ -278,14 +269,14 @@ class _Writing:
         operands = [operand for site in sites for product in site.products for operand in product.operands]
         owned = {operand.value.name or "" for operand in operands}
         self.store.externalize(model.graph, owned | {exposure.value.name or "" for exposure in exposures})
-        ir.save(model, self.files.base)
+        self._save(self.files.base)
         given = [site for site in sites if self.chosen & set(site.modules)]
         points, branches = points_of(given), branches_of(given, dora=self.options.dora)
         heads, pointed = free_modules(model, exposures), {point.module for point in points}
         replaceable = [replaceable_of(exposure, heads, pointed, self.graph.doubt) for exposure in exposures]
         self._inject(surgeon, sites, points, branches, replaceable, exposures)
         self.store.externalize(model.graph)  # the defaults of large replaceable weights
-        ir.save(model, self.files.points)
+        self._save(self.files.points)
         # Both graphs hold the same nodes, so what the base could get wrong shows here too.
         check(self.files.points, self.graph.source.file)
         check_opens(self.files.points, self.graph.source.file)
@@ -300,6 +291,10 @@ class _Writing:
             untargeted=tuple(module for module in modules if module not in pointed),
             unplaced=tuple(Unplaced(stray.node, stray.reason) for stray in self.settled.strays),
         )
+
+    def _save(self, file: Path) -> None:
+        with foreign("writing it again", self.graph.source.file):
+            ir.save(self.graph.model, file)
 
     def _inject(
         self,

@@ -374,7 +374,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelError(f"must be an index of safetensors shards: {error!r}", path=index) from error
         files = [folder / Path(name).name for name in names]
         missing = [file.name for file in files if not file.is_file()]

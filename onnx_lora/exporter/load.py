@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import (
-    InlinePass,
     LiftConstantsToInitializersPass,
     LiftSubgraphInitializersToMainGraphPass,
     RemoveInitializersFromInputsPass,
 )
-from onnx_ir.serde import SerdeError
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.weights import check_external
+from onnx_lora.exporter.foreign import foreign
+from onnx_lora.exporter.functions import inline_functions, settle_functions
+from onnx_lora.exporter.intake import read_model
 
 __all__ = ["check", "load"]
 
@@ -26,29 +24,26 @@ _WEIGHT_ELEMENTS = 64
 
 
 def load(file: Path) -> ir.Model:
-    try:
-        model = ir.load(file)
-    except FileNotFoundError:
-        raise ModelError("there is no such file", path=file) from None
-    except (DecodeError, SerdeError, ValueError, TypeError, OSError, KeyError, RecursionError) as error:
-        raise ModelError(f"must be an ONNX model, and cannot be read: {error}", path=file) from error
+    """The model of a file: functions inlined, weights as initializers of the main graph.
+
+    Raises ModelError: there is no such file, or no sound model in it.
+    """
+    model = read_model(file)
     if not model.graph.outputs:
         raise ModelError("must be an ONNX model, and has no outputs", path=file)
-    if not all(isinstance(name, str) for name in _names(model.graph)):
-        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
-    check_external(model.graph, file)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.TensorProtoTensor):
-            try:
-                value.const_value.numpy()  # a view of the file's bytes
-            except (ValueError, TypeError) as error:
-                raise ModelError(f"initializer {value.name!r} is damaged: {error}", path=file) from error
+    settle_functions(model, file)
     check(file, file)
-    InlinePass()(model)
-    LiftSubgraphInitializersToMainGraphPass()(model)
-    RemoveInitializersFromInputsPass()(model)
-    LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
+    inline_functions(model, file)
+    with foreign("lifting its constants", file):
+        LiftSubgraphInitializersToMainGraphPass()(model)
+        RemoveInitializersFromInputsPass()(model)
+        LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
     _take_in_constants(model.graph, file)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            # An initializer is what its tensor is, whatever else the file notes under its name.
+            value.shape = ir.Shape(value.const_value.shape.numpy())
+            value.type = ir.TensorType(value.const_value.dtype)
     # Optional inputs came with version 4; nothing that runs today needs an older one than 8.
     model.ir_version = max(model.ir_version or 0, 8)
     return model
@@ -56,34 +51,26 @@ def load(file: Path) -> ir.Model:
 
 def _take_in_constants(graph: ir.Graph, file: Path) -> None:
     """Read small constants that lie in a data file, where Optimum puts them in models of more than 2 GB: shapes
-    depend on them. Raises ModelError: the file was cut off."""
+    depend on them. Raises ModelError: the file was cut off, or what stands there is no constant."""
     for node in ir.traversal.RecursiveGraphIterator(graph):
         for name, attribute in node.attributes.items():
+            if attribute.is_ref():
+                raise ModelError(f"{node.name} must have a value for {name}, and refers to a function's", path=file)
             tensor = attribute.value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            try:
+            with foreign(f"reading the constant of {node.name}", file):
                 node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), name=tensor.name))
-            except (OSError, ValueError, TypeError) as error:
-                raise ModelError(f"the constant of {node.name} cannot be read: {error}", path=file) from error
 
 
 def check(file: Path, source: Path) -> None:
     """Raises ModelError: `file`, which is or was made from `source`, is not valid ONNX."""
     try:
         onnx.checker.check_model(str(file))
-    except (onnx.checker.ValidationError, UnicodeDecodeError, MemoryError) as error:
+    except Exception as error:
         # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
         # stops at the first. So it does at data files that are links, as the hub's cache has them; `check_external`
         # has judged where they lead.
         foreign = str(error).startswith("No Op registered for") and "SimplifiedLayerNormalization" in str(error)
         if not foreign and not str(error).endswith("but it is a symbolic link."):
             raise ModelError(f"must be valid ONNX: {error}", path=source) from error
-
-
-def _names(graph: ir.Graph) -> Iterator[object]:
-    """What a damaged file may hold as bytes; names that are missing do not count."""
-    yield from (value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        yield from (node.name or "", node.op_type, node.domain, *node.attributes)
-        yield from (value.name or "" for value in (*node.inputs, *node.outputs) if value is not None)

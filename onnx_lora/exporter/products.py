@@ -348,6 +348,9 @@ def _convolution(node: ir.Node) -> Product | Unfit | None:
     if any(wrapper.op_type == "Transpose" for wrapper in wrappers):
         reason = "the weight is transposed on the way"
     outputs, channels, *kernel = (int(size) for size in weight.shape.numpy())
+    groups = node.attributes.get_int("group", 1)
+    if groups < 1 or outputs % groups:
+        reason = f"{outputs} outputs cannot be in {groups} groups"
     dilated = any(step != 1 for step in node.attributes.get_ints("dilations", []) or [])
     if reason is None and dilated and math.prod(kernel) != 1:
         reason = "it is dilated, and PEFT's A is not: their outputs do not meet"
@@ -360,7 +363,7 @@ def _convolution(node: ir.Node) -> Product | Unfit | None:
         wrappers=wrappers,
         kind="conv",
         kernel=tuple(kernel),
-        groups=node.attributes.get_int("group", 1),
+        groups=groups,
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -22,8 +22,9 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.build import Options, Progress, Source, build
 from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.frontends.source import companions_of
-from onnx_lora.exporter.trial import native_failures
+from onnx_lora.exporter.intake import read_proto
 from onnx_lora.package import MANIFEST, GraphInfo, Package
 from onnx_lora.staging import staged
 
@@ -114,7 +115,7 @@ def _options(package: Package) -> Options:
     """What gave the package its points, in whole names."""
     names = "|".join(re.escape(name) for name in package.points)
     info = package.manifest.graphs[0]
-    model = onnx.load(package.path / info.file, load_external_data=False)
+    model = read_proto(package.path / info.file)
     ranks = {value.dims[-1] for value in model.graph.initializer if value.name.endswith(".lora_A.weight")}
     dora = any(branch.dora for graph in package.manifest.graphs for branch in graph.branches)
     return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
@@ -127,7 +128,8 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
         from onnxruntime.quantization.onnx_model import ONNXModel
 
         logging.getLogger().setLevel(logging.ERROR)
-        model = onnx.load(package.path / info.base_file)
+        model = read_proto(package.path / info.base_file)
+        onnx.load_external_data_for_model(model, str(package.path))
         kept = {part.initializer for weight in info.replaceable for part in weight.parts}
         _name_nodes(model.graph)
         makers = {output: maker for maker in model.graph.node for output in maker.output}
@@ -241,15 +243,14 @@ def _translated(path: Path) -> Iterator[None]:
     root logger a handler and a level."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    failures: tuple[Any, ...] = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, *native_failures())
     try:
         yield
     except ImportError as error:
         raise MissingDependencyError(f"quantising needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
-    except OnnxLoraError:
+    except (OnnxLoraError, OSError):
         raise
-    except failures as error:
-        raise ExportError(f"ONNX Runtime's quantiser failed: {error}", path=path) from error
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime's quantiser failed: {first_line(error)}", path=path) from error
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

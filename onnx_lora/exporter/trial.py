@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign import first_line
 from onnx_lora.points import Array
 
-__all__ = ["check_opens", "native_failures", "open_graph", "run_graph"]
+__all__ = ["blamed_on_damage", "check_opens", "native_failures", "open_graph", "run_graph"]
 
 
 def native_failures() -> tuple[type[Exception], ...]:
@@ -31,14 +32,31 @@ def check_opens(file: Path, source: Path) -> None:
     options.log_severity_level = 4
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    failures: tuple[type[Exception], ...] = (*native_failures(), RuntimeError)
     try:
         _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except failures as error:
+    except Exception as error:
         # A type or an operator that the CPU has no kernel for, or that a library of the user's brings.
         if any(phrase in str(error) for phrase in ("NOT_IMPLEMENTED", "is not a registered function/op")):
             return
-        raise ModelError(f"ONNX Runtime cannot open {file.name}, made from it: {error}", path=source) from error
+        made = "it" if file == source else f"{file.name}, made from it"
+        raise ModelError(f"ONNX Runtime cannot open {made}: {first_line(error)}", path=source) from error
+
+
+@contextmanager
+def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
+    """Around what is done with graphs of others, which may be damaged in more ways than anybody asks for.
+
+    Raises ModelError: something went wrong that is no error of ours, and ONNX Runtime refuses one of `files` too. Of
+    graphs that it opens the fault is ours, and stays as it is.
+    """
+    try:
+        yield
+    except (OnnxLoraError, OSError):
+        raise
+    except Exception:
+        for file in files:
+            check_opens(file, file)
+        raise
 
 
 def _onnxruntime() -> Any:
@@ -71,8 +89,11 @@ def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str,
 
 @contextmanager
 def _translated(file: Path) -> Iterator[None]:
-    failures: tuple[type[Exception], ...] = (*native_failures(), RuntimeError, ValueError)
     try:
         yield
-    except failures as error:
-        raise ExportError(f"ONNX Runtime cannot run the graph that was made: {error}", path=file.name) from error
+    except OnnxLoraError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name
+        ) from error

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnx_lora.companions import leads_out
-from onnx_lora.errors import ModelError
 from onnx_lora.points import StoredTensor
 
-__all__ = ["WeightStore", "check_external", "where"]
+__all__ = ["WeightStore", "where"]
 
 # Smaller initializers stay in the graph: shape inference needs shapes and axes there, and a
 # reader gains nothing from a file access for them.
@@ -102,24 +100,6 @@ class WeightStore:
         taken = {name.casefold() for name in (*self._adopted.values(), *self._reserved, self._file or "")}
         numbered = (f"{count}.{names[-1]}" for count in range(len(taken) + 1))
         return next(free for free in [*names, *numbered] if free.casefold() not in taken)
-
-
-def check_external(graph: ir.Graph, file: Path) -> None:
-    """Raises ModelError: an external tensor's file is missing, too short, or outside the model's folder."""
-    problems: dict[str, None] = {}
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        source = Path(tensor.path)
-        if leads_out(source, file.parent):
-            problems[f"{tensor.location} must lie in the model's folder"] = None
-        elif not source.is_file():
-            problems[f"{tensor.location} is missing"] = None
-        elif (tensor.offset or 0) + tensor.nbytes > source.stat().st_size:
-            problems[f"{tensor.location} was cut off: weight {tensor.name!r} ends past its end"] = None
-    if problems:
-        raise ModelError("its weights cannot be read", path=file, problems=list(problems))
 
 
 def where(value: ir.Value) -> StoredTensor:

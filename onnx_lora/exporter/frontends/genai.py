@@ -102,6 +102,7 @@ def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Mo
             str(read),
             torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
             local_files_only=Path(read).is_dir(),
+            trust_remote_code=False,
             # The others leave out what some models have (Gemma 2's soft caps, GPT-OSS's sinks).
             attn_implementation="eager",
             **LOADING,

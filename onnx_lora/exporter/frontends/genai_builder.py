@@ -113,7 +113,7 @@ def _command(wish: Wish, scratch: Path) -> list[str]:
     """Its paths are absolute: the child starts elsewhere."""
     source = ["-i", str(Path(wish.read).resolve())] if wish.is_local else ["-m", str(wish.read)]
     name = wish.precision.name
-    options = []
+    options = ["hf_remote=false"]  # no code out of a checkpoint is run
     if wish.precision.quantised:
         options += [f"block_size={wish.precision.block_size}", f"accuracy_level={wish.precision.accuracy_level}"]
         options += ["is_symmetric=true"]
@@ -126,7 +126,7 @@ def _command(wish: Wish, scratch: Path) -> list[str]:
         *(sys.executable, "-m", "onnxruntime_genai.models.builder", *source),
         *("-o", str(wish.folder.resolve()), "-p", name, "-e", _PROVIDERS[name]),
         *("-c", str(scratch.resolve() / "cache" if wish.is_local else _hub_cache())),
-        *(["--extra_options", *options] if options else []),
+        *("--extra_options", *options),
     ]
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.trial import native_failures
 
 __all__ = ["base_of", "config_of", "heads_of", "name_of", "quiet", "short_name", "translated", "without_bars"]
@@ -134,6 +136,18 @@ def translated(model: str | os.PathLike[str], done: str) -> Iterator[None]:
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # an IndexError of Optimum's, say: foreign code on anybody's config
-        said = f"{type(error).__name__}: {error}"
-        raise ExportError(f"cannot be {done}: a library failed without saying why ({said})", path=model) from error
+    except Exception as error:
+        if _misses_preprocessor(error, model):
+            raise ExportError(
+                "Optimum takes the size of images from the image processor, and there is none: copy the model's "
+                "preprocessor_config.json into the folder",
+                path=model,
+            ) from error
+        raise ExportError(f"cannot be {done}: {first_line(error)}", path=model) from error
+
+
+def _misses_preprocessor(error: Exception, model: str | os.PathLike[str]) -> bool:
+    """Whether Optimum failed because it looks for the last of the folder's preprocessors, and there is none."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    looking = Path(innermost.f_code.co_filename).name == "input_generators.py"
+    return looking and isinstance(error, IndexError) and not (Path(model) / "preprocessor_config.json").is_file()

@@ -68,6 +68,7 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
         options = {
             "torch_dtype": torch.float16 if precision == "fp16" else torch.float32,
             "local_files_only": Path(read).is_dir(),
+            "trust_remote_code": False,
         }
         if library == "transformers":
             loaded, account = _class_for(chosen, read).from_pretrained(str(read), **options, **LOADING)
@@ -109,7 +110,9 @@ def _task_of(model: str | os.PathLike[str], library: str) -> str:
     from optimum.exporters.tasks import TasksManager
 
     if library == "transformers":
-        config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=Path(model).is_dir())
+        config = transformers.AutoConfig.from_pretrained(
+            str(model), local_files_only=Path(model).is_dir(), trust_remote_code=False
+        )
         for name in config.architectures or ():
             if hasattr(transformers, name):
                 return str(TasksManager.infer_task_from_model(getattr(transformers, name)))

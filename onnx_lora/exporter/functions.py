@@ -1,0 +1,112 @@
+"""Local functions of a model, put in the place of their calls: within bounds, and at one version of every operator set.
+It knows ONNX's operator sets, and no weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnx_lora.errors import ModelError
+from onnx_lora.exporter.foreign import foreign
+
+__all__ = ["inline_functions", "settle_functions"]
+
+# What inlining may take: nodes that are made, each as often as there are calls of its function, because names are
+# found by counting. Functions of torch.onnx take thousands; ten seconds are a hundred million.
+_MOST_WORK = 10**8
+
+
+def settle_functions(model: ir.Model, file: Path) -> None:
+    """Look at the functions before anything is made of them, and let them mean the operators that the graph means.
+
+    Raises ModelError: functions call themselves, make more nodes than any model has, or mean other operators than the
+    graph does by the same name.
+    """
+    _check_size(model, file)
+    for domain in dict.fromkeys(domain for imports in _imports(model) for domain in imports):
+        _agree(model, domain, file)
+
+
+def inline_functions(model: ir.Model, file: Path) -> None:
+    """Put settled functions in the place of their calls. Raises ModelError: a call does not fit its function."""
+    with foreign("inlining its functions", file):
+        InlinePass()(model)
+
+
+def _check_size(model: ir.Model, file: Path) -> None:
+    """Raises ModelError: a function calls itself, or calls that double with every function make too much of it."""
+    called = {key: _calls(model, function.all_nodes()) for key, function in model.functions.items()}
+    try:
+        order = [*TopologicalSorter(called).static_order()]
+    except CycleError as error:
+        names = " -> ".join(str(key[1]) for key in error.args[1])
+        raise ModelError(f"its functions must not call themselves, and do: {names}", path=file) from error
+    times = _calls(model, ir.traversal.RecursiveGraphIterator(model.graph))
+    for caller in reversed(order):
+        for callee, count in called[caller].items():
+            times[callee] += count * times[caller]
+    work = sum(count**2 * len(list(model.functions[key].all_nodes())) for key, count in times.items())
+    if work > _MOST_WORK:
+        raise ModelError("its functions call each other so often that no graph can hold it", path=file)
+
+
+def _calls(model: ir.Model, nodes: Iterator[ir.Node]) -> Counter[ir.OperatorIdentifier]:
+    return Counter(key for node in nodes if (key := node.op_identifier()) in model.functions)
+
+
+def _imports(model: ir.Model) -> list[dict[str, int]]:
+    """The versions of operator sets that the graph and each function mean."""
+    return [model.opset_imports, *(function.opset_imports for function in model.functions.values())]
+
+
+def _agree(model: ir.Model, domain: str, file: Path) -> None:
+    """Let functions mean the graph's version of an operator set. An operator that did not change between two versions
+    is the same in both.
+
+    Raises ModelError: one did.
+    """
+    versions = [imports[domain] for imports in _imports(model) if domain in imports]
+    wanted, others = versions[0], sorted(set(versions[1:]) - {versions[0]})
+    if not others:
+        return
+    changed = {name for name, version in _operators(model, domain) if not _is_same(name, version, wanted, domain)}
+    if changed:
+        raise ModelError(
+            f"its functions must mean the operators of {domain or 'ai.onnx'} {wanted}, as its graph does, and mean "
+            f"those of {', '.join(map(str, others))}, where {', '.join(sorted(changed))} are others; export it again "
+            "with one opset version for all",
+            path=file,
+        )
+    for imports in _imports(model):
+        if domain in imports:
+            imports[domain] = wanted
+
+
+def _operators(model: ir.Model, domain: str) -> set[tuple[str, int]]:
+    """Operators of a domain by name, with the version in which each is used."""
+    graph = [(model.opset_imports, ir.traversal.RecursiveGraphIterator(model.graph))]
+    functions = [(function.opset_imports, function.all_nodes()) for function in model.functions.values()]
+    used: set[tuple[str, int]] = set()
+    for imports, nodes in [*graph, *functions]:
+        if domain in imports:
+            used.update((node.op_type, imports[domain]) for node in nodes if node.domain == domain)
+    return used
+
+
+def _is_same(name: str, version: int, other: int, domain: str) -> bool:
+    """Whether an operator means the same in two versions of its set."""
+    return version == other or (0 < _since(name, version, domain) == _since(name, other, domain))
+
+
+def _since(name: str, version: int, domain: str) -> int:
+    """The version that an operator came with; 0 where nobody here knows it."""
+    try:
+        return int(onnx.defs.get_schema(name, version, domain).since_version)
+    except (onnx.defs.SchemaError, TypeError, ValueError):
+        return 0

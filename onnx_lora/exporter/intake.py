@@ -1,0 +1,161 @@
+"""What an ONNX file must be before anything is made of it: readable, with tensors that are all there and lie where they
+may. It reads protobuf, and knows no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from onnx_lora.companions import leads_out
+from onnx_lora.errors import ModelError
+from onnx_lora.exporter.foreign import first_line, foreign
+
+__all__ = ["read_model", "read_proto"]
+
+# No number of a type takes less.
+_LEAST_BITS = 2
+
+
+def read_model(file: Path) -> ir.Model:
+    """The model of a file; its external tensors stay where they are. Raises ModelError: see `read_proto`."""
+    proto = read_proto(file)
+    with foreign("reading it", file):
+        model: ir.Model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, file.parent)
+    return model
+
+
+def read_proto(file: Path) -> onnx.ModelProto:
+    """What stands in a file, without the tensors that lie beside it.
+
+    Raises ModelError: no such file, no ONNX model, names that are no text, or tensors that are not whole or lie outside
+    the file's folder.
+    """
+    if not file.is_file():
+        raise ModelError("there is no such file", path=file)
+    try:
+        with foreign("reading it", file):
+            proto = onnx.load(file, load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error}", path=file) from error
+    graphs, nodes = _parts(proto)
+    if not all(isinstance(name, str) for name in _names(graphs, nodes)):
+        raise ModelError("must be valid ONNX, and has names that are no text", path=file)
+    _check_tensors(_tensors(graphs, nodes), file)
+    return proto
+
+
+def _parts(proto: onnx.ModelProto) -> tuple[list[onnx.GraphProto], list[onnx.NodeProto]]:
+    """All graphs and all nodes of a model, those of branches, loops and functions too."""
+    graphs, nodes = (
+        [proto.graph],
+        [*proto.graph.node, *(node for function in proto.functions for node in function.node)],
+    )
+    for node in nodes:  # it grows meanwhile
+        for attribute in node.attribute:
+            inner = [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]
+            graphs.extend(inner)
+            nodes.extend(node for graph in inner for node in graph.node)
+    return graphs, nodes
+
+
+def _names(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[object]:
+    """What protobuf hands on as bytes where it is no UTF-8."""
+    for graph in graphs:
+        for named in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            yield named.name
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def _tensors(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for graph in graphs:
+        yield from graph.initializer
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+
+
+def _check_tensors(tensors: Iterator[onnx.TensorProto], file: Path) -> None:
+    """Raises ModelError: of a tensor, be it a weight or a node's constant, numbers are missing, or lie elsewhere."""
+    problems: dict[str, None] = {}
+    places = _Places(file.parent)
+    for tensor in tensors:
+        problem = places.problem(tensor) if tensor.data_location == tensor.EXTERNAL else _inline_problem(tensor)
+        if problem is not None:
+            problems[problem] = None
+    if problems:
+        raise ModelError("its tensors must be whole, and lie in its folder", path=file, problems=list(problems))
+
+
+def _inline_problem(tensor: onnx.TensorProto) -> str | None:
+    """What is wrong with a tensor that lies in the file itself."""
+    name = str(tensor.name)
+    if min(tensor.dims, default=0) < 0:
+        return f"{name!r} has an impossible shape: {list(tensor.dims)}"
+    # Before anything is allocated for it.
+    if prod(tensor.dims) * _LEAST_BITS > 8 * tensor.ByteSize():
+        return f"{name!r} must hold {prod(tensor.dims)} numbers, and takes {tensor.ByteSize()} bytes"
+    try:
+        ir.serde.TensorProtoTensor(tensor).numpy()  # a view of the file's bytes, mostly
+    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign numbers
+        return f"{name!r} is damaged: {first_line(error)}"
+    return None
+
+
+@dataclass
+class _Places:
+    """The data files of a model, each looked up once: why tensors may not lie there, or how long it is."""
+
+    folder: Path
+    known: dict[str, str | int] = field(default_factory=dict)
+
+    def problem(self, tensor: onnx.TensorProto) -> str | None:
+        name = str(tensor.name)
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location, offset, length = (entries.get(key, "") for key in ("location", "offset", "length"))
+        if not all(isinstance(value, str) for value in (location, offset, length)):
+            return f"{name!r} does not say in text where it lies"
+        if location not in self.known:
+            self.known[location] = self._look_up(location)
+        found = self.known[location]
+        if isinstance(found, str):
+            return found
+        begin, size = _natural(offset or "0"), _size(tensor)
+        if begin is None or size is None or (length and _natural(length) != size):
+            return (
+                f"{name!r} must lie at a place of its own size, and says offset {offset[:40]!r}, length {length[:40]!r}"
+            )
+        if begin + size > found:
+            return f"{location} was cut off: weight {name!r} ends past its end"
+        return None
+
+    def _look_up(self, location: str) -> str | int:
+        try:
+            path = self.folder / location
+            if not location or leads_out(path, self.folder):
+                return f"{location!r} must lie in the model's folder"
+            return path.stat().st_size if path.is_file() else f"{location} is missing"
+        except (OSError, ValueError, RuntimeError) as error:
+            return f"{location[:100]!r} cannot be a file of the model: {first_line(error)}"
+
+
+def _natural(text: str) -> int | None:
+    """A number as external data says it; of more digits than any file has bytes it is none."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def _size(tensor: onnx.TensorProto) -> int | None:
+    """The bytes of a tensor's numbers; None where its type or shape has no such size."""
+    try:
+        bits = ir.DataType(tensor.data_type).bitwidth
+    except (ValueError, TypeError):
+        return None
+    return None if min(tensor.dims, default=0) < 0 else -(-prod(tensor.dims) * bits // 8)
