@@ -17,11 +17,12 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
+    "expressions": set(),
     "quantised": set(),
     "points": {"errors", "quantised"},
     "package": {"errors", "points", "quantised"},
-    "adapters": {"errors", "points", "package"},
-    "exporter": {"errors", "points", "package", "quantised"},
+    "adapters": {"errors", "points", "package", "expressions"},
+    "exporter": {"errors", "points", "package", "quantised", "expressions"},
     "runtime": {"errors", "points", "package", "adapters", "quantised"},
     "heat": {"errors"},
     "report": {"heat", "errors", "points", "package", "adapters", "demo", "demo_text", "exporter", "runtime"},

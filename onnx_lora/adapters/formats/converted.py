@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 import safetensors.numpy
 
-from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
+from onnx_lora.adapters.formats.files import Reading, TensorFile, name_problems, parse_json
 from onnx_lora.adapters.formats.olive import from_olive
-from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement, refuse_fold_only
 from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, OutputExistsError, StorageError
 from onnx_lora.package import storage_errors
@@ -27,6 +26,7 @@ __all__ = [
     "is_onnx_adapter",
     "is_ours",
     "read_onnx_adapter",
+    "read_onnx_file",
     "read_safetensors_adapter",
     "refuse_existing",
     "write_bound",
@@ -127,9 +127,8 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
     return _MARK in metadata
 
 
-def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
+def read_safetensors_adapter(file: TensorFile, path: Path, name: str | None) -> Adapter:
     """Raises AdapterFileError: damaged, or not written by `write_bound`."""
-    file = read_safetensors(path)
     metadata = file.metadata
     if not is_ours(metadata):
         raise AdapterFileError(
@@ -147,38 +146,52 @@ def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
         raise AdapterFileError("its metadata is damaged; convert the adapter again", path=path)
     deltas, replacements = _split(file.tensors, path)
     own = name or metadata.get("name") or path.stem
-    origin = Origin(
-        str(path), sha256_of(path), "safetensors", metadata.get("method", ""), metadata.get("base_model", "")
-    )
+    origin = Origin(str(path), file.sha256, "safetensors", metadata.get("method", ""), metadata.get("base_model", ""))
     return Adapter(own, deltas, replacements, origin, digests, notes=tuple(notes), made_of=made_of)
 
 
 _JSON_KEYS = ("coverage", "base_digests", "made_of")
 
 
-def is_onnx_adapter(path: Path) -> bool:
-    """Whether the file has the mark of ONNX Runtime's adapters."""
-    with opened(path) as file:
-        return file.read(8)[4:] == _ONNX_ADAPTER_MARK
+def is_onnx_adapter(beginning: bytes) -> bool:
+    """Whether a file that begins so has the mark of ONNX Runtime's adapters."""
+    return beginning[4:8] == _ONNX_ADAPTER_MARK
 
 
-def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
-    """Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime."""
-    if not is_onnx_adapter(path):
-        raise AdapterFileError("is no adapter of ONNX Runtime, or cut off: its mark is missing", path=path)
-    runtime = _onnxruntime(path)
+def read_onnx_file(file: Reading) -> TensorFile:
+    """The tensors of an `.onnx_adapter`. Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime.
+    StorageError: no place for a copy."""
+    if not is_onnx_adapter(file.ahead(8)):
+        raise AdapterFileError("is no adapter of ONNX Runtime, or cut off: its mark is missing", path=file.path)
+    runtime = _onnxruntime(file.path)
+    # ONNX Runtime maps the file that it reads: it gets one that nobody else can change.
+    with storage_errors(file.path), tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "adapter"
+        copy.write_bytes(file.rest())
+        tensors = _parameters(runtime, copy, file.path)
+    if problems := name_problems(tensors):
+        raise AdapterFileError("is damaged; convert the adapter again", path=file.path, problems=problems)
+    return TensorFile(tensors, {}, file.sha256())
+
+
+def _parameters(runtime: ModuleType, copy: Path, path: Path) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     try:
-        for key, value in runtime.AdapterFormat.read_adapter(str(path)).get_parameters().items():
+        for key, value in runtime.AdapterFormat.read_adapter(str(copy)).get_parameters().items():
             # Copied: the values are views of the mapped file.
             array = np.array(value.numpy())
             array.flags.writeable = False
             tensors[key] = array
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
-    deltas, replacements = _split(from_olive(tensors, path), path)
+    return tensors
+
+
+def read_onnx_adapter(file: TensorFile, path: Path, name: str | None) -> Adapter:
+    """Raises AdapterFileError: no adapter. UnsupportedAdapterError: quantised by Olive."""
+    deltas, replacements = _split(from_olive(file.tensors, path), path)
     note = "an .onnx_adapter does not say which base it was bound to, so that was not checked"
-    origin = Origin(str(path), sha256_of(path), "onnx_adapter", "", "")
+    origin = Origin(str(path), file.sha256, "onnx_adapter", "", "")
     return Adapter(name or path.stem, deltas, replacements, origin, notes=(note,))
 
 
