@@ -55,16 +55,22 @@ def select(
     words = [word for word in targets if word in (ALL, ALL_LINEAR)]
     groups = [select(modules, word, heads=heads, others=others) for word in words]
     wanted = [target for target in targets if target not in words]
-    by_end: dict[str, list[str]] = {}
-    for name in modules:
-        for place in (0, *(dot + 1 for dot, character in enumerate(name) if character == ".")):
-            by_end.setdefault(name[place:], []).append(name)
+    by_end = _by_end(modules)
     by_name = {target: by_end.get(target, []) for target in wanted}
     missing = [target for target, names in by_name.items() if not names]
     if missing or not (wanted or words):
         problems = [f"{target!r} names no module{_closest(target, modules)}" for target in missing]
         raise ModelError(f"targets must name modules of the graph; there are {_sample(modules)}", problems=problems)
     return frozenset(name for names in (*by_name.values(), *groups) for name in names)
+
+
+def _by_end(modules: Sequence[str]) -> dict[str, list[str]]:
+    """Modules by their names, and by what stands behind each dot of those."""
+    found: dict[str, list[str]] = {}
+    for name in modules:
+        for place in (0, *(dot + 1 for dot, character in enumerate(name) if character == ".")):
+            found.setdefault(name[place:], []).append(name)
+    return found
 
 
 def _closest(target: str, modules: Sequence[str]) -> str:

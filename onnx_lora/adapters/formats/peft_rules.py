@@ -80,10 +80,9 @@ class Layers:
 
 def _number(pattern: Expression, module: str) -> int | None:
     """The layer's, behind the first list of layers. Raises ExpressionError: it is not told, and too much work."""
-    start = 0
     for tail in tails(module):
-        start = len(module) - len(tail)
-        found = {module[end:].partition(".")[0] for end in pattern.ends(module, start)}
+        ends = pattern.ends(module, len(module) - len(tail))
+        found = {module[end:].partition(".")[0] for end in ends}
         if len(found) > 1 or not all(number.isdecimal() for number in found):
             raise ExpressionError(f"layers_pattern does not tell which number of {module} is the layer's; write names")
         if found:
