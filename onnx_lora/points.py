@@ -4,7 +4,7 @@ weight are, and how their tensors are laid out. It knows no file, no graph and n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -30,6 +30,7 @@ __all__ = [
     "WeightPart",
     "digest",
     "matches",
+    "matching",
 ]
 
 Array = NDArray[np.generic]
@@ -72,9 +73,23 @@ def matches(module: str, names: Sequence[str]) -> bool:
     PEFT's rule for `modules_to_save` (`_set_trainable`): plain suffixes, so that `classifier` takes
     `classifier.dense` with it, and `pre_classifier` too.
     """
+    return any(path.endswith(name) for path in _around(module) for name in names)
+
+
+def matching(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+    """Those of `names` by which `matches` finds one of `modules`, of however many of both."""
+    wanted = set(names)
+    lengths = {len(name) for name in wanted}
+    found = set[str]()
+    for path in {path for module in modules for path in _around(module)}:
+        found.update(path[len(path) - length :] for length in lengths if length <= len(path))
+    return found & wanted
+
+
+def _around(module: str) -> list[str]:
+    """A module, and those around it."""
     parts = module.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(path.endswith(name) for path in around for name in names)
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from onnx_lora import AdapterSession, BoundAdapter, OnnxLoraError, Package, bind, fold, read_adapter
+from onnx_lora.adapters.formats.files import opened
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
 from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
@@ -400,7 +401,9 @@ def _tensors(folder: Path) -> str:
     """What the file holds, as it is: how many tensors of what name and shape."""
     try:
         (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        tensors = read_safetensors(file).tensors if file.suffix == ".safetensors" else read_torch_pickle(file)
+        with opened(file) as reading:
+            read = read_safetensors if file.suffix == ".safetensors" else read_torch_pickle
+            tensors = read(reading).tensors
     except AdapterFileError:
         return "cannot be read"
     kinds: dict[str, list[tuple[int, ...]]] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from onnx_lora.adapters.unknown import PROVE, explain_doubts, explain_modules, e
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matches
+from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matching
 
 __all__ = ["bind"]
 
@@ -120,7 +121,7 @@ class _Binder:
 
     def check_modules(self) -> None:
         points = self.package.points
-        bare = [name for name in self.adapter.changes if self._is_bare(name)]
+        bare = {name for name in self.adapter.changes if self._is_bare(name)}
         modules = [name for name in dict.fromkeys([*self.adapter.deltas, *self.adapter.changes]) if name not in bare]
         self.problems += explain_modules([name for name in modules if name not in points], self.package)
         self.digests.update((name, points[name].sha256) for name in modules if name in points)
@@ -269,10 +270,27 @@ class _Binder:
     def _may_be_tied(self, name: str) -> bool:
         """Whether another module may share the parameter's storage: by its name, or by equal values."""
         module, _, parameter = name.rpartition(".")
+        equal = [self._modules_by_weight[own] - {module} for own in self._weights_by_module.get(module, ())]
+        return parameter == "weight" and (module.rpartition(".")[2] in OFTEN_TIED or any(equal))
+
+    @cached_property
+    def _weights_by_module(self) -> Mapping[str, set[str]]:
+        """The digests of every module's weight."""
         owners: list[InjectionPoint | Replaceable] = [*self.package.points.values(), *self.package.replaceable.values()]
-        own = [owner.sha256 for owner in owners if owner.module == module and _is_weight(owner)]
-        equal = {owner.module for owner in owners if owner.sha256 in own and _is_weight(owner)} - {module}
-        return parameter == "weight" and (module.rpartition(".")[2] in OFTEN_TIED or bool(equal))
+        found: dict[str, set[str]] = {}
+        for owner in owners:
+            if _is_weight(owner):
+                found.setdefault(owner.module, set()).add(owner.sha256)
+        return found
+
+    @cached_property
+    def _modules_by_weight(self) -> Mapping[str, set[str]]:
+        """The modules that have a weight of this digest."""
+        found: dict[str, set[str]] = {}
+        for module, digests in self._weights_by_module.items():
+            for own in digests:
+                found.setdefault(own, set()).add(module)
+        return found
 
     def _replace(self, weight: Replaceable, replacement: Replacement) -> None:
         self.digests[weight.name] = weight.sha256
@@ -344,11 +362,11 @@ class _Binder:
     def check_saved_modules(self) -> None:
         modules = {name.rpartition(".")[0] for name in self.package.replaceable} | set(self.package.points)
         modules |= {module for graph in self.package.manifest.graphs for module in graph.untargeted}
-        brought = {name.rpartition(".")[0] for name in self.adapter.replacements}
-        for name in dict.fromkeys(self.adapter.saved_modules):
-            if not any(matches(module, [name]) for module in brought) and any(
-                matches(module, [name]) for module in modules
-            ):
+        names = dict.fromkeys(self.adapter.saved_modules)
+        brought = matching(names, {name.rpartition(".")[0] for name in self.adapter.replacements})
+        had = matching(names, modules)
+        for name in names:
+            if name in had and name not in brought:
                 self.problems.append(
                     f"{name}: the config says that PEFT saved this module whole, the model has it, and the file "
                     "holds no tensor of it; get the whole file, or correct modules_to_save and task_type"
@@ -386,7 +404,8 @@ class _Binder:
         points = self.package.points
         factors = [module for module in points if points[module].lora_a in self.tensors]
         scaled = {module for module in points if points[module].dora_scale in self.tensors}
-        applied = tuple(module for module in points if module in {*factors, *scaled, *self.changes})
+        changed = {*factors, *scaled, *self.changes}
+        applied = tuple(module for module in points if module in changed)
         silent = tuple(
             module for module in factors if module not in scaled and not self.tensors[points[module].lora_b].any()
         )

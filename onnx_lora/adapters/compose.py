@@ -95,11 +95,12 @@ def _merged_coverage(adapters: Sequence[BoundAdapter], tensors: Tensors) -> Cove
     # In the package's order, which no part's list need have whole.
     order = {point.module: None for graph in adapters[0].graphs for point in graph.points}
     applied = tuple(module for module in order | touched if module in touched)
+    changed = set(touched).union(*(set(covers[0].at_base).difference(cover.at_base) for cover in covers))
     factors = [module for module in applied if f"{module}.lora_B.weight" in tensors]
     return Coverage(
         applied=applied,
         replaced=tuple(parameter for cover in covers for parameter in cover.replaced),
-        at_base=tuple(module for module in covers[0].at_base if all(module in cover.at_base for cover in covers)),
+        at_base=tuple(module for module in covers[0].at_base if module not in changed),
         silent=tuple(
             module for module in factors if f"{module}{_SCALE}" not in tensors and not _b(module, tensors).any()
         ),
@@ -150,6 +151,7 @@ def _replaced_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]
 def _alone_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:
     """DoRA and what only folds are no sums: such a module is one adapter's, whole."""
     problems: list[str] = []
+    touched = [{*part.coverage.applied, *part.coverage.replaced} for part, _ in parts]
     alone = {
         module: None
         for part, _ in parts
@@ -159,8 +161,8 @@ def _alone_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:
     for module in alone:
         found = [
             (part.name, weight)
-            for part, weight in parts
-            if module in part.coverage.applied or f"{module}.weight" in part.coverage.replaced
+            for (part, weight), own in zip(parts, touched, strict=True)
+            if module in own or f"{module}.weight" in own
         ]
         if len(found) > 1 or found[0][1] != 1.0:
             problems.append(
@@ -227,14 +229,16 @@ def stack_rows(
             )
         elif own:
             tensors.update(_stack_point(point, own, rows))
-    modules = {name.rpartition(".")[0]: None for name in package.replaceable if name in used}
-    weights = [weight for weight in package.replaceable.values() if weight.module in modules]
+    modules: dict[str, list[Replaceable]] = {}
+    for weight in package.replaceable.values():
+        modules.setdefault(weight.module, []).append(weight)
+    touched = {module: weights for module, weights in modules.items() if any(weight.name in used for weight in weights)}
     if defaults is None:
-        lacking = [weight for weight in weights if not all(weight.name in row for row in rows)]
+        own_weights = [weight for weights in touched.values() for weight in weights]
+        lacking = [weight for weight in own_weights if not all(weight.name in row for row in rows)]
         defaults = {weight.name: package.default(weight) for weight in lacking}
-    for module in modules:
-        own_weights = [weight for weight in weights if weight.module == module]
-        _stack_module(module, own_weights, rows, defaults, tensors, problems)
+    for module, weights in touched.items():
+        _stack_module(module, weights, rows, defaults, tensors, problems)
     if problems:
         raise SelectionError("these rows cannot share one call; run them in separate calls", problems=problems)
     return tensors

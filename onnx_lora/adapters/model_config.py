@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from onnx_lora.adapters.formats.files import read_json
+from onnx_lora.errors import AdapterFileError
 from onnx_lora.package import Package
 
 __all__ = ["config_of"]
-
-_LIMIT = 16 * 2**20  # bytes, more than any config has
 
 
 def config_of(package: Package) -> Mapping[str, Any]:
     """Hugging Face's `config.json`; empty where there is none, or none that can be read."""
     try:
-        with (package.path / "config.json").open("rb") as file:
-            text = file.read(_LIMIT + 1)
-        config = json.loads(text) if len(text) <= _LIMIT else None
-    except (OSError, ValueError, RecursionError):
+        return read_json(package.path / "config.json")
+    except AdapterFileError:
         return {}
-    return config if isinstance(config, dict) else {}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from onnx_lora.adapters.formats import diffusers, mlx
 from onnx_lora.adapters.formats.cloneofsimo import is_cloneofsimo, read_cloneofsimo
@@ -11,20 +14,23 @@ from onnx_lora.adapters.formats.converted import (
     is_onnx_adapter,
     is_ours,
     read_onnx_adapter,
+    read_onnx_file,
     read_safetensors_adapter,
 )
-from onnx_lora.adapters.formats.files import opened
+from onnx_lora.adapters.formats.files import Reading, TensorFile, opened
 from onnx_lora.adapters.formats.gguf import read_gguf
-from onnx_lora.adapters.formats.gguf_file import MAGIC
+from onnx_lora.adapters.formats.gguf_file import MAGIC, read_gguf_file
 from onnx_lora.adapters.formats.kohya import is_kohya, read_kohya
 from onnx_lora.adapters.formats.peft import read_peft
-from onnx_lora.adapters.formats.safetensors_file import SafetensorsFile, read_names, read_safetensors
+from onnx_lora.adapters.formats.safetensors_file import Header, read_behind, read_header
 from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.model import Adapter
 from onnx_lora.boundary import public
 from onnx_lora.errors import AdapterFileError, InputError
 
 __all__ = ["read_adapter"]
+
+T = TypeVar("T")
 
 # Where a file lies that is only half of an adapter, by what its names hold.
 _HALVES = (
@@ -45,9 +51,9 @@ def read_adapter(
 
     Raises AdapterFileError: nothing there, damaged, or no adapter. UnsupportedAdapterError: an adapter of a method that
     is refused. MissingDependencyError: an `.onnx_adapter`, and no ONNX Runtime; a quantised GGUF file, and no `gguf`.
-    InputError: `initial` for an adapter that is no PEFT folder.
+    InputError: `initial` for an adapter that is no PEFT folder; what is no path.
     """
-    place = Path(path)
+    place, start = _path(path), None if initial is None else _path(initial)
     try:
         own = place.resolve().name
         is_folder, exists = place.is_dir(), place.exists()
@@ -57,12 +63,19 @@ def read_adapter(
         raise AdapterFileError("there is nothing; give an adapter's folder, or its file", path=place)
     foreign = _foreign_file(place) if is_folder else place
     if foreign is None:
-        return read_peft(place, name or own, None if initial is None else Path(initial))
+        return read_peft(place, name or own, start)
     if initial is not None:
         raise InputError("an initial adapter goes with a PEFT folder only; give that, or leave it out", path=place)
     if foreign == place and is_folder:
         return mlx.read_mlx(place, name or own)
     return _read_file(foreign, name or own if is_folder else name)
+
+
+def _path(path: object) -> Path:
+    """Raises InputError: no path, or one of bytes."""
+    if isinstance(path, str) or (isinstance(path, os.PathLike) and isinstance(path.__fspath__(), str)):
+        return Path(path)
+    raise InputError(f"a path must be text or a pathlib.Path, and is {type(path).__name__}")
 
 
 def _foreign_file(folder: Path) -> Path | None:
@@ -78,15 +91,24 @@ def _foreign_file(folder: Path) -> Path | None:
 
 def _read_file(path: Path, name: str | None) -> Adapter:
     with opened(path) as file:
-        beginning = file.read(9)
+        understood = _content(file, path)
+    return understood(name)
+
+
+def _content(file: Reading, path: Path) -> Callable[[str | None], Adapter]:
+    """Reads a file's tensors, and says what makes an adapter of that name of them."""
+    beginning = file.ahead(9)
     if path.name == diffusers.PICKLE:
-        return diffusers.read_diffusers(SafetensorsFile(read_torch_pickle(path), {}), path, name or path.stem)
-    if path.suffix == ".onnx_adapter" or is_onnx_adapter(path):
-        return read_onnx_adapter(path, name)
+        return _named(diffusers.read_diffusers, read_torch_pickle(file), path)
+    if path.suffix == ".onnx_adapter" or is_onnx_adapter(beginning):
+        return partial(read_onnx_adapter, read_onnx_file(file), path)
     if path.suffix == ".gguf" or beginning.startswith(MAGIC):
-        return read_gguf(path, name or path.stem)
+        return _named(read_gguf, read_gguf_file(file), path)
     if path.suffix == ".safetensors" or beginning[8:] == b"{":
-        return _read_safetensors(path, name)
+        header = read_header(file)
+        reader = _reader(header, path)
+        content = read_behind(file, header)
+        return partial(read_safetensors_adapter, content, path) if reader is None else _named(reader, content, path)
     raise AdapterFileError(
         f"must be a PEFT folder, or a .safetensors, .gguf or .onnx_adapter file, and is {path.resolve().name!r}; "
         "give the folder that holds adapter_config.json",
@@ -94,18 +116,25 @@ def _read_file(path: Path, name: str | None) -> Adapter:
     )
 
 
-def _read_safetensors(path: Path, name: str | None) -> Adapter:
-    names, metadata = read_names(path)
-    if is_ours(metadata):
-        return read_safetensors_adapter(path, name)
-    own = name or path.stem
-    if is_kohya(names):
-        return read_kohya(read_safetensors(path), path, own)
-    if is_cloneofsimo(names):
-        return read_cloneofsimo(read_safetensors(path), path, own)
-    if diffusers.is_diffusers(names, metadata):
-        return diffusers.read_diffusers(read_safetensors(path), path, own)
+def _named(read: Callable[[T, Path, str], Adapter], content: T, path: Path) -> Callable[[str | None], Adapter]:
+    """Of a format that has no name of its own in the file: the file's."""
+    return lambda name: read(content, path, name or path.stem)
+
+
+def _reader(header: Header, path: Path) -> Callable[[TensorFile, Path, str], Adapter] | None:
+    """Whose tensors stand behind a safetensors file's header; None: ours, or nobody's.
+
+    Raises AdapterFileError: half of an adapter.
+    """
+    if is_ours(header.metadata):
+        return None
+    if is_kohya(header.names):
+        return read_kohya
+    if is_cloneofsimo(header.names):
+        return read_cloneofsimo
+    if diffusers.is_diffusers(header.names, header.metadata):
+        return diffusers.read_diffusers
     for part, what in _HALVES:
-        if any(part in tensor for tensor in names):
+        if any(part in tensor for tensor in header.names):
             raise AdapterFileError(f"is {what}", path=path)
-    return read_safetensors_adapter(path, name)
+    return None

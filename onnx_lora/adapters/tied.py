@@ -3,7 +3,9 @@ the table alone. It knows how a package shows a tie, and nothing of formats."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.model import Adapter, Change, Delta
@@ -76,18 +78,12 @@ class _Spread:
         says = config_of(self.package).get("tie_word_embeddings")
         if says is False:
             return []
-        points = [point for point in self.package.points.values() if point.module != table.module]
-        tied = [point for point in points if _comparable(point, table) and point.sha256 == table.sha256]
-        unknown = [
-            point.module
-            for point in points
-            if point.module.rpartition(".")[2] in _HEADS and not _comparable(point, table)
-        ]
-        graphs = self.package.manifest.graphs
-        without = [name for graph in graphs for name in graph.untargeted]
-        without += [weight.module for weight in self.package.replaceable.values()]
-        known = {point.module for point in points}
-        heads = [name for name in dict.fromkeys(without) if name.rpartition(".")[2] in _HEADS and name not in known]
+        points = self.package.points
+        equal = [point for point in self._by_weight[table.sha256] if point.module != table.module]
+        tied = [point for point in equal if _comparable(point, table)]
+        placed = [name for name in self._heads if name != table.module]
+        unknown = [name for name in placed if not _comparable(points[name], table)]
+        heads = [name for name in self._heads_without_points if name not in points or name == table.module]
         if heads:
             self.problems.append(
                 f"{table.module}: {what} must reach {heads[0]} too if that is tied to it, and without a point there "
@@ -99,15 +95,32 @@ class _Spread:
                 f"{table.module}: {what} must reach {unknown[0]} too if that is tied to it, and rounded otherwise than "
                 f"the table its weight does not tell. If it is not tied: {_UNTIE}"
             )
-        elif not tied and not known & self._heads() and (says or any(graph.unplaced for graph in graphs)):
+        elif not tied and not placed and (says or any(graph.unplaced for graph in self.package.manifest.graphs)):
             self.problems.append(
                 f"{table.module}: {what} must reach an output head that is tied to it, and the package has none with a "
                 f"point. If there is none: {_UNTIE}"
             )
         return tied
 
-    def _heads(self) -> set[str]:
-        return {module for module in self.package.points if module.rpartition(".")[2] in _HEADS}
+    @cached_property
+    def _by_weight(self) -> Mapping[str, list[InjectionPoint]]:
+        """The points by the digest of their weight."""
+        found: dict[str, list[InjectionPoint]] = {}
+        for point in self.package.points.values():
+            found.setdefault(point.sha256, []).append(point)
+        return found
+
+    @cached_property
+    def _heads(self) -> list[str]:
+        """Points that are output heads by their names."""
+        return [module for module in self.package.points if module.rpartition(".")[2] in _HEADS]
+
+    @cached_property
+    def _heads_without_points(self) -> list[str]:
+        """Modules that the package names otherwise than by a point, and that are output heads by their names."""
+        names = [name for graph in self.package.manifest.graphs for name in graph.untargeted]
+        names += [weight.module for weight in self.package.replaceable.values()]
+        return [name for name in dict.fromkeys(names) if name.rpartition(".")[2] in _HEADS]
 
 
 def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.errors import ModelError
+from onnx_lora.expressions import Expression, ExpressionError
 
 __all__ = ["ALL", "ALL_LINEAR", "HEADS", "select"]
 
@@ -41,12 +41,12 @@ def select(
         if targets.lower() == ALL:
             return frozenset(modules)
         try:
-            pattern = re.compile(targets)
-        except re.error as error:
+            pattern = Expression(targets)
+            found = frozenset(name for name in modules if pattern.fullmatch(name))
+        except ExpressionError as error:
             raise ModelError(
                 f"targets {targets!r} must be a regular expression, a list of names, {ALL_LINEAR!r} or {ALL!r}: {error}"
             ) from error
-        found = frozenset(name for name in modules if pattern.fullmatch(name))
         if not found:
             raise ModelError(
                 f"targets {targets!r} must match whole module names and matches none; there are {_sample(modules)}"
@@ -55,12 +55,22 @@ def select(
     words = [word for word in targets if word in (ALL, ALL_LINEAR)]
     groups = [select(modules, word, heads=heads, others=others) for word in words]
     wanted = [target for target in targets if target not in words]
-    by_name = {target: [name for name in modules if name == target or name.endswith(f".{target}")] for target in wanted}
+    by_end = _by_end(modules)
+    by_name = {target: by_end.get(target, []) for target in wanted}
     missing = [target for target, names in by_name.items() if not names]
     if missing or not (wanted or words):
         problems = [f"{target!r} names no module{_closest(target, modules)}" for target in missing]
         raise ModelError(f"targets must name modules of the graph; there are {_sample(modules)}", problems=problems)
     return frozenset(name for names in (*by_name.values(), *groups) for name in names)
+
+
+def _by_end(modules: Sequence[str]) -> dict[str, list[str]]:
+    """Modules by their names, and by what stands behind each dot of those."""
+    found: dict[str, list[str]] = {}
+    for name in modules:
+        for place in (0, *(dot + 1 for dot, character in enumerate(name) if character == ".")):
+            found.setdefault(name[place:], []).append(name)
+    return found
 
 
 def _closest(target: str, modules: Sequence[str]) -> str:

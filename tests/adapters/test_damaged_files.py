@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from onnx_lora.adapters.formats.safetensors_file import read_safetensors
-from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
+from onnx_lora.adapters.formats import safetensors_file, torch_pickle
+from onnx_lora.adapters.formats.files import opened
 from onnx_lora.errors import AdapterFileError
 from tests.adapters.building import lora, numbers
 
@@ -33,6 +33,16 @@ def torch_file(*, zipped: bool) -> bytes:
     state = {key: torch.from_numpy(value) for key, value in TENSORS.items()}
     torch.save(state, out, _use_new_zipfile_serialization=zipped)
     return out.getvalue()
+
+
+def read_safetensors(path: Path) -> Any:
+    with opened(path) as file:
+        return safetensors_file.read_safetensors(file)
+
+
+def read_torch_pickle(path: Path) -> Any:
+    with opened(path) as file:
+        return torch_pickle.read_torch_pickle(file).tensors
 
 
 def written(tmp_path: Path, data: bytes) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from onnx_lora.adapters.formats.collected import Collected, two_factors
-from onnx_lora.adapters.formats.safetensors_file import SafetensorsFile
+from onnx_lora.adapters.formats.files import TensorFile
 from onnx_lora.adapters.model import Adapter
 from onnx_lora.points import Array
 
@@ -41,7 +41,7 @@ def is_cloneofsimo(names: Iterable[str]) -> bool:
     return any(_KEY.match(name) for name in names)
 
 
-def read_cloneofsimo(file: SafetensorsFile, path: Path, name: str) -> Adapter:
+def read_cloneofsimo(file: TensorFile, path: Path, name: str) -> Adapter:
     """Raises AdapterFileError: damaged. UnsupportedAdapterError: trained tokens, or another model's numbers."""
     collected = Collected()
     parts: dict[str, dict[int, dict[str, Array]]] = {}
@@ -59,7 +59,7 @@ def read_cloneofsimo(file: SafetensorsFile, path: Path, name: str) -> Adapter:
             collected.problems.append(f"{key}: must look like unet:0:up, and does not")
     for component, tensors in parts.items():
         _take(collected, component, tensors)
-    return collected.adapter(path, name, format="cloneofsimo", weights=path)
+    return collected.adapter(path, name, format="cloneofsimo", sha256=file.sha256)
 
 
 def _take(collected: Collected, component: str, tensors: Mapping[int, Mapping[str, Array]]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files import sha256_of
 from onnx_lora.adapters.model import Adapter, Change, Delta, Origin, Replacement
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.points import Array
@@ -51,9 +50,12 @@ class Collected:
         return {name: values for name, values in tensors.items() if name not in wrong}
 
     def adapter(
-        self, path: Path, name: str, *, format: str, base_model: str = "", flat_names: bool = False, weights: Path
+        self, path: Path, name: str, *, format: str, base_model: str = "", flat_names: bool = False, sha256: str
     ) -> Adapter:
-        """Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it."""
+        """`sha256`: of the file of weights.
+
+        Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it.
+        """
         if not (self.deltas or self.changes or self.replacements or self.problems or self.unsupported):
             self.problems.append("holds no tensor of an adapter")
         if self.unsupported:
@@ -67,7 +69,7 @@ class Collected:
             name=name,
             deltas=self.deltas,
             replacements=self.replacements,
-            origin=Origin(str(path), sha256_of(weights), format, method, base_model),
+            origin=Origin(str(path), sha256, format, method, base_model),
             notes=tuple(self.notes),
             changes=self.changes,
             flat_names=flat_names,

@@ -15,19 +15,19 @@ import numpy as np
 import safetensors.numpy
 
 from onnx_lora.adapters.bases import base_number, is_base_number
-from onnx_lora.adapters.formats.files import opened, parse_json, sha256_of
+from onnx_lora.adapters.formats.files import Reading, TensorFile, name_problems, parse_json
 from onnx_lora.adapters.formats.olive import from_olive
-from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, BoundAdapter, Delta, Origin, Replacement, refuse_fold_only
-from onnx_lora.boundary import public
+from onnx_lora.boundary import public, unwritten
 from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, StorageError
 from onnx_lora.points import Array
-from onnx_lora.staging import staged_place
+from onnx_lora.staging import scratch, staged_place
 
 __all__ = [
     "is_onnx_adapter",
     "is_ours",
     "read_onnx_adapter",
+    "read_onnx_file",
     "read_safetensors_adapter",
     "write_bound",
 ]
@@ -121,9 +121,8 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
     return _MARK in metadata
 
 
-def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
+def read_safetensors_adapter(file: TensorFile, path: Path, name: str | None) -> Adapter:
     """Raises AdapterFileError: damaged, or not written by `write_bound`."""
-    file = read_safetensors(path)
     metadata = file.metadata
     if not is_ours(metadata):
         raise AdapterFileError(
@@ -141,40 +140,63 @@ def read_safetensors_adapter(path: Path, name: str | None) -> Adapter:
         raise AdapterFileError("its metadata is damaged; convert the adapter again", path=path)
     deltas, replacements = _split(file.tensors, path)
     own = name or metadata.get("name") or path.stem
-    origin = Origin(
-        str(path), sha256_of(path), "safetensors", metadata.get("method", ""), metadata.get("base_model", "")
-    )
+    origin = Origin(str(path), file.sha256, "safetensors", metadata.get("method", ""), metadata.get("base_model", ""))
     return Adapter(own, deltas, replacements, origin, digests, notes=tuple(notes), made_of=made_of)
 
+
+# What the number for the base is called among what an `.onnx_adapter` says of itself.
+_NUMBER = "model_version"
 
 _JSON_KEYS = ("coverage", "base_digests", "made_of")
 
 
-def is_onnx_adapter(path: Path) -> bool:
-    """Whether the file has the mark of ONNX Runtime's adapters."""
-    with opened(path) as file:
-        return file.read(8)[4:] == _ONNX_ADAPTER_MARK
+def is_onnx_adapter(beginning: bytes) -> bool:
+    """Whether a file that begins so has the mark of ONNX Runtime's adapters."""
+    return beginning[4:8] == _ONNX_ADAPTER_MARK
 
 
-def read_onnx_adapter(path: Path, name: str | None) -> Adapter:
-    """Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime."""
-    if not is_onnx_adapter(path):
-        raise AdapterFileError("is no adapter of ONNX Runtime, or cut off: its mark is missing", path=path)
-    runtime = _onnxruntime(path)
+def read_onnx_file(file: Reading) -> TensorFile:
+    """The tensors of an `.onnx_adapter`. Raises AdapterFileError: damaged. MissingDependencyError: no ONNX Runtime.
+    StorageError: no place for a copy."""
+    if not is_onnx_adapter(file.ahead(8)):
+        raise AdapterFileError("is no adapter of ONNX Runtime, or cut off: its mark is missing", path=file.path)
+    runtime = _onnxruntime(file.path)
+    content = file.rest()
+    # ONNX Runtime maps the file that it reads: it gets one that nobody else can change.
+    with scratch() as folder:
+        copy = folder / "adapter"
+        try:
+            copy.write_bytes(content)
+        except OSError as error:
+            raise unwritten(error, copy) from error
+        tensors, number = _parameters(runtime, copy, file.path)
+    if problems := name_problems(tensors):
+        raise AdapterFileError("is damaged; convert the adapter again", path=file.path, problems=problems)
+    return TensorFile(tensors, {_NUMBER: str(number)}, file.sha256())
+
+
+def _parameters(runtime: ModuleType, copy: Path, path: Path) -> tuple[dict[str, Array], int]:
+    """The tensors by name, and the number that stands for the base."""
     tensors: dict[str, Array] = {}
     try:
-        opened_format = runtime.AdapterFormat.read_adapter(str(path))
-        number = int(opened_format.get_model_version())
-        for key, value in opened_format.get_parameters().items():
+        held = runtime.AdapterFormat.read_adapter(str(copy))
+        number = int(held.get_model_version())
+        for key, value in held.get_parameters().items():
             # Copied: the values are views of the mapped file.
             array = np.array(value.numpy())
             array.flags.writeable = False
             tensors[key] = array
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
-    deltas, replacements = _split(from_olive(tensors, path), path)
-    origin = Origin(str(path), sha256_of(path), "onnx_adapter", "", "")
+    return tensors, number
+
+
+def read_onnx_adapter(file: TensorFile, path: Path, name: str | None) -> Adapter:
+    """Raises AdapterFileError: no adapter. UnsupportedAdapterError: quantised by Olive."""
+    deltas, replacements = _split(from_olive(file.tensors, path), path)
+    origin = Origin(str(path), file.sha256, "onnx_adapter", "", "")
     adapter = Adapter(name or path.stem, deltas, replacements, origin)
+    number = int(file.metadata[_NUMBER])
     if is_base_number(number):
         scaled = any(delta.dora_scale is not None for delta in deltas.values())
         return replace(adapter, base_number=number, notes=(_OF_ONE_PRECISION,) * scaled)

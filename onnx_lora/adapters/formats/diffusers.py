@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.formats.collected import Collected, alpha_of, two_factors
-from onnx_lora.adapters.formats.files import parse_json
+from onnx_lora.adapters.formats.files import TensorFile, parse_json
 from onnx_lora.adapters.formats.peft_config import parse_config
 from onnx_lora.adapters.formats.peft_methods import METHODS
 from onnx_lora.adapters.formats.peft_sorter import Sorter
-from onnx_lora.adapters.formats.safetensors_file import SafetensorsFile
 from onnx_lora.adapters.model import Adapter
 from onnx_lora.points import Array
 
@@ -72,7 +71,7 @@ def _is_own(name: str) -> bool:
     return part in COMPONENTS and (part != "transformer" or "transformer_blocks." in name)
 
 
-def read_diffusers(file: SafetensorsFile, path: Path, name: str) -> Adapter:
+def read_diffusers(file: TensorFile, path: Path, name: str) -> Adapter:
     """Raises AdapterFileError: damaged, or a scale that is not told. UnsupportedAdapterError: what is refused."""
     collected = Collected()
     parts: dict[str, _Part] = {}
@@ -97,7 +96,7 @@ def read_diffusers(file: SafetensorsFile, path: Path, name: str) -> Adapter:
             _take_with_config(collected, component, part, configs[component], path)
         else:
             _take_alone(collected, component, part)
-    return collected.adapter(path, name, format="diffusers", weights=path)
+    return collected.adapter(path, name, format="diffusers", sha256=file.sha256)
 
 
 def _parsed(key: str) -> tuple[str, str, str] | None:

@@ -1,11 +1,19 @@
-"""Opening an adapter's files: what must hold of any file before its format is looked at."""
+"""Reading an adapter's files: what must hold of any file before its format is looked at. Every file is opened once and
+read once, into memory of our own, so that what was checked, used and hashed is the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+import reprlib
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,38 +22,167 @@ import numpy as np
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
-__all__ = ["opened", "parse_json", "sha256_of", "shown", "widened_bfloat16"]
+__all__ = [
+    "Reading",
+    "TensorFile",
+    "name_problems",
+    "opened",
+    "parse_json",
+    "read_json",
+    "shown",
+    "widened_bfloat16",
+]
+
+# With every module of a large model named in its patterns a config has a few hundred kB.
+_CONFIG_LIMIT = 16 * 2**20  # bytes
+
+# JSON of as many values is 200 MB of Python's objects. The header of 130,000 tensors, a pair for each expert of the
+# largest mixtures, has half of them.
+_MOST_VALUES = 2_000_000
+
+# Every whole number of so many digits has a float; the largest float has 309.
+_DIGITS = 300
+
+# Names of tensors are paths in a model: 60 characters, and of experts in wrappers 150.
+_LONGEST_NAME = 1000  # characters
+
+# All that the standard library and numpy were seen to raise, or may, on bytes that are not what they should be.
+_DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,  # NotImplementedError and RecursionError among them
+    SyntaxError,
+    TypeError,
+    ValueError,  # UnicodeError among them
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80  # characters
+
+
+class Reading:
+    """A file, read front to back. `left`: its bytes that were not taken yet."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.size = self.left = file.seek(0, 2)
+        self._file, self._ahead, self._digest = file, b"", hashlib.sha256()
+        file.seek(0)
+
+    def ahead(self, count: int) -> bytes:
+        """The next bytes, as many as there are of `count`, which stay to be taken."""
+        if len(self._ahead) < count:
+            self._ahead += self._file.read(count - len(self._ahead))
+        return self._ahead[:count]
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes. Raises AdapterFileError: there are fewer."""
+        if count > self.left:
+            raise AdapterFileError(
+                f"ends {count - self.left} bytes too early: it was cut off; get it again", path=self.path
+            )
+        taken = self._ahead[:count]
+        self._ahead = self._ahead[count:]
+        if len(taken) < count:
+            taken += self._file.read(count - len(taken))
+        if len(taken) < count:
+            raise AdapterFileError("was cut off while it was read; get it again", path=self.path)
+        self.left -= count
+        self._digest.update(taken)
+        return taken
+
+    def rest(self) -> bytes:
+        """All that was not taken yet."""
+        return self.take(self.left)
+
+    def sha256(self) -> str:
+        """Of the whole file; what was not taken yet is, for that. Raises AdapterFileError: it was cut off."""
+        while self.left:
+            self.take(min(self.left, 1 << 20))
+        return self._digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What a file of tensors holds, whatever its format."""
+
+    tensors: Mapping[str, Array]
+    metadata: Mapping[str, str]
+    sha256: str
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, open for reading. Raises AdapterFileError: none, not regular, or not readable."""
+def opened(path: Path) -> Iterator[Reading]:
+    """A regular file, open for reading; whatever reading it raises becomes one of our errors here.
+
+    Raises AdapterFileError: none, not regular, not readable, or damaged.
+    """
     try:
         if not path.is_file():
             raise AdapterFileError("must be a file, and there is none", path=path)
         with path.open("rb") as file:
-            yield file
-    except (OSError, ValueError) as error:
+            yield Reading(file, path)
+    except OSError as error:
         raise AdapterFileError(f"cannot be read: {error}", path=path) from error
+    except MemoryError as error:
+        raise AdapterFileError("needs more memory to be read than there is", path=path) from error
+    except _DAMAGE as error:
+        raise AdapterFileError(
+            f"is cut off, damaged, or of another format ({type(error).__name__}: {error}); get it again", path=path
+        ) from error
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def read_json(path: Path) -> dict[str, Any]:
+    """A config. Raises AdapterFileError: none, damaged, or too large for one."""
     with opened(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        if file.size > _CONFIG_LIMIT:
+            raise AdapterFileError(f"too large for a config (limit {_CONFIG_LIMIT} bytes)", path=path)
+        text = file.rest()
+    return parse_json(text, path, what="a config")
 
 
 def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object. Raises AdapterFileError: `what` is damaged, or another kind of JSON."""
+    """A JSON object, without numbers that no float holds and without halves of characters.
+
+    Raises AdapterFileError: `what` is damaged, too large, or another kind of JSON.
+    """
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise AdapterFileError(f"{what} must hold at most {_MOST_VALUES} values, and holds more", path=path)
     try:
-        data = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        data = json.loads(text.decode("utf-8"), parse_int=_integer)
+        if re.search(rb"\\u[dD][89a-fA-F]", text):
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError, MemoryError) as error:
         raise AdapterFileError(f"{what} must be JSON, and is damaged: {error}", path=path) from error
     if not isinstance(data, dict):
         raise AdapterFileError(f"{what} must be a JSON object, not {type(data).__name__}", path=path)
     return data
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def name_problems(names: Iterable[str]) -> list[str]:
+    """What is wrong with the names of tensors: those that no terminal, file or library can be given."""
+    problems = []
+    for name in names:
+        if len(name) > _LONGEST_NAME:
+            problems.append(f"{shown(name)}: a name must have at most {_LONGEST_NAME} characters, and has {len(name)}")
+        elif not name.isprintable():
+            problems.append(f"{shown(name)}: a name must have printable characters only")
+    return problems
 
 
 def widened_bfloat16(bits: Array) -> Array:
@@ -55,4 +192,4 @@ def widened_bfloat16(bits: Array) -> Array:
 
 def shown(value: object) -> str:
     """A value out of a file, short enough for a message."""
-    return repr(value)[:80]
+    return _SHOWN.repr(value)[:80]

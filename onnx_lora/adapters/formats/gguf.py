@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx_lora.adapters.formats.collected import Collected
 from onnx_lora.adapters.formats.files import shown
-from onnx_lora.adapters.formats.gguf_file import GgufFile, read_gguf_file
+from onnx_lora.adapters.formats.gguf_file import GgufFile
 from onnx_lora.adapters.formats.gguf_names import ARCHITECTURES, Architecture
 from onnx_lora.adapters.model import Adapter, Delta
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
@@ -74,10 +74,8 @@ def rows_interleaved(b: Array, heads: int) -> Array:
     return b.reshape(heads, 2, len(b) // heads // 2, -1).swapaxes(1, 2).reshape(b.shape)
 
 
-def read_gguf(path: Path, name: str) -> Adapter:
-    """Raises AdapterFileError: damaged, or no adapter. UnsupportedAdapterError: an architecture or a tensor that is
-    refused. MissingDependencyError: quantised, and no `gguf` package."""
-    file = read_gguf_file(path)
+def read_gguf(file: GgufFile, path: Path, name: str) -> Adapter:
+    """Raises AdapterFileError: no adapter. UnsupportedAdapterError: an architecture or a tensor that is refused."""
     architecture = _architecture(file, path)
     alpha = file.fields.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
@@ -94,8 +92,9 @@ def read_gguf(path: Path, name: str) -> Adapter:
             pairs.setdefault(key.removesuffix(end), {})[_ENDS[end]] = values
     for tensor, pair in pairs.items():
         _take(collected, tensor, pair, architecture, float(alpha), file.fields)
-    base = str(file.fields.get("general.base_model.0.name", ""))
-    return collected.adapter(path, name, format="gguf", base_model=base, weights=path)
+    base = file.fields.get("general.base_model.0.name")
+    own = base if isinstance(base, str) else ""
+    return collected.adapter(path, name, format="gguf", base_model=own, sha256=file.sha256)
 
 
 def _architecture(file: GgufFile, path: Path) -> Architecture:
@@ -108,7 +107,7 @@ def _architecture(file: GgufFile, path: Path) -> Architecture:
     if file.fields.get("adapter.alora.invocation_tokens"):
         raise UnsupportedAdapterError("aLoRA, which acts only behind certain tokens, is not applied", path=path)
     name = file.fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnsupportedAdapterError(
             f"the names of architecture {shown(name)} are not known here; known are {', '.join(ARCHITECTURES)}; "
             "convert the PEFT adapter instead",

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files import opened, widened_bfloat16
+from onnx_lora.adapters.formats.files import Reading, name_problems, shown, widened_bfloat16
 from onnx_lora.errors import AdapterFileError, MissingDependencyError
 from onnx_lora.points import Array
 
@@ -24,6 +24,9 @@ _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # bytes, where the file does not say
 _LIMIT = 2**20  # bytes of a name or a text: an adapter has none longer
 _AXES = 4
+
+# Fields, tensors and members of arrays together. A model's own vocabulary has 300,000 texts; an adapter has none.
+_MOST_VALUES = 1_000_000
 
 # Types of values in the header.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -48,6 +51,7 @@ class GgufFile:
 
     fields: Mapping[str, Any]
     tensors: Mapping[str, Array]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,26 @@ class _DamageError(Exception):
 
 
 class _Header:
-    """Reads the header front to back, and never more than the file has."""
+    """Reads the header front to back, and no more values of it than an adapter has."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.left = file, size
-
-    def take(self, count: int) -> bytes:
-        if count > self.left:
-            raise _DamageError(f"it ends {count - self.left} bytes too early: it was cut off")
-        self.left -= count
-        return self.file.read(count)
+    def __init__(self, file: Reading) -> None:
+        self.file, self.values = file, 0
 
     def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return struct.unpack(form, self.file.take(struct.calcsize(form)))[0]
 
     def text(self) -> str:
         length = self.number("<Q")
         if length > _LIMIT:
             raise _DamageError(f"a text of {length} bytes is too long")
-        return self.take(length).decode("utf-8")
+        return self.file.take(length).decode("utf-8")
+
+    def count(self, number: int, what: str, *, smallest: int) -> int:
+        """The number itself, where so many, each of `smallest` bytes at least, can still come."""
+        self.values += number
+        if number > self.file.left // smallest or self.values > _MOST_VALUES:
+            raise _DamageError(f"it cannot hold {number} {what}")
+        return number
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -91,14 +96,11 @@ class _Header:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
             raise _DamageError(f"values of type {kind} are not known here")
-        inner, count = self.number("<I"), self.number("<Q")
+        inner, length = self.number("<I"), self.number("<Q")
         if inner not in _SCALARS and inner != _STRING:
             raise _DamageError(f"arrays of type {inner} are not known here")
         smallest = 8 if inner == _STRING else struct.calcsize(_SCALARS[inner])
-        # An array of numbers becomes Python objects: as many bytes again, several times.
-        if count > min(self.left // smallest, _LIMIT):
-            raise _DamageError(f"an array of {count} values is too long")
-        return tuple(self.value(inner) for _ in range(count))
+        return tuple(self.value(inner) for _ in range(self.count(length, "values in an array", smallest=smallest)))
 
     def entry(self) -> _Entry:
         name, axes = self.text(), self.number("<I")
@@ -108,47 +110,49 @@ class _Header:
         return _Entry(name, shape[::-1], self.number("<I"), self.number("<Q"))
 
 
-def read_gguf_file(path: Path) -> GgufFile:
-    """Raises AdapterFileError: no file, cut off, damaged, or of a version or a type that is not known here.
+def read_gguf_file(file: Reading) -> GgufFile:
+    """Raises AdapterFileError: cut off, damaged, or of a version or a type that is not known here.
     MissingDependencyError: quantised tensors, and no `gguf` package."""
-    with opened(path) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        try:
-            fields, entries, start = _header(_Header(file, size), size)
-        except (_DamageError, UnicodeDecodeError, struct.error) as error:
-            raise AdapterFileError(f"is damaged, or no GGUF file: {error}", path=path) from error
-        entries = _sized(entries, size - start, path)
-        return GgufFile(fields, {entry.name: _tensor(file, start, entry, path) for entry in entries})
+    try:
+        fields, entries, alignment = _header(_Header(file))
+    except (_DamageError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"is damaged, or no GGUF file: {error}", path=file.path) from error
+    end = file.size - file.left
+    start = end + -end % alignment
+    tensors: dict[str, Array] = {}
+    for entry in _sized(entries, file.size - start, file.path):
+        # What lies between tensors means nothing.
+        file.take(start + entry.offset - (file.size - file.left))
+        tensors[entry.name] = _tensor(file.take(entry.size), entry, file.path)
+    return GgufFile(fields, tensors, file.sha256())
 
 
-def _header(header: _Header, size: int) -> tuple[dict[str, Any], list[_Entry], int]:
-    if header.take(len(MAGIC)) != MAGIC:
+def _header(header: _Header) -> tuple[dict[str, Any], list[_Entry], int]:
+    """The fields, the tensors, and to how many bytes their places are aligned."""
+    if header.file.take(len(MAGIC)) != MAGIC:
         raise _DamageError("it must begin with GGUF")
     version = header.number("<I")
     if version not in _VERSIONS:
         raise _DamageError(f"version {version} (a number with zeros at its end: big-endian), and known are {_VERSIONS}")
-    tensors, count = header.number("<Q"), header.number("<Q")
     # The shortest entries that there can be, in bytes.
-    if tensors > header.left // 24 or count > header.left // 13:
-        raise _DamageError(f"it cannot hold {tensors} tensors and {count} fields")
+    tensors = header.count(header.number("<Q"), "tensors", smallest=24)
+    count = header.count(header.number("<Q"), "fields", smallest=13)
     fields: dict[str, Any] = {}
     for _ in range(count):
         key = header.text()
         if key in fields:
-            raise _DamageError(f"{key} comes twice")
+            raise _DamageError(f"{shown(key)} comes twice")
         fields[key] = header.value(header.number("<I"))
     entries = [header.entry() for _ in range(tensors)]
     alignment = fields.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= _LIMIT or alignment & (alignment - 1):
         raise _DamageError(f"general.alignment must be a power of two, and is {alignment!r}")
-    end = size - header.left
-    return fields, entries, end + -end % alignment
+    return fields, entries, alignment
 
 
 def _sized(entries: list[_Entry], available: int, path: Path) -> list[_Entry]:
     """The entries with their sizes, in file order. Raises AdapterFileError: they do not fit the file, or each other."""
-    problems, sized = [], []
+    problems, sized = name_problems(entry.name for entry in entries), []
     for entry in entries:
         unit = _unit(entry.kind, path)
         if unit is None:
@@ -191,11 +195,7 @@ def _gguf(path: Path) -> Any:
     return gguf
 
 
-def _tensor(file: BinaryIO, start: int, entry: _Entry, path: Path) -> Array:
-    file.seek(start + entry.offset)
-    data = file.read(entry.size)
-    if len(data) != entry.size:
-        raise AdapterFileError(f"{entry.name} was cut off while it was read; get the file again", path=path)
+def _tensor(data: bytes, entry: _Entry, path: Path) -> Array:
     values: Array
     if entry.kind in _PLAIN:
         values = np.frombuffer(data, _PLAIN[entry.kind])

@@ -5,6 +5,7 @@ A missing alpha means the rank: scale 1. The reference is sd-scripts' `networks/
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from onnx_lora.adapters.formats.collected import Collected, alpha_of, as_matrix, two_factors
+from onnx_lora.adapters.formats.files import TensorFile
 from onnx_lora.adapters.formats.lycoris import Difference, ModuleError, Product, decomposed, loha, lokr
-from onnx_lora.adapters.formats.safetensors_file import SafetensorsFile
 from onnx_lora.adapters.formats.sgm import from_sgm
 from onnx_lora.adapters.model import Adapter, Change, Delta, Replacement
 from onnx_lora.points import Array
@@ -30,6 +31,9 @@ COMPONENTS = {
     "lora_transformer_": "transformer",
     "lycoris_": "",
 }
+
+# Numbers in a kernel `[r, in, *kernel]`: 256 MB, where the largest published have 10.
+_LARGEST = 2**26
 
 # Some converters put every dot of diffusers' names into `_`, this one too.
 _FACTOR = re.compile(r"(?<=[^.])_(lora_down|lora_up)\.weight$")
@@ -60,7 +64,7 @@ def is_kohya(names: Iterable[str]) -> bool:
     return any(name.startswith(tuple(COMPONENTS)) for name in names)
 
 
-def read_kohya(file: SafetensorsFile, path: Path, name: str) -> Adapter:
+def read_kohya(file: TensorFile, path: Path, name: str) -> Adapter:
     """Raises AdapterFileError: damaged, or names that are not kohya's. UnsupportedAdapterError: a method that is
     refused."""
     collected = Collected()
@@ -81,7 +85,7 @@ def read_kohya(file: SafetensorsFile, path: Path, name: str) -> Adapter:
         except ModuleError as error:
             collected.problems.append(f"{module}: {error}")
     base = file.metadata.get("ss_sd_model_name", "")
-    return collected.adapter(path, name, format="kohya", base_model=base, flat_names=True, weights=path)
+    return collected.adapter(path, name, format="kohya", base_model=base, flat_names=True, sha256=file.sha256)
 
 
 def _module(flat: str) -> str | None:
@@ -181,5 +185,7 @@ def _with_core(down: Array, core: Array) -> Array:
     if matrix is None or core.ndim < 3 or core.shape[1] != len(matrix) or not core.size:
         raise ModuleError(f"lora_mid {core.shape} must have a kernel, and fit lora_down {down.shape}")
     wide = np.promote_types(np.promote_types(core.dtype, matrix.dtype), np.float32)
+    if math.prod(core.shape[2:]) * matrix.size > _LARGEST:
+        raise ModuleError(f"lora_mid {core.shape} and lora_down {down.shape} make a kernel that no convolution has")
     kernel: Array = np.einsum("mn...,ni->mi...", core.astype(wide), matrix.astype(wide))
     return kernel

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.formats.collected import Collected
-from onnx_lora.adapters.formats.files import opened, parse_json, shown
+from onnx_lora.adapters.formats.files import opened, read_json, shown
 from onnx_lora.adapters.formats.npz_file import read_npz
 from onnx_lora.adapters.formats.safetensors_file import read_safetensors
 from onnx_lora.adapters.model import Adapter, Delta, Replacement
@@ -23,7 +23,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
 NPZ = "adapters.npz"
 
-_CONFIG_LIMIT = 2**20  # bytes
 _TENSORS = ("lora_a", "lora_b", "m")
 
 _BEFORE = (
@@ -46,7 +45,7 @@ class _Config:
 def is_mlx_config(path: Path) -> bool:
     """Whether an `adapter_config.json` is mlx-lm's. Anything that cannot be read is not."""
     try:
-        fields = _fields(path)
+        fields = read_json(path)
     except AdapterFileError:
         return False
     return "peft_type" not in fields and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & set(fields))
@@ -66,32 +65,26 @@ def read_mlx(folder: Path, name: str) -> Adapter:
             path=folder,
         )
     config = _config(folder / CONFIG)
-    tensors = read_npz(weights) if weights.name == NPZ else read_safetensors(weights).tensors
+    with opened(weights) as file:
+        content = read_npz(file) if weights.name == NPZ else read_safetensors(file)
     collected = Collected()
-    values = collected.floats(tensors)
+    values = collected.floats(content.tensors)
     if config.kind == "full":
         _take_whole(collected, values)
     else:
         _take_factors(collected, values, config)
-    return collected.adapter(folder, name, format="mlx", base_model=config.model, weights=weights)
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    with opened(path) as file:
-        text = file.read(_CONFIG_LIMIT + 1)
-    if len(text) > _CONFIG_LIMIT:
-        raise AdapterFileError(f"too large for a config (limit {_CONFIG_LIMIT} bytes)", path=path)
-    return parse_json(text, path, what="a config")
+    return collected.adapter(folder, name, format="mlx", base_model=config.model, sha256=content.sha256)
 
 
 def _config(path: Path) -> _Config:
-    fields = _fields(path)
+    fields = read_json(path)
     kind = fields.get("fine_tune_type") or ("dora" if fields.get("use_dora") else "lora")
     if kind not in ("lora", "dora", "full"):
         raise UnsupportedAdapterError(f"fine_tune_type {shown(kind)} is not known here", path=path)
-    model = fields.get("model")
+    named = fields.get("model")
+    model = named if isinstance(named, str) else ""
     if kind == "full":
-        return _Config(kind, 0, 1.0, str(model or ""))
+        return _Config(kind, 0, 1.0, model)
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise AdapterFileError("must hold lora_parameters with rank and scale, and does not", path=path)
@@ -102,7 +95,7 @@ def _config(path: Path) -> _Config:
             f"{shown(rank)} and {shown(parameters.get('scale'))}",
             path=path,
         )
-    return _Config(kind, rank, _scale(fields, scale, parameters.get("alpha"), rank, path), str(model or ""))
+    return _Config(kind, rank, _scale(fields, scale, parameters.get("alpha"), rank, path), model)
 
 
 def _scale(fields: Mapping[str, Any], scale: float, alpha: object, rank: int, path: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnx_lora.adapters.formats.files import sha256_of
+from onnx_lora.adapters.formats.files import opened
 from onnx_lora.adapters.formats.peft_config import CONFIG, read_config
 from onnx_lora.adapters.formats.peft_initial import without_initial
 from onnx_lora.adapters.formats.peft_methods import METHODS
@@ -50,16 +50,18 @@ def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
     sorter = Sorter(config, METHODS[config.peft_type])
     if len(weights) > 1:
         sorter.notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
-    sorter.take(read_safetensors(weights[0]).tensors if _SAFETENSORS in present else read_torch_pickle(weights[0]))
+    with opened(weights[0]) as file:
+        content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
+    sorter.take(content.tensors)
     sorter.judge()
     _raise(sorter, weights[0])
     return Adapter(
         name=name,
         deltas=sorter.deltas,
         replacements=sorter.replacements(),
-        origin=Origin(str(folder), sha256_of(weights[0]), "peft", config.method, config.base_model),
-        saved_modules=(*config.targets.saved, *config.task_heads),
-        notes=tuple(sorter.notes),
+        origin=Origin(str(folder), content.sha256, "peft", config.method, config.base_model),
+        saved_modules=(*config.targets.saved_names, *config.task_heads),
+        notes=tuple(dict.fromkeys(sorter.notes)),
         changes=sorter.changes,
     )
 

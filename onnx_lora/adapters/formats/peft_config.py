@@ -4,24 +4,34 @@ The references are `LoraConfig` of PEFT 0.21, and the configs of its other metho
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files import opened, parse_json, shown
+from onnx_lora.adapters.formats.files import read_json, shown
 from onnx_lora.adapters.formats.peft_method import Method
 from onnx_lora.adapters.formats.peft_methods import METHODS
+from onnx_lora.adapters.formats.peft_patterns import Patterns
 from onnx_lora.adapters.formats.peft_refused import check_method, refusals
-from onnx_lora.adapters.formats.peft_rules import AROUND, AT_END, AT_LAYER, PeftConfig, Ranks, Targets
+from onnx_lora.adapters.formats.peft_rules import (
+    Choice,
+    Everything,
+    Layers,
+    Named,
+    PeftConfig,
+    Ranks,
+    Table,
+    Targets,
+    Whole,
+)
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.expressions import Expression, ExpressionError, Work
 
 __all__ = ["CONFIG", "parse_config", "read_config"]
 
-CONFIG = "adapter_config.json"
+T = TypeVar("T")
 
-# With every module of a large model named in its patterns a config has a few hundred kB.
-_CONFIG_LIMIT = 16 * 2**20  # bytes
+CONFIG = "adapter_config.json"
 
 # peft_model.py: the heads that a task adds to modules_to_save.
 _TASK_HEADS = {
@@ -46,11 +56,7 @@ def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
     Raises AdapterFileError: damaged, or not PEFT's. UnsupportedAdapterError: PEFT's, and refused,
     every reason named.
     """
-    with opened(path) as file:
-        text = file.read(_CONFIG_LIMIT + 1)
-    if len(text) > _CONFIG_LIMIT:
-        raise AdapterFileError(f"too large for a config of PEFT (limit {_CONFIG_LIMIT} bytes)", path=path)
-    return parse_config(parse_json(text, path, what="a config"), path, with_initial=with_initial)
+    return parse_config(read_json(path), path, with_initial=with_initial)
 
 
 def parse_config(config: dict[str, Any], path: Path, *, with_initial: bool = False) -> PeftConfig:
@@ -70,6 +76,7 @@ class _Reader:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
+        self.work = Work()
         self.problems: list[str] = []
 
     def config_of(self, method: Method) -> PeftConfig:
@@ -77,7 +84,7 @@ class _Reader:
         return PeftConfig(
             peft_type=str(self.config["peft_type"]),
             method=next((name for field, name in _NAMES if self.config.get(field)), method.name),
-            base_model=str(self.config.get("base_model_name_or_path") or ""),
+            base_model=self.base_model(),
             bias=self.bias(),
             task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
             targets=self.targets(),
@@ -87,31 +94,54 @@ class _Reader:
 
     def targets(self) -> Targets:
         target = self.names("target_modules") if self.config.get("target_modules") is not None else None
-        exclude = self.names("exclude_modules")
-        for key, value in (("target_modules", target), ("exclude_modules", exclude)):
-            if isinstance(value, str):
-                self.check_expressions(key, "{}", [value])
-        layers, pattern = self.layers(), self.name_list("layers_pattern", AT_LAYER, one=True)
+        layers, saved = self.layers(), self.name_list("modules_to_save")
         if isinstance(target, str) and self.config.get("layers_to_transform") is not None:
             self.problems.append("layers_to_transform cannot go with a target_modules that is one string")
-        if pattern and layers is None:
+        if self.config.get("layers_pattern") and layers is None:
             self.problems.append("layers_pattern needs layers_to_transform")
-        return Targets(target, exclude, self.name_list("modules_to_save", AROUND), layers, pattern)
+        return Targets(
+            chosen=None if target is None else self.choice("target_modules", target),
+            excluded=self.choice("exclude_modules", self.names("exclude_modules") or ()),
+            saved=self.made("modules_to_save", lambda: Patterns(saved, "around", self.work), Patterns((), "around")),
+            saved_names=saved,
+            named=frozenset() if target is None or isinstance(target, str) else frozenset(target),
+            layers=self.in_layers(layers or ()),
+        )
+
+    def choice(self, key: str, names: str | tuple[str, ...]) -> Choice:
+        """One regular expression, or names."""
+        if not isinstance(names, str):
+            return Named(frozenset(names))
+        if key == "target_modules" and names.lower() == "all-linear":
+            return Everything()
+        everything: Choice = Everything()
+        return self.made(key, lambda: Whole(Expression(names, self.work)), everything)
+
+    def in_layers(self, numbers: tuple[int, ...]) -> Layers | None:
+        patterns = self.name_list("layers_pattern", one=True)
+        made = self.made("layers_pattern", lambda: Layers.of(numbers, patterns, self.work), Layers(frozenset()))
+        return made if numbers else None
 
     def ranks(self, method: Method) -> Ranks:
-        tables = ("rank_pattern", "alpha_pattern") if method.patterns else ()
-        pattern = {key: self.table(key) for key in tables}
+        ranks = {key: self.rank(f"rank_pattern[{key!r}]", value) for key, value in self.table("rank_pattern", method)}
+        alphas = {
+            key: self.number(f"alpha_pattern[{key!r}]", value) for key, value in self.table("alpha_pattern", method)
+        }
         return Ranks(
             rank=self.rank(method.rank, self.config.get(method.rank)) if method.rank else 1,
             alpha=self.number(method.alpha, self.config.get(method.alpha)) if method.alpha else 1.0,
             rslora=bool(self.config.get("use_rslora")),
-            rank_pattern={
-                key: self.rank(f"rank_pattern[{key!r}]", value) for key, value in pattern.get("rank_pattern", ())
-            },
-            alpha_pattern={
-                key: self.number(f"alpha_pattern[{key!r}]", value) for key, value in pattern.get("alpha_pattern", ())
-            },
+            rank_pattern=self.made("rank_pattern", lambda: Table(ranks, self.work), Table({})),
+            alpha_pattern=self.made("alpha_pattern", lambda: Table(alphas, self.work), Table({})),
         )
+
+    def made(self, key: str, make: Callable[[], T], otherwise: T) -> T:
+        """What `make` gives, which reads expressions; one that is none is a problem of the field `key`."""
+        try:
+            return make()
+        except ExpressionError as error:
+            self.problems.append(f"{key}: {error}")
+            return otherwise
 
     def rank(self, key: str, value: object) -> int:
         if type(value) is int and value > 0:
@@ -131,14 +161,21 @@ class _Reader:
         # Each method has an own word for its modules only: lora_only, MiSS_only.
         if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
             self.problems.append(f"bias must be none, all or lora_only, and is {shown(value)}")
+            return "none"
         return str(value)
 
-    def table(self, key: str) -> list[tuple[str, object]]:
-        value = self.config.get(key) or {}
+    def base_model(self) -> str:
+        value = self.config.get("base_model_name_or_path") or ""
+        if isinstance(value, str):
+            return value
+        self.problems.append(f"base_model_name_or_path must be a name, and is {shown(value)}")
+        return ""
+
+    def table(self, key: str, method: Method) -> list[tuple[str, object]]:
+        value = (self.config.get(key) or {}) if method.patterns else {}
         if not isinstance(value, dict):
             self.problems.append(f"{key} must map module names to numbers, and is {shown(value)}")
             return []
-        self.check_expressions(key, AT_END, list(value))
         return list(value.items())
 
     def names(self, key: str) -> str | tuple[str, ...]:
@@ -151,16 +188,15 @@ class _Reader:
         self.problems.append(f"{key} must be a list of module names or one string, and is {shown(value)}")
         return ()
 
-    def name_list(self, key: str, wrapper: str, *, one: bool = False) -> tuple[str, ...]:
+    def name_list(self, key: str, *, one: bool = False) -> tuple[str, ...]:
         """A list of regular expressions; with `one` a single string is a list of one."""
         value = self.names(key)
-        if isinstance(value, str):
-            if not one:
-                self.problems.append(f"{key} must be a list of module names, and is {shown(value)}")
-                return ()
-            value = (value,) if value else ()
-        self.check_expressions(key, wrapper, value)
-        return value
+        if not isinstance(value, str):
+            return value
+        if not one:
+            self.problems.append(f"{key} must be a list of module names, and is {shown(value)}")
+            return ()
+        return (value,) if value else ()
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.config.get("layers_to_transform")
@@ -171,10 +207,3 @@ class _Reader:
             return tuple(layers)
         self.problems.append(f"layers_to_transform must be layer numbers, and is {shown(value)}")
         return None
-
-    def check_expressions(self, key: str, wrapper: str, patterns: Sequence[str]) -> None:
-        for pattern in patterns:
-            try:
-                re.compile(wrapper.replace("{}", pattern))
-            except (re.error, RecursionError, OverflowError) as error:
-                self.problems.append(f"{key}: {shown(pattern)} is no regular expression: {error}")

@@ -5,11 +5,14 @@ The reference is PEFT 0.21: each method's `layer.py`."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lora.adapters.formats.peft_method import Module, Part
+from onnx_lora.adapters.formats.files import shown
+from onnx_lora.adapters.formats.peft_method import Module, Part, TensorError
 from onnx_lora.adapters.methods.gralora import GraLoRA
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.methods.lokr import LoKr
@@ -30,9 +33,7 @@ _SINGULAR = re.compile(r"^(?:base_model\.model\.)*(?P<module>.+)\.lora_E(?:\.[^.
 def adalora(module: Module) -> Part:
     """`scale · B · (A ∘ E)`, with alpha / ranknum where LoRA has alpha / r. AdaLoRA (Zhang et al. 2023)."""
     a, b, e = module.tensor("lora_A", 2), module.tensor("lora_B", 2), module.tensor("lora_E", 2)
-    pattern = module.config.fields.get("rank_pattern") or {}
-    module.must(isinstance(pattern, dict), "rank_pattern of the config must map modules to marks")
-    kept = next((kept for key, kept in pattern.items() if _of(key) == module.name), None)
+    kept = module.config.once(_marks).get(module.name)
     first = module.config.ranks.rank
     module.must(
         kept is None or (isinstance(kept, list) and len(kept) == first), f"rank_pattern must have {first} marks"
@@ -53,9 +54,17 @@ def adalora(module: Module) -> Part:
     return Part(Delta(factors, b, (alpha if alpha > 0 else rank) / (number + 1e-5), in_graph_layout=True))
 
 
-def _of(key: str) -> str | None:
-    found = _SINGULAR.match(key)
-    return found["module"] if found else None
+def _marks(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`rank_pattern` by module; the first of two counts. Raises TensorError: it is no table."""
+    pattern = fields.get("rank_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise TensorError(f"rank_pattern of the config must map modules to marks, and is {shown(pattern)}")
+    marks: dict[str, Any] = {}
+    for key, kept in pattern.items():
+        found = _SINGULAR.match(key)
+        if found:
+            marks.setdefault(found["module"], kept)
+    return marks
 
 
 def loha(module: Module) -> Part:
@@ -221,7 +230,7 @@ def gralora(module: Module) -> Part:
 
 def miss(module: Module) -> Part:
     form = module.config.fields.get("init_weights", True)
-    module.must(form in (True, False, None, "bat", "mini"), f"init_weights {form!r} of MiSS is not known here")
+    module.must(form in (True, False, None, "bat", "mini"), f"init_weights {shown(form)} of MiSS is not known here")
     rank = module.config.ranks.rank
     if form == "bat":
         block = module.tensor("miss_block", 3)

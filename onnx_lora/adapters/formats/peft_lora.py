@@ -34,6 +34,9 @@ LORA_TENSORS = {
 
 _BD_FIELDS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
 
+# Each of them is looked for in every module's name.
+_MOST_BD_NAMES = 1000
+
 
 def lora(module: Module) -> Part:
     """A delta; trained tokens, BD-LoRA and QA-LoRA are changes. Raises TensorError."""
@@ -152,13 +155,9 @@ def _bias(module: Module, outputs: int, scale: float) -> Mapping[str, Replacemen
 
 def _blocks(module: Module) -> tuple[int, int]:
     """BD-LoRA: the number of blocks of A and of B, 0 for a plain factor. PEFT's `BdLoraLinearVariant`."""
-    fields = module.config.fields["use_bdlora"]
-    if not isinstance(fields, dict) or not set(fields) <= _BD_FIELDS:
-        raise TensorError(f"use_bdlora of the config must hold {', '.join(sorted(_BD_FIELDS))}, and is {shown(fields)}")
+    fields = module.config.once(_bd_fields)
     blocks = fields.get("nblocks", 1)
-    in_a, in_b = (_any_in(fields.get(f"target_modules_bd_{side}"), module.name) for side in "ab")
-    if type(blocks) is not int or blocks < 1 or in_a is None or in_b is None:
-        raise TensorError(f"use_bdlora of the config must hold names and a number of blocks, and is {shown(fields)}")
+    in_a, in_b = (any(name in module.name for name in fields.get(f"target_modules_bd_{side}") or ()) for side in "ab")
     if (in_a and in_b) or (fields.get("match_strict", True) and not (in_a or in_b)):
         raise TensorError("use_bdlora of the config must make one of A and B of blocks; PEFT would not load it")
     return blocks * in_a, blocks * in_b
@@ -176,8 +175,16 @@ def _in_blocks(module: Module, a: Array, b: Array, scale: float, blocks: tuple[i
     return BDLoRA(a, b, scale, count, bool(blocks[0]))
 
 
-def _any_in(patterns: Any, name: str) -> bool | None:
-    """As PEFT: whether a pattern stands anywhere in the name. None where they are no names."""
-    if not isinstance(patterns or [], list) or not all(isinstance(pattern, str) for pattern in patterns or []):
-        return None
-    return any(pattern in name for pattern in patterns or [])
+def _bd_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """BD-LoRA's fields. As in PEFT, its names stand anywhere in a module's. Raises TensorError."""
+    fields = config["use_bdlora"]
+    if not isinstance(fields, dict) or not set(fields) <= _BD_FIELDS:
+        raise TensorError(f"use_bdlora of the config must hold {', '.join(sorted(_BD_FIELDS))}, and is {shown(fields)}")
+    lists = [fields.get(f"target_modules_bd_{side}") or [] for side in "ab"]
+    are_names = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
+    blocks = fields.get("nblocks", 1)
+    if type(blocks) is not int or blocks < 1 or not are_names:
+        raise TensorError(f"use_bdlora of the config must hold names and a number of blocks, and is {shown(fields)}")
+    if max(map(len, lists)) > _MOST_BD_NAMES:
+        raise TensorError(f"use_bdlora of the config must hold at most {_MOST_BD_NAMES} names; write the ends of names")
+    return fields

@@ -7,8 +7,10 @@ tells; the shapes do."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from onnx_lora.adapters.formats.files import shown
+from onnx_lora.adapters.formats.peft_patterns import tails
 from onnx_lora.adapters.formats.peft_rules import PeftConfig
 from onnx_lora.adapters.methods.parameters import ParameterLora
 from onnx_lora.adapters.model import Change
@@ -30,9 +32,12 @@ def parameter_changes(
     changes: dict[str, Change] = {}
     taken: set[str] = set()
     problems: list[str] = []
-    for module in dict.fromkeys(_without_layers(name) for name in modules):
-        names = [name for name in modules if _without_layers(name) == module]
-        parameters = _parameters(targets or (), module, len(names))
+    by_module: dict[str, list[str]] = {}
+    for name in modules:
+        by_module.setdefault(_without_layers(name), []).append(name)
+    by_owner = _by_owner(targets or ())
+    for module, names in by_module.items():
+        parameters = _parameters(by_owner, module, len(names))
         if not parameters or (names == [module] and config.targets.rejects(module) is None):
             continue
         taken.update(names)
@@ -57,13 +62,21 @@ def _without_layers(name: str) -> str:
     return name
 
 
-def _parameters(targets: Sequence[str], module: str, count: int) -> list[str]:
+def _by_owner(targets: Sequence[str]) -> dict[str, list[str]]:
+    """The parameters that targets name, by the end of their module's name; nothing, where they name none."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        owner, _, parameter = target.rpartition(".")
+        found.setdefault(owner, []).append(parameter)
+    return found
+
+
+def _parameters(by_owner: Mapping[str, Sequence[str]], module: str, count: int) -> list[str]:
     """The parameters of `module` that targets name. One without a module's name may be another module's: it counts
     where there are more pairs than the others explain."""
-    ends = {target: target.rpartition(".")[2] for target in targets}
-    named = [target for target, end in ends.items() if f".{module}.{end}".endswith(f".{target}")]
-    with_module = list(dict.fromkeys(ends[target] for target in named if "." in target))
-    return with_module if len(with_module) == count else list(dict.fromkeys(ends[target] for target in named))
+    named = [by_owner.get(tail, ()) for tail in tails(module) if tail]
+    with_module = list(dict.fromkeys(chain.from_iterable(named)))
+    return with_module if len(with_module) == count else list(dict.fromkeys([*with_module, *by_owner.get("", ())]))
 
 
 def _pair(tensors: Mapping[str, Array]) -> tuple[Array, Array] | None:

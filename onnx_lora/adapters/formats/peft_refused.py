@@ -114,7 +114,7 @@ def refusals(config: Mapping[str, Any], method: Method, *, with_initial: bool) -
         restored = isinstance(init, str) and init.startswith(_TOOK_INITIAL_OUT)
         cure = NEEDS_INITIAL if restored else MERGE
         if not (restored and with_initial):
-            problems.append(f"init_lora_weights {init!r}: the base's weights were changed before training; {cure}")
+            problems.append(f"init_lora_weights {shown(init)}: the base's weights were changed before training; {cure}")
     known = _HARMLESS | method.harmless | set(method.refused)
     problems.extend(
         f"{key}: not known here, and may change what the adapter computes; upgrade onnx-lora, or remove it "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from onnx_lora.adapters.formats.peft_parameters import parameter_changes
 from onnx_lora.adapters.formats.peft_rules import PeftConfig
 from onnx_lora.adapters.formats.peft_tokens import LORA_TOKENS, TOKENS
 from onnx_lora.adapters.model import Change, Delta, Replacement
+from onnx_lora.expressions import ExpressionError
 from onnx_lora.points import Array, matches
 
 __all__ = ["Sorter"]
@@ -59,7 +62,7 @@ class Sorter:
                 self._put_parameter(key, parsed, values)
             else:
                 place = self.shared if parsed.kind == "shared" else self.modules.setdefault(parsed.name, {})
-                if parsed.tensor in place and not np.array_equal(place[parsed.tensor], values):
+                if parsed.tensor in place and not _same(place[parsed.tensor], values):
                     self.problems.append(f"{key}: there are two different tensors for {parsed.tensor} of {parsed.name}")
                 place[parsed.tensor] = values
         if not self.modules and not self.whole and not self.problems and not self.unsupported:
@@ -67,12 +70,18 @@ class Sorter:
 
     def _put_parameter(self, key: str, parsed: Key, values: Array) -> None:
         known = self.whole.get(parsed.name)
-        if known is not None and not np.array_equal(known[0], values):
+        if known is not None and not _same(known[0], values):
             self.problems.append(f"{key}: there are two different tensors for {parsed.name}")
         self.whole[parsed.name] = values, parsed
 
     def judge(self) -> None:
         """Check the modules against the config, and make of their tensors what they are."""
+        try:
+            self._judge()
+        except ExpressionError as error:
+            self.problems.append(f"the config: {error}")
+
+    def _judge(self) -> None:
         missing = [name for name in self.method.names.shared if name not in self.shared]
         if self.modules and missing:
             self.problems.append(
@@ -80,6 +89,8 @@ class Sorter:
                 "save_projection=False); save it again with it"
             )
             return
+        for tensor, values in self.shared.items():
+            self._check_values(tensor, values)
         changes, taken, problems = parameter_changes(self.modules, self.config)
         self.changes.update(changes)
         self.problems += problems
@@ -141,60 +152,72 @@ class Sorter:
         if part.delta is not None:
             self.deltas[name] = part.delta
         if part.change is not None:
-            self._check_values(name, tensors)
+            for tensor, values in tensors.items():
+                if tensor not in self.shared:
+                    self._check_values(f"{name}.{tensor}", values)
             self.changes[name] = part.change
-        if part.note and part.note not in self.notes:
+        if part.note:
             self.notes.append(part.note)
         self.added.update(part.whole)
 
-    def _check_values(self, name: str, tensors: Mapping[str, Array]) -> None:
+    def _check_values(self, name: str, values: Array) -> None:
         """A change is a function of the base's weight, which nothing looks into later."""
-        for tensor, values in {**self.shared, **tensors}.items():
-            bad = values.size - int(np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
-            problem = f"{bad} of {values.size} values are NaN or infinite; train or save it again"
-            text = f"{tensor}: {problem}" if tensor in self.shared else f"{name}.{tensor}: {problem}"
-            if bad and text not in self.problems:
-                self.problems.append(text)
+        bad = values.size - int(np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
+        if bad:
+            self.problems.append(f"{name}: {bad} of {values.size} values are NaN or infinite; train or save it again")
 
     # --- tied weights ----------------------------------------------------------------------------
+
+    @cached_property
+    def _chosen_tokens(self) -> Mapping[str, list[str]]:
+        """Modules with trained tokens that the config chooses, by what the tokens are."""
+        found: dict[str, list[str]] = {}
+        for name, tensors in self.modules.items():
+            if TOKENS in tensors and self.config.targets.rejects(name) is None:
+                found.setdefault(_values(tensors[TOKENS]), []).append(name)
+        return found
+
+    @cached_property
+    def _tables(self) -> Mapping[tuple[str, str], list[str]]:
+        """Embeddings with factors, by what those are in a linear module that is tied to them."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name, tensors in self.modules.items():
+            if {"lora_embedding_A", "lora_embedding_B"} <= set(tensors):
+                turned = _values(tensors["lora_embedding_B"].T), _values(tensors["lora_embedding_A"].T)
+                found.setdefault(turned, []).append(name)
+        return found
 
     def _twins(self, module: str) -> list[str]:
         """Embeddings of which PEFT gave this module, which is tied to them, the trained tokens; or, with
         `ensure_weight_tying`, the factors, the other way round."""
         own = self.modules[module]
         if TOKENS in own:
-            others = {name: tensors[TOKENS] for name, tensors in self.modules.items() if TOKENS in tensors}
-            chosen = [name for name in others if name != module and self.config.targets.rejects(name) is None]
-            return [name for name in chosen if np.array_equal(others[name], own[TOKENS])]
-        if not self.config.fields.get("ensure_weight_tying"):
+            return [name for name in self._chosen_tokens.get(_values(own[TOKENS]), []) if name != module]
+        if not self.config.fields.get("ensure_weight_tying") or not {"lora_A", "lora_B"} <= set(own):
             return []
-        return [
-            name
-            for name, tensors in self.modules.items()
-            if {"lora_embedding_A", "lora_embedding_B"} <= set(tensors)
-            and np.array_equal(own.get("lora_A", np.empty(0)), tensors["lora_embedding_B"].T)
-            and np.array_equal(own.get("lora_B", np.empty(0)), tensors["lora_embedding_A"].T)
-        ]
+        return self._tables.get((_values(own["lora_A"]), _values(own["lora_B"])), [])
 
     def _check_ties(self) -> None:
+        if not self.config.fields.get("ensure_weight_tying"):
+            return
         tied = {twin for module in self.modules for twin in self._twins(module)}
-        for module, tensors in self.modules.items():
-            if self.config.fields.get("ensure_weight_tying") and "lora_embedding_A" in tensors and module not in tied:
-                self.problems.append(
-                    f"{module}: the config says ensure_weight_tying, and the file holds no factors of a module that is "
-                    "tied to it; save it again with a current PEFT, or train without ensure_weight_tying"
-                )
+        self.problems += [
+            f"{module}: the config says ensure_weight_tying, and the file holds no factors of a module that is "
+            "tied to it; save it again with a current PEFT, or train without ensure_weight_tying"
+            for module, tensors in self.modules.items()
+            if "lora_embedding_A" in tensors and module not in tied
+        ]
 
     def replacements(self) -> dict[str, Replacement]:
-        wrapped = (*self.config.targets.saved, *self.config.task_heads)
+        whole = self.config.whole
         found = {
-            name: Replacement(values, in_place=not (key.saved or matches(name.rpartition(".")[0], wrapped)))
+            name: Replacement(values, in_place=not (key.saved or whole.take(name.rpartition(".")[0])))
             for name, (values, key) in self.whole.items()
         }
         if self.config.fields.get("ensure_weight_tying"):
-            own = [replacement.value for replacement in found.values() if not replacement.in_place]
+            own = {_values(replacement.value) for replacement in found.values() if not replacement.in_place}
             for name, replacement in found.items():
-                if any(np.array_equal(replacement.value, value) for value in own):
+                if replacement.in_place and _values(replacement.value) in own:
                     found[name] = replace(replacement, in_place=False)
         for name, addition in self.added.items():
             found[name] = _onto(found[name], addition) if name in found else addition
@@ -204,6 +227,16 @@ class Sorter:
 def _is_counter(key: Key, values: Array) -> bool:
     last = key.name.rpartition(".")[2]
     return key.kind == "parameter" and last == _COUNTER and values.dtype.kind in "iu" and values.size == 1
+
+
+def _same(one: Array, other: Array) -> bool:
+    return one is other or np.array_equal(one, other)
+
+
+def _values(array: Array) -> str:
+    """What is the same for arrays of the same shape and numbers, whatever their types."""
+    exact = np.ascontiguousarray(array, dtype=np.float64) + 0.0  # makes -0 the 0 that it equals
+    return f"{array.shape} {sha256(exact.data).hexdigest()}"
 
 
 def _onto(whole: Replacement, addition: Replacement) -> Replacement:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnx_lora.adapters.formats.files import shown
 from onnx_lora.adapters.formats.peft_method import Module, Part, TensorError
+from onnx_lora.adapters.formats.peft_patterns import Endings
 from onnx_lora.adapters.methods.tokens import TokenRows
 
 __all__ = ["LORA_TOKENS", "TOKENS", "TOKENS_BEFORE", "lora_tokens", "trainable_tokens"]
@@ -21,8 +22,13 @@ def lora_tokens(module: Module) -> Part:
     indices = module.config.fields.get("trainable_token_indices")
     if isinstance(indices, dict):
         # As PEFT matches them: by the end of the name, without a dot before it.
-        indices = next((value for key, value in indices.items() if module.name.endswith(str(key))), None)
+        number = module.config.once(_modules_with_tokens).first(module.name)
+        indices = None if number is None else list(indices.values())[number]
     return _rows(module, LORA_TOKENS, indices, "trainable_token_indices")
+
+
+def _modules_with_tokens(fields: Mapping[str, Any]) -> Endings:
+    return Endings(fields["trainable_token_indices"])
 
 
 def trainable_tokens(module: Module) -> Part:

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.peft_method import Module, Part
+from onnx_lora.adapters.formats.files import shown
+from onnx_lora.adapters.formats.peft_method import Module, Part, TensorError
+from onnx_lora.adapters.formats.peft_patterns import Endings
 from onnx_lora.adapters.methods.boft import BOFT
 from onnx_lora.adapters.methods.c3a import C3A
 from onnx_lora.adapters.methods.fourierft import FourierFT
@@ -20,6 +24,7 @@ from onnx_lora.adapters.methods.oft import OFT
 from onnx_lora.adapters.methods.shapes import wide
 from onnx_lora.adapters.methods.shira import SHiRA
 from onnx_lora.adapters.model import Replacement
+from onnx_lora.expressions import Expression
 
 __all__ = ["boft", "c3a", "fourierft", "hira", "hra", "ia3", "oft", "shira", "whole_copies"]
 
@@ -45,16 +50,22 @@ def ia3(module: Module) -> Part:
 
 def _is_feedforward(module: Module) -> bool | None:
     """As PEFT: a regular expression, or the ends of names without a dot before them."""
-    names = module.config.fields.get("feedforward_modules")
+    names = module.config.once(_feedforward)
+    if names is None:
+        return None
+    return names.fullmatch(module.name) if isinstance(names, Expression) else names.first(module.name) is not None
+
+
+def _feedforward(fields: Mapping[str, Any]) -> Expression | Endings | None:
+    """Raises TensorError: no names. ExpressionError: no expression."""
+    names = fields.get("feedforward_modules")
     if names is None:
         return None
     if isinstance(names, str):
-        try:
-            return re.fullmatch(names, module.name) is not None
-        except (re.error, RecursionError, OverflowError):
-            return None
-    module.must(isinstance(names, list) and all(isinstance(name, str) for name in names), "feedforward_modules")
-    return any(module.name.endswith(name) for name in names)
+        return Expression(names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TensorError(f"feedforward_modules of the config must be names, and is {shown(names)}")
+    return Endings(names)
 
 
 def oft(module: Module) -> Part:

@@ -4,21 +4,27 @@ nothing in the file, and knows nothing of what its tensors mean."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files import opened, parse_json, widened_bfloat16
+from onnx_lora.adapters.formats.files import (
+    Reading,
+    TensorFile,
+    name_problems,
+    parse_json,
+    shown,
+    widened_bfloat16,
+)
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
-__all__ = ["SafetensorsFile", "read_names", "read_safetensors"]
+__all__ = ["Header", "read_behind", "read_header", "read_safetensors"]
 
-# The limit of the safetensors library itself.
-_HEADER_LIMIT = 100_000_000  # bytes
+# A pair for each of 384 experts in 60 layers has 25 MB. The safetensors library itself stops at 100.
+_HEADER_LIMIT = 64 * 2**20  # bytes
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -38,12 +44,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class SafetensorsFile:
-    tensors: Mapping[str, Array]
-    metadata: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class _Entry:
     name: str
     kind: str  # a key of _DTYPES
@@ -52,60 +52,63 @@ class _Entry:
     end: int
 
 
-def read_safetensors(path: Path) -> SafetensorsFile:
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself; its tensors come behind it."""
+
+    entries: Sequence[_Entry]
+    metadata: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.entries]
+
+
+def read_safetensors(file: Reading) -> TensorFile:
     """Read all tensors and the metadata.
 
-    Raises AdapterFileError: no file, cut off, damaged, or with a type of tensor not known here.
+    Raises AdapterFileError: cut off, damaged, or with a type of tensor not known here.
     """
-    with opened(path) as file:
-        entries, metadata, data_start = _contents(file, path)
-        tensors = {entry.name: _tensor(file, data_start, entry, path) for entry in entries}
-    return SafetensorsFile(tensors, metadata)
+    return read_behind(file, read_header(file))
 
 
-def read_names(path: Path) -> tuple[frozenset[str], Mapping[str, str]]:
-    """The tensors' names, and the metadata. Raises AdapterFileError, as `read_safetensors`."""
-    with opened(path) as file:
-        entries, metadata, _ = _contents(file, path)
-    return frozenset(entry.name for entry in entries), metadata
-
-
-def _contents(file: BinaryIO, path: Path) -> tuple[list[_Entry], Mapping[str, str], int]:
-    """The entries, the metadata, and where the data begins."""
-    size = file.seek(0, 2)
-    file.seek(0)
-    header, data_start = _header(file, size, path)
+def read_header(file: Reading) -> Header:
+    """What stands before the tensors. Raises AdapterFileError, as `read_safetensors`."""
+    length = int.from_bytes(file.ahead(8), "little")
+    if file.size < 8 or length > file.size - 8 or length > _HEADER_LIMIT:
+        raise AdapterFileError(
+            f"must begin with the length of its header (at most {_HEADER_LIMIT}), and has {file.size} bytes where the "
+            f"header alone needs {8 + length}: it was cut off, or is no safetensors file",
+            path=file.path,
+        )
+    file.take(8)
+    text = file.take(length)
+    if not text.startswith(b"{"):
+        raise AdapterFileError("the header must be a JSON object; this is no safetensors file", path=file.path)
+    header = parse_json(text, file.path, what="the header")
     metadata = header.pop("__metadata__", None) or {}
-    entries, problems = _entries(header, size - data_start)
+    entries, problems = _entries(header, file.left)
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         problems.append("__metadata__ must map names to strings")
     if problems:
-        raise AdapterFileError("is damaged, or no safetensors file; get it again", path=path, problems=problems)
-    return entries, metadata, data_start
+        raise AdapterFileError("is damaged, or no safetensors file; get it again", path=file.path, problems=problems)
+    return Header(entries, metadata)
 
 
-def _header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8 or length > _HEADER_LIMIT:
-        raise AdapterFileError(
-            f"must begin with the length of its header, and has {size} bytes where the header alone needs "
-            f"{8 + length}: it was cut off, or is no safetensors file",
-            path=path,
-        )
-    text = file.read(length)
-    if not text.startswith(b"{"):
-        raise AdapterFileError("the header must be a JSON object; this is no safetensors file", path=path)
-    return parse_json(text, path, what="the header"), 8 + length
+def read_behind(file: Reading, header: Header) -> TensorFile:
+    """The tensors behind a header, which lie there in its order and without gaps. Raises AdapterFileError: cut off."""
+    tensors = {entry.name: _tensor(file.take(entry.end - entry.start), entry) for entry in header.entries}
+    return TensorFile(tensors, header.metadata, file.sha256())
 
 
 def _entries(header: dict[str, Any], available: int) -> tuple[list[_Entry], list[str]]:
     """The header's entries in file order, and what is wrong with them."""
     entries: list[_Entry] = []
-    problems: list[str] = []
+    problems = name_problems(header)
     for name, info in header.items():
         entry = _entry(name, info)
         if isinstance(entry, str):
-            problems.append(f"{name}: {entry}")
+            problems.append(f"{shown(name)}: {entry}")
         else:
             entries.append(entry)
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -125,11 +128,11 @@ def _entry(name: str, info: object) -> _Entry | str:
         return "must have dtype, shape and data_offsets"
     kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
-        return f"type {kind!r} is not known here; known are {', '.join(_DTYPES)}"
+        return f"type {shown(kind)} is not known here; known are {', '.join(_DTYPES)}"
     if not _is_sizes(shape) or len(shape) > 32:
-        return f"impossible shape {shape!r}"
+        return f"impossible shape {shown(shape)}"
     if not _is_sizes(offsets) or len(offsets) != 2:
-        return f"impossible data_offsets {offsets!r}"
+        return f"impossible data_offsets {shown(offsets)}"
     start, end = offsets
     if end - start != math.prod(shape) * _DTYPES[kind].itemsize:
         return f"shape {shape} of {kind} does not fit {end - start} bytes"
@@ -140,12 +143,7 @@ def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
 
 
-def _tensor(file: BinaryIO, data_start: int, entry: _Entry, path: Path) -> Array:
-    # Tensor by tensor, so that only one of them is held twice while bfloat16 is widened.
-    file.seek(data_start + entry.start)
-    data = file.read(entry.end - entry.start)
-    if len(data) != entry.end - entry.start:
-        raise AdapterFileError(f"{entry.name} was cut off while it was read; get the file again", path=path)
+def _tensor(data: bytes, entry: _Entry) -> Array:
     values: Array = np.frombuffer(data, _DTYPES[entry.kind]).reshape(entry.shape)
     if entry.kind == "BF16":
         values = widened_bfloat16(values)

@@ -50,6 +50,6 @@ class VBLoRA:
 
     def _mixed(self, chosen: Array, share: Array) -> Floats:
         """`[..., length]`."""
-        vectors = wide(self.bank)[chosen.astype(np.int64)]
+        vectors = wide(self.bank[chosen.astype(np.int64)])
         mixed: Floats = np.einsum("...k,...kl->...l", wide(share), vectors)
         return mixed

@@ -18,7 +18,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.trial import native_failures
 
 __all__ = ["base_of", "config_of", "heads_of", "name_of", "quiet", "short_name", "translated", "without_bars"]
@@ -143,7 +142,8 @@ def translated(model: str | os.PathLike[str], done: str) -> Iterator[None]:
                 "preprocessor_config.json into the folder",
                 path=model,
             ) from error
-        raise ExportError(f"cannot be {done}: {first_line(error)}", path=model) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ExportError(f"cannot be {done}: a library failed without saying why ({said})", path=model) from error
 
 
 def _misses_preprocessor(error: Exception, model: str | os.PathLike[str]) -> bool:
