@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -283,11 +283,10 @@ def _decode(kind: Any, data: object, where: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object")
-        hints = get_type_hints(kind)
-        known = {field.name for field in fields(kind)}
-        if set(data) != known:
+        known = _fields_of(kind)  # type: ignore[arg-type]
+        if set(data) != set(known):
             raise ValueError(f"{where} must have exactly {sorted(known)}, not {sorted(data)}")
-        return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in known})  # type: ignore[operator]
+        return kind(**{name: _decode(hint, data[name], f"{where}.{name}") for name, hint in known.items()})  # type: ignore[operator]
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{where} must be a list")
@@ -306,6 +305,13 @@ def _decode(kind: Any, data: object, where: str) -> Any:
     if type(data) is not kind:
         raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
     return data
+
+
+@cache
+def _fields_of(kind: type) -> dict[str, Any]:
+    """A dataclass's fields and their types, looked up once for the thousands of entries of a manifest."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _check_files(package: Package) -> None:
