@@ -9,7 +9,7 @@ import os
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -364,12 +364,11 @@ def _decode(kind: Any, data: object, where: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object")
-        hints = get_type_hints(kind)
-        known = {field.name for field in fields(kind)}
-        missing = {field.name for field in fields(kind) if field.default is MISSING} - set(data)
-        if missing or not set(data) <= known:
+        known = _fields_of(kind)  # type: ignore[arg-type]
+        missing = {name for name, (_, needed) in known.items() if needed} - set(data)
+        if missing or not set(data) <= set(known):
             raise ValueError(f"{where} lacks {sorted(missing)}, or has more than {sorted(known)}: {sorted(data)}")
-        return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in data})  # type: ignore[operator]
+        return kind(**{name: _decode(known[name][0], data[name], f"{where}.{name}") for name in data})  # type: ignore[operator]
     if origin is tuple:
         if not isinstance(data, list):
             raise ValueError(f"{where} must be a list")
@@ -388,6 +387,14 @@ def _decode(kind: Any, data: object, where: str) -> Any:
     if type(data) is not kind:
         raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
     return data
+
+
+@cache
+def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
+    """A dataclass's fields, their types and whether each must be there: looked up once for the thousands of entries of
+    a manifest."""
+    hints = get_type_hints(kind)
+    return {field.name: (hints[field.name], field.default is MISSING) for field in fields(kind)}
 
 
 def _check_files(package: Package) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import onnx
@@ -47,11 +47,21 @@ class Form(Enum):
 class Shapes:
     """Inferred shapes by value name, and the symbols that mean the batch size.
 
-    `batch` is empty where they are not certain: then every value is `OTHER`.
+    `batch` is empty where they are not certain: then every value is `OTHER`. `plain`: what ONNX's own rules, which
+    every runtime follows, say of values; they never take two symbols for one size.
     """
 
     by_name: Mapping[str, Shape]
     batch: frozenset[str]
+    plain: Mapping[str, onnx.TypeProto] = field(default_factory=dict)
+
+    def state(self, value: ir.Value) -> None:
+        """Write down the type and shape of `value`, by ONNX's own rules, where the graph does not say them."""
+        if value.shape is None and (found := self.plain.get(value.name or "")) is not None:
+            value.type, value.shape = (
+                ir.serde.deserialize_type_proto_for_type(found),
+                ir.serde.deserialize_type_proto_for_shape(found),
+            )
 
     def rank(self, value: ir.Value) -> int | None:
         """The number of axes of `value`, or None where it cannot be told."""
@@ -98,7 +108,9 @@ def infer_shapes(model: ir.Model) -> Shapes:
 
     Raises MissingDependencyError: onnxruntime or sympy is not installed.
     """
-    inferred, certain = _infer(_without_weights(ir.to_proto(model)))
+    proto = _without_weights(ir.to_proto(model))
+    plain = {value.name: value.type for value in _infer_plainly(proto).value_info}
+    inferred, certain = _infer(proto)
     by_name: dict[str, Shape] = {}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
         known = _read(value)
@@ -110,7 +122,7 @@ def infer_shapes(model: ir.Model) -> Shapes:
     others = {dim for shape in inputs for dim in shape[1:]}
     symbols = frozenset[str]() if leading & others else leading
     # Two symbols are two batches (texts and images): their rows need not belong to each other.
-    return Shapes(by_name, symbols if certain and len(symbols) == 1 else frozenset())
+    return Shapes(by_name, symbols if certain and len(symbols) == 1 else frozenset(), plain)
 
 
 def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Sequence[str]) -> bool:
@@ -152,18 +164,30 @@ def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
         logger.warning(
             "symbolic shape inference gave up (%s): no adapter per row in this graph", printable(str(error), 300)
         )
-        return onnx.shape_inference.infer_shapes(proto).graph, False
+        return _infer_plainly(proto), False
+
+
+def _infer_plainly(proto: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with the shapes that ONNX's own rules give."""
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        logger.debug("ONNX's shape inference gave up: %s", error)
+        return proto.graph
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with its external weights as inputs: shapes depend on their shapes, never on their values."""
     external = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    inline = [tensor for tensor in proto.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    shapes = {tensor.name: list(tensor.dims) for tensor in external}
     for tensor in external:
         proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        proto.graph.initializer.remove(tensor)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(inline)
     for node in proto.graph.node:
         if node.op_type == "GatherBlockQuantized":
-            _unpack_table(proto.graph, node, {tensor.name: tensor.dims for tensor in external})
+            _unpack_table(proto.graph, node, shapes)
     return proto
 
 

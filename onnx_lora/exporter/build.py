@@ -324,11 +324,14 @@ class _Writing:
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
         by_modules = {branch.modules: branch for branch in branches}
+        replaced: dict[str, dict[str, Replaceable]] = {}
+        for weight in (weight for weight in replaceable if weight.of_linear):
+            replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own_replaced = {
-                weight.name: weight for weight in replaceable if weight.of_linear and weight.module in site.modules
-            }
+            own_replaced: dict[str, Replaceable] = {}
+            for module in site.modules:
+                own_replaced.update(replaced.get(module, {}))
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
         unused = [name for name, value in inputs.items() if not value.uses()]
         assert not unused, f"adapter inputs that nothing reads: {unused}"

@@ -109,8 +109,13 @@ def _add(
     shapes: Shapes,
     label: str,
 ) -> None:
-    """Add the delta to the product, or behind the Reshape that undoes the one before it, and scale the sum."""
+    """Add the delta to the product, or behind the Reshape that undoes the one before it, and scale the sum.
+
+    The delta's shape is stated to be the product's. ONNX infers none, with rows of one or of the batch, and from
+    there on ONNX Runtime's plan of memory would know no shape either, and take the square of the points' number.
+    """
     output = product.output
+    shapes.state(output)
     maker = output.producer()
     assert maker is not None
     surgeon.insert_after(_later(surgeon, maker, delta))
@@ -119,6 +124,8 @@ def _add(
         reshaped = uses[0].node.outputs[0]
         if uses[0].node.op_type == "Reshape" and shapes.is_like(reshaped, view.value, product.outputs):
             surgeon.insert_after(_later(surgeon, uses[0].node, delta))
+            shapes.state(reshaped)
+            _state(delta, reshaped)
             total = surgeon.op("Add", reshaped, delta, name=f"{label}.lora_add")
             first = total.producer()
             if scale is not None:
@@ -126,7 +133,9 @@ def _add(
             surgeon.replace(reshaped, total, but=first)
             return
     if scale is None:
-        total = surgeon.op("Add", output, _undo(surgeon, view, delta, label), name=f"{label}.lora_add")
+        delta = _undo(surgeon, view, delta, label)
+        _state(delta, output)
+        total = surgeon.op("Add", output, delta, name=f"{label}.lora_add")
         surgeon.replace(output, total, but=total.producer())
         return
     users = [(use.node, use.idx) for use in output.uses()]
@@ -134,6 +143,10 @@ def _add(
     total = _undo(surgeon, view, _scaled(surgeon, product, view, total, scale, label), label)
     own = next(use.node for use in output.uses() if (use.node, use.idx) not in users)
     surgeon.replace(output, total, but=own)
+
+
+def _state(value: ir.Value, like: ir.Value) -> None:
+    value.type, value.shape = like.type, like.shape
 
 
 def _scaled(surgeon: Surgeon, product: Product, view: View, total: ir.Value, scale: ir.Value, label: str) -> ir.Value:
@@ -165,10 +178,7 @@ def _later(surgeon: Surgeon, node: ir.Node, value: ir.Value) -> ir.Node:
     """Of `node` and the producer of `value`, the one that stands later in the graph."""
     producer = value.producer()
     assert producer is not None
-    for candidate in reversed(surgeon.graph):
-        if candidate is node or candidate is producer:
-            return candidate
-    return node
+    return surgeon.later(node, producer)
 
 
 def _replace_weight(

@@ -44,7 +44,7 @@ def read_proto(file: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(f"cannot be read: {error}", path=file) from error
     except ModelError as error:
-        raise ModelError(f"must be an ONNX model, and cannot be read: {first_line(error)}", path=file) from error
+        raise ModelError(f"must be an ONNX model, and reading it failed: {first_line(error)}", path=file) from error
     graphs, nodes = _parts(proto)
     if not all(isinstance(name, str) for name in _names(graphs, nodes)):
         raise ModelError("must be valid ONNX, and has names that are no text", path=file)

@@ -21,32 +21,54 @@ __all__ = ["own_exposures", "own_weights"]
 
 def own_weights(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
     """The sites, each module's weight in initializers of its own."""
+    together: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        together.setdefault(site.modules, []).append(site)
+    owned = {modules: iter(_own_together(surgeon, same)) for modules, same in together.items()}
+    return [next(owned[site.modules]) for site in sites]
+
+
+def _own_together(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
+    """All the sites of one set of modules: every call of a shared module reads the same initializers."""
+    readers = _readers(sites)
+    copies: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
     owned: list[Site] = []
-    copies: dict[tuple[tuple[str, ...], ir.Value, ir.Value], ir.Value] = {}
     for site in sites:
         products: dict[ir.Node, Product] = {}
         for product in site.products:
             weight, mine = product.weight.value, dict[ir.Value, ir.Value]()
-            nodes = _readers(weight, [other for other in sites if other.modules == site.modules])
             for operand in product.operands:
-                if set(_users(operand.value)) <= nodes:
-                    continue
-                key = site.modules, weight, operand.value
+                key = weight, operand.value
                 if key not in copies:
-                    name = f"{site.modules[0]}.{'weight' if operand is product.weight else operand.value.name}"
-                    copies[key] = surgeon.own_copy(operand.value, name)
-                mine[operand.value] = copies[key]
+                    copies[key] = _own_operand(surgeon, operand, site.modules[0], product, readers[weight])
+                if copies[key] is not operand.value:
+                    mine[operand.value] = copies[key]
             products[product.node] = _reading(surgeon, product, mine)
         linears = tuple(replace(linear, product=products[linear.node]) for linear in site.linears)
         owned.append(replace(site, linears=linears))
     return owned
 
 
-def _readers(weight: ir.Value, sites: Sequence[Site]) -> set[ir.Node | None]:
-    """The nodes that compute with one weight for one set of modules, its scales included: all calls of a shared
+def _readers(sites: Sequence[Site]) -> dict[ir.Value, set[ir.Node]]:
+    """By weight, the nodes that compute with it for one set of modules, its scales included: all calls of a shared
     module, and not the other pieces of one that was cut up."""
-    products = [product for site in sites for product in site.products if product.weight.value is weight]
-    return {node for product in products for node in (product.node, *(operand.node for operand in product.operands))}
+    readers: dict[ir.Value, set[ir.Node]] = {}
+    for site in sites:
+        for product in site.products:
+            nodes = readers.setdefault(product.weight.value, set())
+            nodes.add(product.node)
+            nodes.update(operand.node for operand in product.operands)
+    return readers
+
+
+def _own_operand(
+    surgeon: Surgeon, operand: Operand, module: str, product: Product, readers: Collection[ir.Node]
+) -> ir.Value:
+    """The initializer itself where only `readers` use it, else a copy."""
+    if _used_by(operand.value, readers):
+        return operand.value
+    name = "weight" if operand is product.weight else operand.value.name
+    return surgeon.own_copy(operand.value, f"{module}.{name}")
 
 
 def _reading(surgeon: Surgeon, product: Product, mine: Mapping[ir.Value, ir.Value]) -> Product:
@@ -94,7 +116,7 @@ def _own_bias(surgeon: Surgeon, exposure: Exposure, site: Site) -> ir.Value:
     node, position = found
     initializer, wrappers = unwrap(node.inputs[position])
     assert initializer is not None
-    if set(_users(initializer)) <= {node}:
+    if _used_by(initializer, {node}):
         return initializer
     copy = surgeon.own_copy(initializer, exposure.name)
     _rewire(surgeon, node, position, {initializer: copy}, wrappers)
@@ -106,7 +128,7 @@ def _own_value(surgeon: Surgeon, exposure: Exposure) -> ir.Value:
     user = exposure.user
     assert initializer is not None
     assert user is not None  # what is no linear module's has one
-    if set(_users(initializer)) <= {user}:
+    if _used_by(initializer, {user}):
         return initializer
     copy = surgeon.own_copy(initializer, f"{exposure.name}.own")
     for use in [use for use in exposure.value.uses() if use.node is user]:
@@ -145,6 +167,11 @@ def _rewire(
     if (old := previous.producer()) is not None:
         surgeon.drop_dead(old)
     return copies
+
+
+def _used_by(initializer: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Whether nothing else computes with it."""
+    return all(user in nodes for user in _users(initializer))
 
 
 def _users(value: ir.Value) -> Iterator[ir.Node | None]:

@@ -130,14 +130,17 @@ def settle(graphs: Sequence[Sites]) -> list[Sites]:
         for stray in graph.strays:
             for module in stray.modules:
                 lost.setdefault(module, f"its node {stray.node} can have none: {stray.reason}")
-    changed = True
-    while changed:
-        changed = False
-        for site in (site for graph in graphs for site in graph.sites):
-            why = next((module for module in site.modules if module in lost), None)
-            rest = [module for module in site.modules if module not in lost] if why is not None else []
+    together: dict[str, list[Site]] = {}
+    for site in (site for graph in graphs for site in graph.sites):
+        for module in site.modules if len(site.modules) > 1 else ():
+            together.setdefault(module, []).append(site)
+    waiting = list(lost)
+    while waiting:
+        why = waiting.pop()
+        for site in together.get(why, ()):
+            rest = [module for module in site.modules if module not in lost]
             lost.update((module, f"it is computed together with {why}, and that can have none") for module in rest)
-            changed |= bool(rest)
+            waiting += rest
     return [_without(graph, lost) for graph in graphs]
 
 

@@ -21,7 +21,9 @@ class Surgeon:
         self.graph = model.graph
         self._opset = model.opset_imports.get("", 1)
         self._names = {value.name for value in _values(model.graph)} | {node.name for node in model.graph}
+        self._numbered: dict[str, int] = {}  # how often a name was made free by a number behind it
         self._constants: dict[tuple[int, ...] | int, ir.Value] = {}
+        self._places = {node: place for place, node in enumerate(model.graph)}
         self._after: ir.Node | None = None
         self._before: ir.Node | None = None
 
@@ -30,8 +32,12 @@ class Surgeon:
         self._after, self._before = node, None
 
     def first(self, nodes: Sequence[ir.Node]) -> ir.Node:
-        """Of several nodes, the one that stands first in the graph."""
-        return nodes[0] if len(nodes) == 1 else next(node for node in self.graph if node in nodes)
+        """Of several nodes that the graph had from the start, the one that stands first."""
+        return min(nodes, key=lambda node: self._places[node])
+
+    def later(self, node: ir.Node, inserted: ir.Node) -> ir.Node:
+        """Of a node that the graph had from the start and one that was inserted, the one that stands later."""
+        return node if self._places[node] > self._places[inserted] else inserted
 
     def insert_before(self, node: ir.Node) -> None:
         """Where the next nodes go: the first right before `node`."""
@@ -52,9 +58,12 @@ class Surgeon:
         node = ir.node(kind, list(inputs), attributes, outputs=made, name=name)
         if self._before is not None:
             self.graph.insert_before(self._before, node)
+            self._places[node] = self._places[self._before] - 1
         else:
             assert self._after is not None
             self.graph.insert_after(self._after, node)
+            # What is inserted behind a node stands before all that came later from the start.
+            self._places[node] = self._places[self._after]
             self._after = node
         return made
 
@@ -119,7 +128,7 @@ class Surgeon:
             if use.node is not but:
                 use.node.replace_input_with(use.idx, new)
         new.type, new.shape = old.type, old.shape
-        for index, output in enumerate(self.graph.outputs):
+        for index, output in enumerate(self.graph.outputs if old.is_graph_output() else ()):
             if output is old:
                 self.graph.outputs[index] = new
                 name = old.name
@@ -165,10 +174,10 @@ class Surgeon:
         return value
 
     def _free(self, name: str) -> str:
-        free, count = name, 0
+        free = name
         while free in self._names:
-            count += 1
-            free = f"{name}_{count}"
+            self._numbered[name] = self._numbered.get(name, 0) + 1
+            free = f"{name}_{self._numbered[name]}"
         self._names.add(free)
         return free
 

@@ -28,8 +28,7 @@ def check_opens(file: Path, source: Path) -> None:
 
     Nothing is optimised and nothing packed for speed: the weights stay in their file.
     """
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = 4
+    options = _options()
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
@@ -67,13 +66,21 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+def _options() -> Any:
+    options = _onnxruntime().SessionOptions()
+    options.log_severity_level = 4  # its errors come back as exceptions
+    # Looking for a buffer to reuse, ONNX Runtime compares every value with all those that are free: the square of
+    # the number of points.
+    options.enable_mem_reuse = False
+    return options
+
+
 def open_graph(file: Path, model: bytes | None = None) -> Any:
     """A plain session on the CPU. `model` is opened in the place of `file`, whose weights it reads.
 
     Raises MissingDependencyError: no onnxruntime. ExportError: it cannot open the file.
     """
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = 4  # its errors come back as exceptions
+    options = _options()
     if model is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     with _translated(file):
