@@ -13,8 +13,9 @@ __all__ = ["first_line", "foreign"]
 
 
 @contextmanager
-def foreign(step: str, file: str | os.PathLike[str]) -> Iterator[None]:
-    """Around one call of a foreign library with what stands in `file`. `step` completes "... failed".
+def foreign(step: str, file: str | os.PathLike[str], *, must: str = "be a sound ONNX graph") -> Iterator[None]:
+    """Around one call of a foreign library with what stands in `file`. `step` completes "... failed", and `must` says
+    what the file must be.
 
     Raises ModelError: the library threw something, of whatever class: theirs have no common root, and differ from
     version to version. ExportError: memory ran out. OSError: the disk, not the graph.
@@ -26,7 +27,7 @@ def foreign(step: str, file: str | os.PathLike[str]) -> Iterator[None]:
     except MemoryError as error:
         raise ExportError(f"{step} failed: memory ran out", path=file) from error
     except Exception as error:
-        raise ModelError(f"must be a sound ONNX graph, and {step} failed: {first_line(error)}", path=file) from error
+        raise ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file) from error
 
 
 def first_line(error: BaseException) -> str:

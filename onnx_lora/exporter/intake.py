@@ -39,12 +39,10 @@ def read_proto(file: Path) -> onnx.ModelProto:
     if not file.is_file():
         raise ModelError("there is no such file", path=file)
     try:
-        with foreign("reading it", file):
+        with foreign("reading it", file, must="be an ONNX model"):
             proto = onnx.load(file, load_external_data=False)
     except OSError as error:
         raise ModelError(f"cannot be read: {error}", path=file) from error
-    except ModelError as error:
-        raise ModelError(f"must be an ONNX model, and reading it failed: {first_line(error)}", path=file) from error
     graphs, nodes = _parts(proto)
     if not all(isinstance(name, str) for name in _names(graphs, nodes)):
         raise ModelError("must be valid ONNX, and has names that are no text", path=file)
