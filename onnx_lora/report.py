@@ -155,7 +155,7 @@ def package_facts(package: Package, *, full: bool = False) -> Facts:
         "without_point": [
             f"{graph.name}: {entry.node}: {entry.reason}" for graph in graphs for entry in graph.unplaced
         ],
-        "unproven": dict(package.unproven),
+        "unproven": _by_reason(package.unproven),
         "not_targeted": sorted({module for graph in graphs for module in graph.untargeted}),
         "size": _size(_data_bytes(package)),
         "fingerprint": package.fingerprint,
@@ -165,6 +165,14 @@ def package_facts(package: Package, *, full: bool = False) -> Facts:
             point.module: f"{point.in_features} → {point.out_features} {point.dtype}" for point in points
         }
     return facts
+
+
+def _by_reason(doubts: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names by what is said of them."""
+    names: dict[str, list[str]] = {}
+    for name, reason in doubts.items():
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def adapter_facts(adapter: Adapter) -> Facts:

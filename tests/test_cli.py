@@ -21,6 +21,7 @@ import pytest
 
 from onnx_lora import Package
 from onnx_lora.cli import main
+from onnx_lora.package import MANIFEST
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
 
@@ -352,3 +353,32 @@ def test_verify_refuses_what_only_folds(desk: Path, checkpoints: Make) -> None:
     result = _call("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "dora", folder=desk)
     assert result.returncode == 2
     assert "export again with --dora" in result.stderr
+
+
+def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkpoints: Make, tmp_path: Path) -> None:
+    doubted = shutil.copytree(desk / "bert", tmp_path / "doubted")
+    manifest = json.loads((doubted / MANIFEST).read_text("utf-8"))
+    for entry in (entry for graph in manifest["graphs"] for entry in (*graph["points"], *graph["replaceable"])):
+        entry["unproven"] = "of a test"
+    (doubted / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+    shown = _json("inspect", doubted, folder=desk)["unproven"]
+    assert set(shown) == {"of a test"}
+    assert len(shown["of a test"]) == 13 + 2
+    assert "unproven, because of a test" in str(_json("inspect", "head", "--package", doubted, folder=desk)["notes"])
+    into: tuple[object, ...] = ("--input", "feeds.npz", "--output")
+    commands: dict[str, tuple[object, ...]] = {
+        "run": ("run", doubted, *into, tmp_path / "o.npz", "--adapter", "a=head"),
+        "fold": ("fold", doubted, tmp_path / "folded", "--adapter", "head"),
+        "convert": ("convert", "head", tmp_path / "c.safetensors", "--package", doubted),
+    }
+    for command in commands.values():
+        refused = _call(*command, folder=desk)
+        assert refused.returncode == 2
+        assert "--allow-unproven" in refused.stderr
+        _json(*command, "--allow-unproven", folder=desk)
+    # A converted file is an adapter like any other.
+    converted = ("run", doubted, *into, tmp_path / "p.npz", "--adapter", f"a={tmp_path / 'c.safetensors'}")
+    assert _call(*converted, folder=desk).returncode == 2
+    _json("verify", doubted, "--reference", checkpoints("bert"), folder=desk)
+    assert _json("inspect", doubted, folder=desk)["unproven"] == {}
+    _json(*converted, folder=desk)

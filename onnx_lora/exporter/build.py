@@ -21,7 +21,8 @@ from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
-from onnx_lora.exporter.locate import Linear, Located, Stray, label_of, locate
+from onnx_lora.exporter.locate import locate
+from onnx_lora.exporter.located import Linear, Located, Stray, label_of
 from onnx_lora.exporter.own import own_exposures, own_weights
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon

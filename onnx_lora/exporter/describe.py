@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.axes import outputs_are_free
 from onnx_lora.exporter.expose import Exposure, outputs_behind
-from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.located import Linear
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.weights import where
 from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantisation, Replaceable, WeightPart, digest

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.located import Linear
 from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
 from onnx_lora.points import FLOAT_TYPES, matches

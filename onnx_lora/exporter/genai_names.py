@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.locate import Linear
+from onnx_lora.exporter.located import Linear
 
 __all__ = ["GenaiNames"]
 

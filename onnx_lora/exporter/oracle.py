@@ -13,7 +13,8 @@ import onnx
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.load import load
-from onnx_lora.exporter.locate import Linear, locate
+from onnx_lora.exporter.locate import locate
+from onnx_lora.exporter.located import Linear
 from onnx_lora.package import Package
 
 __all__ = ["adopt_quantised", "in_floats"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import Form, Shapes
-from onnx_lora.exporter.locate import Linear, Located, Stray, label_of, same_weight
+from onnx_lora.exporter.located import Linear, Located, Stray, label_of, same_weight
 from onnx_lora.exporter.products import Product
 
 __all__ = ["Placement", "Site", "Sites", "settle"]
