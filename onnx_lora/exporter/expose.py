@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.located import Linear
+from onnx_lora.exporter.located import Linear, label_of
 from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
 from onnx_lora.points import FLOAT_TYPES, matches
@@ -78,12 +78,15 @@ def find_exposures(graph: ir.Graph, sites: Sites, replaceable: str | Sequence[st
     places = {(operand.node, operand.position) for product in linear for operand in product.operands}
     places |= {(product.node, product.factor) for product in linear}
     taken = {exposure.value for exposure in found.values()}
+    others = {stray.node: stray.reason for stray in sites.strays if stray.other_weight}
     for own_name, value in _named_initializers(graph).items():
         name = prefix + own_name
         users = _own_users(value, places)  # none: a linear module's weight
         if name in found or value in taken or not users or not _asked(name, names):
             continue
-        if len(users) > 1:
+        if other := [others[label_of(user)] for user in users if label_of(user) in others]:
+            refused[name] = other[0]
+        elif len(users) > 1:
             refused[name] = f"it is used by {len(users)} nodes, and may stand for other parameters of equal value"
         else:
             found[name] = Exposure(name, value, user=users[0])

@@ -52,7 +52,7 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
         for name in graph.initializers
         if name.endswith((".in_proj_bias", ".in_proj_weight"))
     }
-    return located.without(dict.fromkeys(never_called, NEVER_CALLED))
+    return located.without(dict.fromkeys(never_called, NEVER_CALLED), other_weight=False)
 
 
 def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:
@@ -76,7 +76,7 @@ def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:
         if result is None:
             continue
         if isinstance(result, str):
-            strays.append(Stray(label_of(linear.node), result, _possible(linear.guess, checkpoint)))
+            strays.append(Stray(label_of(linear.node), result, _possible(linear.guess, checkpoint), other_weight=True))
         else:
             placed.extend(result)
     kept, others = _without_tied(placed)
@@ -127,7 +127,9 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
             return None
         fused = product.kind == "conv" and named and not _keeps_name(weight, guess)
         if fused or "FuseBatchNorm" in node.metadata_props.get(_RULE_NAME, ""):
-            return Stray(label_of(node), _FUSED, _possible(guess, None))
+            # The node may be called after the norm, and the weight after the module.
+            modules = dict.fromkeys([*_possible(guess, None), _NAMED_WEIGHT.sub(r"\g<module>", weight.name or "")])
+            return Stray(label_of(node), _FUSED, tuple(modules), other_weight=True)
         if (owner := _used_by_root(node, weight)) is not None:
             return Stray(label_of(node), "its weight is used by a function, not by the module itself", (owner,))
         # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.

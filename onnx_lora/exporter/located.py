@@ -108,11 +108,16 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Stray:
-    """A node with a weight that gets no point, why, and the modules it may belong to: they get none either."""
+    """A node with a weight that gets no point, why, and the modules it may belong to: they get none either.
+
+    `other_weight`: what it computes with may not be the modules' weights and biases, which nothing may take the place
+    of then.
+    """
 
     node: str
     reason: str
     modules: tuple[str, ...]
+    other_weight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +134,10 @@ class Located:
             tuple(replace(one, modules=tuple(prefix + name for name in one.modules)) for one in self.strays),
         )
 
-    def without(self, reasons: Mapping[str, str]) -> Located:
+    def without(self, reasons: Mapping[str, str], *, other_weight: bool) -> Located:
         """The same, but that these modules have no place: why, by module."""
         gone = [one for one in self.linears if one.module in reasons]
-        strays = tuple(Stray(label_of(one.node), reasons[one.module], (one.module,)) for one in gone)
+        strays = tuple(Stray(label_of(one.node), reasons[one.module], (one.module,), other_weight) for one in gone)
         kept = tuple(one for one in self.linears if one.module not in reasons)
         return Located(kept, (*self.strays, *strays))
 
@@ -160,7 +165,7 @@ class Located:
                 reasons[module] = f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
             elif count != called:
                 reasons[module] = f"torch calls {module} {called} times, and the graph holds it {count} times"
-        return self.without(reasons)
+        return self.without(reasons, other_weight=True)
 
 
 def label_of(node: ir.Node) -> str:

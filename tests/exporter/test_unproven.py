@@ -415,3 +415,30 @@ def test_packages_of_format_3_are_read_and_attached_ones_doubted(made_by: str, t
     old = Package.open(package.path)
     assert set(old.unproven) == (set(old.points) if made_by == "attach" else set())
     assert old.fingerprint == package.fingerprint
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.bn.running_var.uniform_(2, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return answer
+
+
+@pytest.mark.parametrize("given", ["names", "checkpoint", "torch"])
+def test_a_kernel_with_a_batch_norm_in_it_is_not_replaced(given: str, tmp_path: Path) -> None:
+    """torch.onnx (dynamo) leaves such a kernel its name."""
+    picture = torch.linspace(-1, 1, 216).reshape(2, 3, 6, 6)
+    whole: dict[str, Any] = {"targets": "all", "replaceable": ["conv"]}
+    out, file = tmp_path / "out", _graph(Normalised, tmp_path / "m.onnx", dynamo=True, x=picture)
+    checkpoint = _checkpoint(Normalised, tmp_path / "checkpoint")
+    make: dict[str, Callable[[], Package]] = {
+        "names": lambda: attach(file, out, **whole),
+        "checkpoint": lambda: attach(file, out, checkpoint=checkpoint, **whole),
+        "torch": lambda: export(_made(Normalised), out, example_inputs=(picture,), **whole),
+    }
+    with pytest.raises(ModelError, match="a batch norm is multiplied into its weight"):
+        make[given]()
