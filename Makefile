@@ -46,6 +46,7 @@ format: setup
 bench: setup  ## ratios, measured side by side on this machine; JSON goes to benchmarks/results
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.points
 
 docs: setup  ## rewrite the tables in docs that are made by running things
 	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs
