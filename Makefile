@@ -49,6 +49,7 @@ fuzz: setup  ## mutated files into everything that reads files; a stopped run go
 bench: setup  ## ratios, measured side by side on this machine; JSON goes to benchmarks/results
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.points
 
 docs: setup  ## rewrite the tables in docs that are made by running things
 	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs

@@ -157,6 +157,16 @@ def test_the_ratios_in_the_docs_are_the_measured_ones() -> None:
     assert f"| {results['starting']['fold / plain session']:.2f} |" in page
 
 
+def test_the_costs_of_many_points_are_those_measured() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "points.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    sizes = list(results["CPU seconds"])
+    for name in results["CPU seconds"][sizes[0]]:
+        cells = [results["CPU seconds"][size].get(name) for size in sizes]
+        row = " | ".join("" if cell is None else f"{cell:.2f}" for cell in cells)
+        assert f"| {name} | {row} |" in page, f"{name}: not what was measured"
+
+
 def test_the_decode_table_in_the_docs_is_the_measured_one() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text("utf-8"))
     page = (ROOT / "docs" / "performance.md").read_text("utf-8")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -140,22 +140,23 @@ class Checkpoint:
 
         Raises ModelError: there are none, or they are damaged.
         """
-        shapes: dict[str, tuple[Path, list[int]]] = {}
+        # Kept open: opening reads the header, which names every tensor.
+        shapes: dict[str, tuple[Any, list[int]]] = {}
         for file in _safetensors_files(folder):
             try:
-                with safe_open(str(file), framework="numpy") as opened:
-                    for key in opened.keys():  # noqa: SIM118 - not a mapping
-                        shapes[key] = file, opened.get_slice(key).get_shape()
+                opened: Any = safe_open(str(file), framework="numpy")  # type: ignore[no-untyped-call]
+                for key in opened.keys():  # noqa: SIM118 - not a mapping
+                    shapes[key] = opened, opened.get_slice(key).get_shape()
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"must be a safetensors file: {error}", path=file) from error
         weights: list[_Weight] = []
-        for key, (file, shape) in shapes.items():
+        for key, (opened, shape) in shapes.items():
             if key.endswith(".weight") and len(shape) > 1 and not _is_never_called(key, shapes):
                 module = key.removesuffix(".weight")
                 kind: Kind | None = "conv" if len(shape) > 2 else None
                 bias: Bias = "added" if f"{module}.bias" in shapes else "none"
                 rows = shape[0], math.prod(shape[1:])
-                weights.append(_Weight(module, rows, partial(_read_file, file, key), kind, bias))
+                weights.append(_Weight(module, rows, partial(_read_opened, opened, key), kind, bias))
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights))
 
     @staticmethod
@@ -405,8 +406,7 @@ def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, 
     return values
 
 
-def _read_file(file: Path, key: str, part: tuple[slice, slice]) -> Array:
-    with safe_open(str(file), framework="numpy") as opened:
-        rows: Array = opened.get_slice(key)[part[0]]
+def _read_opened(opened: Any, key: str, part: tuple[slice, slice]) -> Array:
+    rows: Array = opened.get_slice(key)[part[0]]
     values = rows.reshape(len(rows), -1)[:, part[1]]
     return values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
