@@ -538,6 +538,8 @@ def quantize(
 def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -> None:
     """Compare PACKAGE with PyTorch and PEFT: largest difference per output.
 
+    Without --adapter, unproven points that agree are written down as proven.
+
     \b
     Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
     """
@@ -547,7 +549,11 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     tensors = None if adapter is None else _verifiable(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
-    report.show(report.verification_facts(comparisons), as_json=as_json)
+    now = Package.open(package)
+    facts = report.verification_facts(comparisons)
+    if opened.unproven:
+        facts |= {"proven_now": len(opened.unproven) - len(now.unproven), "unproven": report.by_reason(now.unproven)}
+    report.show(facts, as_json=as_json)
 
 
 def _verifiable(path: Path, package: Package) -> Mapping[str, Any]:

@@ -4,7 +4,8 @@ format."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from onnx_lora.errors import InputError
@@ -15,9 +16,15 @@ __all__ = ["check_folder", "copy_file", "leads_out"]
 _DEPTH = 2
 
 
-def check_folder(folder: Path, kind: type[InputError]) -> None:
-    """Raises `kind`: it holds a pipe, a device or a socket, which would not end when a library reads it."""
-    if special := [entry.name for entry in _entries(folder, _DEPTH) if _is_special(entry)]:
+def check_folder(
+    folder: Path, kind: type[InputError], *, depth: int = _DEPTH, patterns: Sequence[str] = ("*",)
+) -> None:
+    """Raises `kind`: it holds a pipe, a device or a socket, which would not end when a library reads it.
+
+    patterns: what will be read of it.
+    """
+    entries = [entry for entry in _entries(folder, depth) if any(fnmatch(entry.name, each) for each in patterns)]
+    if special := [str(entry.relative_to(folder)) for entry in entries if _is_special(entry)]:
         raise kind(
             "must hold files and folders alone; remove what is a pipe, a device or a socket",
             path=folder,

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnx_lora.boundary import public, unread, unwritten
 from onnx_lora.companions import check_folder
-from onnx_lora.errors import PackageError
+from onnx_lora.errors import InputError, PackageError
 from onnx_lora.points import (
     FLOAT_TYPES,
     NIBBLES,
@@ -134,6 +134,8 @@ class Package:
         Raises PackageError: no such folder, no manifest, a manifest that is damaged or of a newer
         version, a file that is missing or too short, or what is no file (a pipe, a device).
         """
+        if not isinstance(allow_unproven, bool):
+            raise InputError(f"allow_unproven must be True or False, and is {allow_unproven!r}")
         folder = Path(path)
         if folder.is_dir():
             check_folder(folder, PackageError)
@@ -169,7 +171,9 @@ class Package:
         points: dict[str, InjectionPoint] = {}
         for point in (point for graph in self.manifest.graphs for point in graph.points):
             known = points.get(point.module, point)
-            points[point.module] = replace(point, per_row=point.per_row and known.per_row)
+            points[point.module] = replace(
+                point, per_row=point.per_row and known.per_row, unproven=known.unproven or point.unproven
+            )
         return points
 
     @cached_property
@@ -179,7 +183,10 @@ class Package:
         for weight in (weight for graph in self.manifest.graphs for weight in graph.replaceable):
             known = weights.get(weight.name, weight)
             free = weight.free_outputs and known.free_outputs
-            weights[weight.name] = replace(weight, per_row=weight.per_row and known.per_row, free_outputs=free)
+            doubt = known.unproven or weight.unproven
+            weights[weight.name] = replace(
+                weight, per_row=weight.per_row and known.per_row, free_outputs=free, unproven=doubt
+            )
         return weights
 
     @property
@@ -194,20 +201,17 @@ class Package:
     @cached_property
     def unproven(self) -> Mapping[str, str]:
         """Modules and parameters of which the graph may compute something else, and why."""
-        doubts: dict[str, str] = {}
-        for graph in self.manifest.graphs:
-            doubts.update((point.module, point.unproven) for point in graph.points if point.unproven)
-            doubts.update((weight.name, weight.unproven) for weight in graph.replaceable if weight.unproven)
-        return doubts
+        doubts = {module: point.unproven for module, point in self.points.items()}
+        doubts |= {name: weight.unproven for name, weight in self.replaceable.items()}
+        return {name: doubt for name, doubt in doubts.items() if doubt}
 
-    def record_proof(self, graphs: Collection[str]) -> Package:
-        """Write down that every point and whole weight of these graphs was proven, and give the package as it is then.
+    def record_proof(self, names: Collection[str]) -> Package:
+        """Write down that these modules and parameters were proven, and give the package as it is then.
 
         Raises StorageError: the manifest cannot be written.
         """
-        proven = tuple(
-            _with_doubts(graph, lambda _: "") if graph.name in graphs else graph for graph in self.manifest.graphs
-        )
+        left = {name: doubt for name, doubt in self.unproven.items() if name not in names}
+        proven = tuple(_with_doubts(graph, lambda name: left.get(name, "")) for graph in self.manifest.graphs)
         manifest = replace(self.manifest, graphs=proven)
         target = self.path / MANIFEST
         try:

@@ -21,6 +21,9 @@ Array = NDArray[Any]
 _NEAREST = 0.5 + 1e-3  # steps
 _OF_FLOAT16 = 2.0**-10  # steps a step
 
+# How far beyond the ends of its range a quantiser lets numbers lie for the sake of the others.
+_CUT = 4.0  # steps
+
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
@@ -107,7 +110,7 @@ def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_
     off = exact - numbers
     allowed = _NEAREST + np.abs(numbers - zeros) * _OF_FLOAT16
     cut = ((numbers <= ends[0]) & (off < 0)) | ((numbers >= ends[1]) & (off > 0))
-    return bool(((np.abs(off) <= allowed) | cut).all())
+    return bool((np.abs(off) <= np.where(cut, _CUT, allowed)).all())
 
 
 def quantise(

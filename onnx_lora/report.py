@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Clock",
     "adapter_facts",
+    "by_reason",
     "coverage_facts",
     "live_texts",
     "package_facts",
@@ -155,7 +156,7 @@ def package_facts(package: Package, *, full: bool = False) -> Facts:
         "without_point": [
             f"{graph.name}: {entry.node}: {entry.reason}" for graph in graphs for entry in graph.unplaced
         ],
-        "unproven": _by_reason(package.unproven),
+        "unproven": by_reason(package.unproven),
         "not_targeted": sorted({module for graph in graphs for module in graph.untargeted}),
         "size": _size(_data_bytes(package)),
         "fingerprint": package.fingerprint,
@@ -167,7 +168,7 @@ def package_facts(package: Package, *, full: bool = False) -> Facts:
     return facts
 
 
-def _by_reason(doubts: Mapping[str, str]) -> dict[str, list[str]]:
+def by_reason(doubts: Mapping[str, str]) -> dict[str, list[str]]:
     """Names by what is said of them."""
     names: dict[str, list[str]] = {}
     for name, reason in doubts.items():

@@ -136,3 +136,11 @@ def test_a_constant_in_a_node_does_not_reach_out_of_the_folder(tmp_path: Path) -
     onnx.save(model, folder / "model.onnx")
     with pytest.raises(ModelError):
         attach(folder, tmp_path / "out")
+
+
+def test_a_pipe_that_concerns_nobody_is_in_nobodys_way(tmp_path: Path) -> None:
+    file = _model(tmp_path / "in") / "model.onnx"
+    (tmp_path / "in" / "others").mkdir()
+    os.mkfifo(tmp_path / "in" / "others" / "config.json")
+    os.mkfifo(tmp_path / "in" / "agent.socket")
+    assert attach(file, tmp_path / "out").points

@@ -22,7 +22,7 @@ _ANYBODYS = frozenset(
 _HASH = re.compile(r"(?=.*\d)[0-9a-f]{7,64}")
 
 # What is put behind a model's name where its weights are the same, in fewer bits or in another file.
-_ROUNDED = re.compile(r"(?:[-_](?:unsloth|bnb|awq|gptq|gguf|mlx|hf|int[48]|[48]bits?|bf16|fp16|fp32)){1,4}$")
+_ROUNDED = re.compile(r"(?:[-_](?:unsloth|bnb|gptq|gguf|mlx|hf|int[48]|[48]bits?|bf16|fp16|fp32)){1,4}$")
 
 _HUB_CACHE = re.compile(r"models--(.{1,200}?)/snapshots/")
 

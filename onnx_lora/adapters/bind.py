@@ -390,7 +390,7 @@ class _Binder:
 
     def check_proven(self) -> None:
         """That the graph computes what the adapter was trained on, wherever it changes something."""
-        doubts = explain_doubts([*self.digests, *self.replaced], self.package)
+        doubts = explain_doubts(dict.fromkeys([*self.digests, *self.replaced]), self.package)
         if self.package.allow_unproven:
             self.notes += doubts
         else:

@@ -21,7 +21,9 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
 
     Raises BindError: points, shapes, types or base weights are others there.
     """
-    if bound.graphs == package.manifest.graphs:
+    doubts = explain_doubts(bound.base_digests, package)
+    refused = [] if package.allow_unproven else [f"{doubt}; {PROVE}" for doubt in doubts]
+    if bound.graphs == package.manifest.graphs and not refused:
         return bound
     shapes = _shapes(package)
     problems = [
@@ -35,11 +37,10 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
         f"{module}: the package has no such module" for module in bound.changes if module not in package.points
     ]
     problems += _pair_problems(bound.tensors, package) + _base_problems(bound, package)
-    if not package.allow_unproven:
-        problems += [f"{doubt}; {PROVE}" for doubt in explain_doubts(bound.base_digests, package)]
+    problems += refused
     if problems:
         raise BindError(
-            f"the adapter {bound.name!r} was bound to another package than {package.name}; bind it to this one",
+            f"the adapter {bound.name!r}, bound before, does not fit the package {package.name}; bind it to this one",
             path=bound.origin.path or None,
             problems=problems,
         )

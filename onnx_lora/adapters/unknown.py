@@ -11,8 +11,8 @@ __all__ = ["PROVE", "explain_doubts", "explain_modules", "explain_parameters"]
 
 # What to do about points that are unproven.
 PROVE = (
-    "compare the package with its checkpoint (`onnx-lora verify PACKAGE --reference CHECKPOINT`), or take the risk "
-    "with allow_unproven=True (--allow-unproven)"
+    "attach the graph as its exporter wrote it, give the checkpoint (--checkpoint), or compare the package with it "
+    "(`onnx-lora verify PACKAGE --reference CHECKPOINT`); or take the risk with allow_unproven=True (--allow-unproven)"
 )
 
 # What tells a batch norm among whole parameters.

@@ -129,7 +129,9 @@ def build(
     settled = settle([graph.sites for graph in graphs])
     exposures = agreeing(
         [
-            find_exposures(graph.model.graph, sites, options.replaceable, prefix=graph.source.prefix)
+            _counted(
+                find_exposures(graph.model.graph, sites, options.replaceable, prefix=graph.source.prefix), graph.source
+            )
             for graph, sites in zip(graphs, settled, strict=True)
         ]
     )
@@ -156,15 +158,34 @@ def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, nam
     own = source.checkpoint or checkpoint
     located, doubt = locate(model.graph, own), ""
     if source.calls is not None:
-        located = located.counted(source.calls)
+        located = located.counted(model.graph, source.calls)
     else:
-        traces = find_traces(model, [linear.product for linear in located.linears])
-        located, doubt = located.doubted(traces, named=own is None), traces.of_others()
+        known = frozenset[str]() if own is None else own.names
+        traces = find_traces(model, [linear.product for linear in located.linears], known)
+        located = located.doubted(model.graph, traces, named=own is None)
+        doubt = traces.of_whole_weights()
     if own is None and names is not None:
         located = _renamed(located, names)
     if source.prefix:
         located = located.under(source.prefix)
     return _Graph(source, model, shapes, Sites.of(located, shapes), doubt)
+
+
+def _counted(exposures: Exposures, source: Source) -> Exposures:
+    """The same without whole weights of modules that torch calls otherwise than once, as the graph shows them: another
+    call of a norm may have become a constant."""
+    if source.calls is None:
+        return exposures
+    found: list[Exposure] = []
+    refused = dict(exposures.refused)
+    for exposure in exposures.found:
+        module = exposure.name.removeprefix(source.prefix).rpartition(".")[0]
+        called = source.calls.counts.get(module, 0)
+        if exposure.site is None and called != 1:
+            refused[exposure.name] = f"torch calls {module} {called} times, and the graph uses the weight once"
+        else:
+            found.append(exposure)
+    return Exposures(tuple(found), refused)
 
 
 def _renamed(located: Located, names: GenaiNames) -> Located:
@@ -211,7 +232,7 @@ def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> Mo
     return ModelError(
         f"{must}, and none could be placed",
         path=graphs[0].source.file,
-        problems=problems[:20] or ["the graph has no such node with a constant weight"],
+        problems=problems or ["the graph has no such node with a constant weight"],
     )
 
 

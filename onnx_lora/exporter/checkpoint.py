@@ -70,11 +70,26 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What torch does with a model's modules in one run: how often it calls each, by name, and which of them compute
-    something else than x · W0 (and a bias)."""
+    """What torch does with a model's modules in one run: how often it calls each, by name.
+
+    `altered`: those that compute something else than x · W0 (and a bias); `overridden`: those that have a forward of
+    their own, altered or not. `shared`: of a module whose weight others of its class have too, all of them.
+    """
 
     counts: Mapping[str, int]
     altered: frozenset[str] = frozenset()
+    overridden: frozenset[str] = frozenset()
+    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def doubt(self, module: str, nodes: Mapping[str, int]) -> str:
+        """Why a graph that has so many nodes for each module computes something else than this one does, or nothing."""
+        if module in self.altered:
+            return f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
+        for name in sorted(self.shared.get(module, {module})):
+            called, found = self.counts.get(name, 0), nodes.get(name, 0)
+            if called != found:
+                return f"torch calls {name} {called} times, and the graph holds it {found} times"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,14 @@ class Checkpoint:
     """Every `.weight` of a model with two axes or more, by its module's torch name, read only when asked for.
 
     `heads` are the output layers that "all-linear" leaves out. None: the checkpoint is only a file,
-    which says neither what is an output layer nor what is linear and what an embedding. `refused`: modules with a
-    weight that must not have LoRA here, and why.
+    which says neither what is an output layer nor what is linear and what an embedding. `names`: of
+    all tensors, where they are known. `refused`: modules with a weight that must not have LoRA here, and why.
     """
 
     weights: tuple[_Weight, ...]
     modules: frozenset[str]
     heads: frozenset[str] | None = None
+    names: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
@@ -123,8 +139,8 @@ class Checkpoint:
             if kind is None:
                 continue
             reason = _refusal(module, kind)
-            if kind == "embedding" and elsewhere[id(module)] > 1:
-                reason = "PEFT wraps an embedding under its first name only: by others it is called without the adapter"
+            if elsewhere[id(module)] > 1:
+                reason = "PEFT wraps a module under its first name only: by others it is called without the adapter"
             if reason is not None:
                 refused[name] = reason
                 continue
@@ -132,7 +148,7 @@ class Checkpoint:
             shape = int(weight.shape[0]), math.prod(weight.shape[1:])
             bias: Bias = "none" if getattr(module, "bias", None) is None else "added"
             weights.append(_Weight(name, shape, partial(_read_tensor, weight), kind, bias))
-        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads, refused)
+        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), heads, refused=refused)
 
     @staticmethod
     def of_folder(folder: Path) -> Checkpoint:
@@ -157,7 +173,8 @@ class Checkpoint:
                 bias: Bias = "added" if f"{module}.bias" in shapes else "none"
                 rows = shape[0], math.prod(shape[1:])
                 weights.append(_Weight(module, rows, partial(_read_opened, opened, key), kind, bias))
-        return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights))
+        modules = frozenset(weight.module for weight in weights)
+        return Checkpoint(tuple(weights), modules, names=frozenset(shapes))
 
     @staticmethod
     def of_package(package: Package) -> Checkpoint:
@@ -363,6 +380,10 @@ def _refusal(module: nn.Module, kind: Kind) -> str | None:
         return "a hook may change what it takes in or gives"
     if "NonDynamicallyQuantizableLinear" in (kind.__name__ for kind in type(module).__mro__):
         return NEVER_CALLED
+    if kind == "conv" and getattr(type(module), "_conv_forward", None) is not vars(_plain_class(module)).get(
+        "_conv_forward"
+    ):
+        return f"{type(module).__name__} convolves in a way of its own"
     if kind == "conv" and getattr(module, "padding_mode", "zeros") != "zeros":
         return f"it pads with {getattr(module, 'padding_mode', '')} values, and PEFT's A beside it with zeros"
     if kind == "embedding" and getattr(module, "max_norm", None) is not None:

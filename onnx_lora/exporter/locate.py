@@ -14,12 +14,10 @@ from onnx_lora.exporter.checkpoint import NEVER_CALLED, Checkpoint, Match, scale
 from onnx_lora.exporter.located import Linear, Located, Stray, label_of, same_weight
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
 from onnx_lora.exporter.scopes import path_of, scopes_around
+from onnx_lora.exporter.traces import RULE_NAME
 from onnx_lora.points import FLOAT_TYPES, Array
 
 __all__ = ["locate"]
-
-# What onnxscript's rewriter, behind torch.onnx (dynamo), says of a node that it made.
-_RULE_NAME = "pkg.onnxscript.rewriter.rule_name"
 
 # A weight that kept its torch name, or what a quantiser made of that.
 _NAMED_WEIGHT = re.compile(r"(?P<module>.+)\.weight(_(Q|quant).*)?")
@@ -126,7 +124,7 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
         if embedding and nameless:
             return None
         fused = product.kind == "conv" and named and not _keeps_name(weight, guess)
-        if fused or "FuseBatchNorm" in node.metadata_props.get(_RULE_NAME, ""):
+        if fused or "FuseBatchNorm" in node.metadata_props.get(RULE_NAME, ""):
             # The node may be called after the norm, and the weight after the module.
             modules = dict.fromkeys([*_possible(guess, None), _NAMED_WEIGHT.sub(r"\g<module>", weight.name or "")])
             return Stray(label_of(node), _FUSED, tuple(modules), other_weight=True)
@@ -235,19 +233,22 @@ def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) 
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:
             # A head tied to the embeddings: the checkpoint has its values under the other name.
-            return [replace(linear, reference=ways[0][0].read)]
+            tied = [replace(linear, reference=ways[0][0].read)]
+            return tied if linear.product.quantised is None else _compared(tied, weight, ways[0])
         if linear.guess in checkpoint.refused:
             return checkpoint.refused[linear.guess]
         if linear.module in checkpoint.modules:
             return f"its weight is not the checkpoint's {linear.module}.weight{_difference(linear, checkpoint)}"
         return "no weight of the checkpoint equals its weight"
+    twins: list[str] = []
     if len(own) > 1:
         named = [way for way in own if _named(linear.guess, way)]
         if len(named) != 1:
             modules = sorted({match.module for way in own for match in way})
-            return f"its weight is that of several modules: {', '.join(modules[:8])}"
+            return f"its weight is that of several modules: {', '.join(modules)}"
+        twins = [match.module for way in own if way is not named[0] for match in way]
         own = named
-    placed = [_placed(linear, match) for match in own[0]]
+    placed = [replace(_placed(linear, match), twins=tuple(twins)) for match in own[0]]
     return placed if linear.product.quantised is None else _compared(placed, weight, own[0])
 
 

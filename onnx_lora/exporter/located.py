@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.checkpoint import Calls
 from onnx_lora.exporter.products import Product, unwrap
-from onnx_lora.exporter.traces import Traces, module_doubt
+from onnx_lora.exporter.traces import Surroundings, Traces
 from onnx_lora.points import Array, Bias
 from onnx_lora.quantised import Scheme
 
@@ -28,7 +28,8 @@ class Linear:
     module was cut up.
     `in_out`: torch keeps the weight `[in, out]`. `reference` reads the checkpoint's weight, as torch
     keeps it, where the checkpoint said which module this is, and `known_bias` whether that module has a bias.
-    `unproven`: why the graph may compute something else here than the module does, or nothing.
+    `twins`: other modules that have the same weight. `unproven`: why the graph may compute something else here than
+    the module does, or nothing.
     """
 
     product: Product
@@ -41,6 +42,7 @@ class Linear:
     in_out: bool = False
     reference: Callable[[], Array] | None = field(default=None, compare=False)
     known_bias: Bias = "unknown"
+    twins: tuple[str, ...] = ()
     unproven: str = ""
 
     @property
@@ -141,31 +143,48 @@ class Located:
         kept = tuple(one for one in self.linears if one.module not in reasons)
         return Located(kept, (*self.strays, *strays))
 
-    def doubted(self, traces: Traces, *, named: bool) -> Located:
-        """The same, unproven where the graph shows traces of an optimiser. `named`: nothing but names told."""
+    def doubted(self, graph: ir.Graph, traces: Traces, *, named: bool) -> Located:
+        """The same, unproven where an optimiser, or the module itself, may compute something else. `named`: nothing but
+        names told."""
+        surroundings = Surroundings.of(graph, [one.product for one in self.linears])
+        placed = {one.module for one in self.linears}
         doubted: list[Linear] = []
         for one in self.linears:
-            doubt = traces.of_calls(one.product) or module_doubt(one.product)
-            if named:
-                doubt = doubt or traces.of_weight(one.product)
+            doubt = traces.of_calls(one.product)
+            # Of two modules that compute the same an exporter makes one.
+            if not doubt and (lost := [twin for twin in one.twins if twin not in placed]):
+                doubt = f"{lost[0]} has the same weight and no node of its own: this one may stand for both"
+            if not doubt and not traces.built:
+                doubt = surroundings.doubt(one.product)
+            if not doubt and surroundings.in_parent(one.product, one.module):
+                doubt = _IN_PARENT
+            if not doubt and named:
+                doubt = traces.of_weight(one.product)
             doubted.append(replace(one, unproven=one.unproven or doubt))
         return replace(self, linears=tuple(doubted))
 
-    def counted(self, calls: Calls) -> Located:
+    def counted(self, graph: ir.Graph, calls: Calls) -> Located:
         """The same without the modules that torch calls more or less often than the graph does, or that are no x · W0.
 
         Fewer nodes: a call has become a constant. More: something else computes with the weight, and would take the
         adapter along that PEFT leaves out there.
         """
+        surroundings = Surroundings.of(graph, [one.product for one in self.linears])
         nodes = Counter(one.module for one in self.linears if one.first == 0)
         reasons: dict[str, str] = {}
-        for module, count in nodes.items():
-            called = calls.counts.get(module, 0)
-            if module in calls.altered:
-                reasons[module] = f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
-            elif count != called:
-                reasons[module] = f"torch calls {module} {called} times, and the graph holds it {count} times"
+        for one in self.linears:
+            reason = calls.doubt(one.module, nodes)
+            if not reason and one.module in calls.overridden:
+                reason = surroundings.beside(one.product)
+            if not reason and surroundings.in_parent(one.product, one.module):
+                reason = _IN_PARENT
+            if reason:
+                reasons[one.module] = reason
         return self.without(reasons, other_weight=True)
+
+
+# Why a product is no call of the module whose weight it multiplies with.
+_IN_PARENT = "the module around it computes with its weight, and PEFT's delta is beside the module alone"
 
 
 def label_of(node: ir.Node) -> str:

@@ -218,7 +218,7 @@ def _restore(built: Package, source: Package) -> None:
         lost += [weight.name for weight in old.replaceable if weight.name not in weights]
         if lost:
             raise ModelError(
-                f"every point must stay, and {', '.join(lost[:8])} cannot be found in the quantised graph",
+                f"every point must stay, and {', '.join(lost)} cannot be found in the quantised graph",
                 path=source.path,
                 problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
             )
@@ -226,7 +226,12 @@ def _restore(built: Package, source: Package) -> None:
             replace(
                 new,
                 points=tuple(
-                    replace(points[point.module], sha256=point.sha256, unproven=point.unproven) for point in old.points
+                    replace(
+                        points[point.module],
+                        sha256=point.sha256,
+                        unproven=point.unproven or points[point.module].unproven,
+                    )
+                    for point in old.points
                 ),
                 replaceable=tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable),
                 untargeted=old.untargeted,

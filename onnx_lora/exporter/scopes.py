@@ -7,7 +7,7 @@ import re
 
 import onnx_ir as ir
 
-__all__ = ["classes_around", "path_of", "scopes_around"]
+__all__ = ["classes_around", "module_around", "path_of", "scopes_around"]
 
 # torch.onnx (dynamo) writes the module path of every node here, and the classes of the modules.
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -26,6 +26,12 @@ def scopes_around(node: ir.Node) -> list[str]:
 def classes_around(node: ir.Node) -> list[str]:
     """The classes of those modules, and the function behind the call; or none."""
     return _listed(node, _CLASSES)
+
+
+def module_around(node: ir.Node) -> str | None:
+    """The module that a node is computed in, by what its exporter wrote; "" is the model itself, None is unknown."""
+    scopes = scopes_around(node)
+    return scopes[-2] if len(scopes) > 1 else path_of(node)
 
 
 def path_of(node: ir.Node) -> str | None:

@@ -8,16 +8,21 @@ exports show none of this."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.exporter.products import Product
-from onnx_lora.exporter.scopes import classes_around, path_of, scopes_around
+from onnx_lora.exporter.products import Product, unwrap
+from onnx_lora.exporter.scopes import classes_around, module_around, scopes_around
 from onnx_lora.points import Array, Kind
 
-__all__ = ["Traces", "find_traces", "module_doubt"]
+__all__ = ["RULE_NAME", "Surroundings", "Traces", "find_traces"]
+
+# What onnxscript's rewriter, behind torch.onnx (dynamo), says of a node that it made.
+RULE_NAME = "pkg.onnxscript.rewriter.rule_name"
 
 # The domains that ONNX Runtime declares in a graph it saves, whatever is in it; no exporter declares them.
 _SAVED_BY_ORT = frozenset(["com.microsoft.nchwc", "ai.onnx.preview.training", "com.microsoft.experimental"])
@@ -35,10 +40,14 @@ _ONNXSIM = "onnxsim."
 _FOLDED_NODE = re.compile(r"(.*/)?(?P<kind>[A-Za-z]+)(_\d+)?_output_\d+")
 
 # What ONNX Runtime calls a weight into which it multiplied a batch norm or a scale.
-_FUSED = re.compile(r".*Fusion_.+")
+_FUSED_NAME = re.compile(r".*Fusion_.+")
 
 # torch.onnx (dynamo) calls nodes after the calls of torch's functions, counted from 0: `linear`, `linear_1`, ...
 _CALL = re.compile(r"(?P<function>linear|addmm|mm|conv[123]d|convolution|embedding)(_(?P<count>\d+))?")
+
+# How dynamo names nodes, and what it writes down of every parameter.
+_DYNAMO_NODE = "node_"
+_INPUT_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 # The classes that compute x · W0 and no more, as dynamo writes them down. PEFT knows of the scale that the last ones
 # multiply in.
@@ -46,13 +55,20 @@ _PLAIN_CLASS = re.compile(
     r"torch\.nn\.modules\..+|transformers\..+\.(Conv1D|FalconLinear|\w+DepthwiseConv2d|\w+ScaledWordEmbedding)"
 )
 
-# What a module that computes x · W0 and no more may hold beside the product, by TorchScript's names.
-_PLAIN_NODES = frozenset(
+# What may stand beside the product in a module that computes x · W0 and no more.
+_HARMLESS = frozenset(
     [
-        *("Add", "Cast", "Identity", "Reshape", "Shape", "Squeeze", "Transpose", "Unsqueeze"),
+        *("Cast", "Constant", "Identity", "Reshape", "Shape", "Squeeze", "Transpose", "Unsqueeze"),
         *("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"),
     ]
 )
+
+# What begins arithmetic of shapes, what it is made of, and how many nodes it has at most.
+_OF_SHAPES = frozenset(["Constant", "ConstantOfShape", "Shape"])
+_ON_SHAPES = frozenset(["Cast", "Concat", "Gather", "Mul", "ReduceProd", "Slice", "Squeeze", "Unsqueeze"])
+_LONGEST = 32
+
+_BEHIND = "and PEFT adds its delta behind all of that"
 
 _QUANTISED = (
     "the graph is quantised, and quantisers may move a scale of a weight's inputs into the layer before it (AWQ, "
@@ -61,18 +77,21 @@ _QUANTISED = (
 
 _KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv")
 
+# Rows of a constant that are looked for in a table.
+_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Traces:
     """What may be otherwise than the modules say; empty where nothing shows it.
 
     `rewritten`: who may have put other weights into the graph. `folded`: by kind, what may stand for calls of modules
-    that are not there any more; `lookups`: constants that are known to be rows of some embedding.
+    that are not there any more. `constants`: what may be rows of some embedding.
     """
 
     rewritten: str = ""
     folded: Mapping[Kind, str] = field(default_factory=dict)
-    lookups: tuple[ir.Value, ...] = ()
+    constants: tuple[ir.Value, ...] = ()
     built: bool = False  # by a builder that rounds weights to nearest, and does nothing else to them
     quantised: bool = False
 
@@ -80,66 +99,123 @@ class Traces:
         """Why calls of the module behind a product may be gone, or nothing."""
         if product.kind in self.folded:
             return self.folded[product.kind]
-        if product.kind == "embedding" and product.quantised is None:
-            for value in self.lookups:
-                if _has_rows_of(value, product.values()):
-                    return f"the constant {value.name} is what a call of it gave"
+        if product.kind != "embedding" or self.built:
+            return ""
+        for value in self.constants:
+            if _width(value) != product.outputs:
+                continue
+            # The rows of a quantised table are not those that were looked up before.
+            if product.quantised is not None or _has_rows_of(value, product.values()):
+                return f"the constant {value.name} may be what a call of it gave"
         return ""
 
-    def of_others(self) -> str:
-        """Why a weight that is no product's (a norm's, say) may be another than the model's, or nothing."""
-        quantised = _QUANTISED if self.quantised and not self.built else ""
-        return self.rewritten or next(iter(self.folded.values()), quantised)
+    def of_whole_weights(self) -> str:
+        """Why a weight that no product multiplies with (a norm's, say) may be another than the model's, or nothing."""
+        if self.rewritten or self.built:
+            return self.rewritten
+        if table := next((value.name for value in self.constants if _axes(value) > 1), None):
+            return f"the constant {table} may stand for another use of it"
+        return next(iter(self.folded.values()), _QUANTISED if self.quantised else "")
 
     def of_weight(self, product: Product) -> str:
         """Why a product's weight may be another than its module's, where nothing but names tell; or nothing."""
         if self.rewritten:
             return self.rewritten
         name = product.weight.value.name or ""
-        folded = _FOLDED_NODE.fullmatch(name)
         # onnxslim names what it multiplies in after the node's output.
         slimmed = name and name == f"{product.node.outputs[0].name}_weight"
-        if slimmed or _FUSED.fullmatch(name) or (folded is not None and folded["kind"] != "Constant"):
+        if slimmed or _FUSED_NAME.fullmatch(name) or _folded_node(product.weight.value) is not None:
             return f"its weight {name} was computed by an optimiser"
         # What is looked up has no inputs to scale.
         scaled = product.quantised is not None and product.kind != "embedding" and not self.built
         return _QUANTISED if scaled else ""
 
 
-def module_doubt(product: Product) -> str:
-    """Why the module around a product may compute more than x · W0, by what exporters write down of it; or nothing."""
-    classes = classes_around(product.node)
-    if len(classes) > 2 and not _PLAIN_CLASS.fullmatch(classes[-2]):
-        return f"its class {classes[-2]} may compute more than x · W0, {_BEHIND}"
-    path = path_of(product.node)
-    # Of embeddings a scale is known to PEFT.
-    if path is None or product.kind == "embedding":
+@dataclass(frozen=True)
+class Surroundings:
+    """The nodes of a graph by the module that they are computed in, where exporters write that down."""
+
+    nodes: Mapping[str, Sequence[ir.Node]]
+    products: frozenset[ir.Node]
+    outputs: frozenset[ir.Value]
+
+    @staticmethod
+    def of(graph: ir.Graph, products: Sequence[Product]) -> Surroundings:
+        nodes: dict[str, list[ir.Node]] = {}
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            if module := module_around(node):
+                nodes.setdefault(module, []).append(node)
+        outputs = frozenset(product.output for product in products)
+        return Surroundings(nodes, frozenset(product.node for product in products), outputs)
+
+    def doubt(self, product: Product) -> str:
+        """Why the module around a product may compute more than x · W0, or nothing."""
+        classes = classes_around(product.node)
+        if len(classes) > 2 and not _PLAIN_CLASS.fullmatch(classes[-2]):
+            return f"its class {classes[-2]} may compute more than x · W0, {_BEHIND}"
+        return self.beside(product)
+
+    def beside(self, product: Product) -> str:
+        """What else the module around a product computes, or nothing. Of embeddings PEFT knows of a scale."""
+        module = module_around(product.node)
+        if not module or product.kind == "embedding":
+            return ""
+        for node in self.nodes.get(module, ()):
+            if not self._is_harmless(node):
+                return f"its module computes a {node.op_type} ({node.name}) beside x · W0, {_BEHIND}"
         return ""
-    for node in _neighbours(product):
-        if path_of(node) == path and node.op_type not in _PLAIN_NODES:
-            return f"its module computes a {node.op_type} ({node.name}) beside x · W0, {_BEHIND}"
-    return ""
+
+    def in_parent(self, product: Product, module: str) -> bool:
+        """Whether a product with a module's weight is computed by a module around that one, which PEFT leaves out."""
+        around = module_around(product.node)
+        return bool(around) and module.startswith(f"{around}.")
+
+    def _is_harmless(self, node: ir.Node) -> bool:
+        if node in self.products or node.op_type in _HARMLESS or _is_of_shapes(node):
+            return True
+        # A bias, behind the product.
+        others = [value for value in node.inputs if value is not None and value not in self.outputs]
+        return node.op_type == "Add" and len(others) == 1 and _is_constant(others[0])
 
 
-_BEHIND = "and PEFT adds its delta behind all of that"
+def _is_of_shapes(node: ir.Node) -> bool:
+    """Whether a node computes with shapes alone: what leads to it begins with Shape, and is short."""
+    waiting, seen = [node], set[ir.Node]()
+    while waiting:
+        one = waiting.pop()
+        if one.op_type in _OF_SHAPES or one in seen:
+            continue
+        seen.add(one)
+        makers = [value.producer() for value in one.inputs if value is not None and not _is_constant(value)]
+        if one.op_type not in _ON_SHAPES or None in makers or len(seen) > _LONGEST:
+            return False
+        waiting += [maker for maker in makers if maker is not None]
+    return True
 
 
-def _neighbours(product: Product) -> Iterator[ir.Node]:
-    """The nodes before and behind a product and its bias."""
-    maker = product.source.producer()
-    if maker is not None:
-        yield maker
-    for use in product.output.uses():
-        yield use.node
-        if use.node.op_type == "Add":
-            yield from (behind.node for behind in use.node.outputs[0].uses())
+def _is_constant(value: ir.Value) -> bool:
+    """Whether it is an initializer, as it is or cast or turned, or a Constant's."""
+    maker = value.producer()
+    return unwrap(value)[0] is not None or (maker is not None and maker.op_type == "Constant")
 
 
-def find_traces(model: ir.Model, products: Sequence[Product]) -> Traces:
-    """Read a graph as its exporter, or whoever came after, left it; `products`: those that are modules'."""
+def find_traces(model: ir.Model, products: Sequence[Product], known: Collection[str]) -> Traces:
+    """Read a graph as its exporter, or whoever came after, left it.
+
+    products: those that are modules'. known: names that parameters have for certain.
+    """
     who = _rewriter(model)
-    folded, lookups = _folded(model.graph, products, saved_by_ort=bool(who))
+    weights = {operand.value for product in products if _is_own(product) for operand in product.operands}
+    constants = [
+        value
+        for value in model.graph.initializers.values()
+        if _may_be_a_result(value) and value not in weights and value.name not in known
+    ]
+    folded: dict[Kind, str] = {}
+    for kind, reason in (*_named_results(model.graph, constants, saved_by_ort=bool(who)), *_missing_calls(model.graph)):
+        folded.setdefault(kind, reason)
     quantised = any(product.quantised is not None and product.kind != "embedding" for product in products)
+    lookups = tuple(value for value in constants if not _is_called_parameter(value))
     return Traces(who, folded, lookups, model.producer_name in _BUILDERS, quantised)
 
 
@@ -153,85 +229,97 @@ def _rewriter(model: ir.Model) -> str:
     return ""
 
 
-def _folded(
-    graph: ir.Graph, products: Sequence[Product], *, saved_by_ort: bool
-) -> tuple[dict[Kind, str], tuple[ir.Value, ...]]:
-    """By kind, the first constant that may stand for a call of a module; and constants that are looked-up rows."""
-    weights = {operand.value for product in products if _is_own(product) for operand in product.operands}
-    constants = [value for value in graph.initializers.values() if _may_be_a_result(value) and value not in weights]
-    found: dict[Kind, str] = {}
-    lookups: list[ir.Value] = []
+def _named_results(graph: ir.Graph, constants: Sequence[ir.Value], *, saved_by_ort: bool) -> Iterator[tuple[Kind, str]]:
+    """Constants whose name says that they stand for a call of a module, or may."""
+    by_dynamo = any((node.name or "").startswith(_DYNAMO_NODE) for node in graph)
     for value in constants:
-        name = value.name or ""
-        node, call = _FOLDED_NODE.fullmatch(name), _CALL.fullmatch(name)
-        table = saved_by_ort and _axes(value) > 1 and not _is_parameter(value)
-        reason = f"the constant {name} may stand for a call of a module"
-        if call is not None and _kind_of(call["function"]) == "embedding":
-            lookups.append(value)
-        elif call is not None:
-            found.setdefault(_kind_of(call["function"]), reason)
-        elif table or (node is not None and node["kind"] != "Constant"):
-            for kind in _KINDS:
-                found.setdefault(kind, reason)
-    for kind, missing in _missing_calls(graph, {value.name or "" for value in lookups}):
-        found.setdefault(kind, f"torch.onnx counted a call {missing} that is not in the graph")
-    return found, tuple(lookups)
+        reason = f"the constant {value.name} may stand for a call of a module"
+        call = _CALL.fullmatch(value.name or "") if by_dynamo and _INPUT_KIND not in value.metadata_props else None
+        table = saved_by_ort and _axes(value) > 1 and not _is_called_parameter(value, anonymous=True)
+        if call is not None:
+            # What a lookup gave is known by its rows.
+            if _kind_of_call(call["function"]) != "embedding":
+                yield _kind_of_call(call["function"]), reason
+        elif table or _folded_node(value) is not None:
+            yield from ((kind, reason) for kind in _KINDS)
+
+
+def _missing_calls(graph: ir.Graph) -> Iterator[tuple[Kind, str]]:
+    """The numbers that are left out where dynamo counted the calls of torch's functions: more of them than calls that
+    it fused with a norm. What a lookup gave keeps its name."""
+    counts: dict[str, set[int]] = {}
+    fused: Counter[Kind] = Counter()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        if "FuseBatchNorm" in node.metadata_props.get(RULE_NAME, ""):
+            fused["conv" if node.op_type.startswith("Conv") else "linear"] += 1
+        for name in _call_names(node):
+            if match := _CALL.fullmatch(name):
+                counts.setdefault(match["function"], set()).add(int(match["count"] or 0))
+    for name in graph.initializers:
+        if (match := _CALL.fullmatch(name)) and match["function"] == "embedding":
+            counts.setdefault("embedding", set()).add(int(match["count"] or 0))
+    for function, seen in counts.items():
+        kind = _kind_of_call(function)
+        missing = [count for count in range(max(seen)) if count not in seen]
+        if len(missing) > fused[kind]:
+            name = f"{function}_{missing[-1]}" if missing[-1] else function
+            yield kind, f"torch.onnx counted a call {name} that is not in the graph"
 
 
 def _is_own(product: Product) -> bool:
     """Whether a product's weight is its module's, maybe turned; not what an optimiser computed elsewhere."""
-    folded = _FOLDED_NODE.fullmatch(product.weight.value.name or "")
-    if folded is None:
-        return True
-    scope = (folded[1] or "").rstrip("/")
-    return scope != "" and scope == (product.node.name or "").rpartition("/")[0]
+    if not module_around(product.node) and not _is_called_parameter(product.weight.value):
+        return False
+    folded = _folded_node(product.weight.value)
+    return folded is None or (folded != "" and folded == (product.node.name or "").rpartition("/")[0])
 
 
-def _missing_calls(graph: ir.Graph, known: Collection[str]) -> Iterator[tuple[Kind, str]]:
-    """The numbers that are left out where dynamo counted the calls of torch's functions; `known` are not missing."""
-    counts: dict[str, set[int]] = {}
-    names = list(known)
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        names += _call_names(node)
-    for name in names:
-        if match := _CALL.fullmatch(name):
-            counts.setdefault(match["function"], set()).add(int(match["count"] or 0))
-    for function, seen in counts.items():
-        for count in range(max(seen)):
-            if count not in seen:
-                yield _kind_of(function), f"{function}_{count}" if count else function
+def _folded_node(value: ir.Value) -> str | None:
+    """Where the node stood in whose place a constant is, or None: it is in no node's place."""
+    match = _FOLDED_NODE.fullmatch(value.name or "")
+    return None if match is None or match["kind"] == "Constant" else (match[1] or "").rstrip("/")
 
 
-def _kind_of(function: str) -> Kind:
+def _kind_of_call(function: str) -> Kind:
     if function == "embedding":
         return "embedding"
     return "conv" if function.startswith("conv") else "linear"
 
 
 def _has_rows_of(value: ir.Value, table: Array) -> bool:
-    """Whether the first row of a constant is one of a table `[entries, features]`."""
-    if value.const_value is None or value.shape is None or int(value.shape.numpy()[-1]) != table.shape[1]:
-        return False
-    first = value.const_value.numpy().reshape(-1, table.shape[1])[:1]
-    return bool((table == first).all(axis=1).any())
+    """Whether some of a constant's rows that are not zero are rows of a table `[entries, features]`."""
+    assert value.const_value is not None  # it is an initializer
+    rows = value.const_value.numpy().reshape(-1, table.shape[1])
+    rows = rows[rows.any(axis=1)][:_ROWS]
+    for row in rows:
+        alike = np.flatnonzero(table[:, 0] == row[0])
+        if (table[alike] == row).all(axis=1).any():
+            return True
+    return False
 
 
 def _call_names(node: ir.Node) -> list[str]:
     """What dynamo calls the call behind a node: the last of its scopes, which other tools drop, and the node itself."""
-    own = (node.name or "").removeprefix("node_") if (node.name or "").startswith("node_") else ""
+    name = node.name or ""
+    own = name.removeprefix(_DYNAMO_NODE) if name.startswith(_DYNAMO_NODE) else ""
     return [name for name in (*scopes_around(node)[-1:], own) if name]
 
 
 def _may_be_a_result(value: ir.Value) -> bool:
     """Whether a constant may be what a module computed: floats, and more than one."""
-    floats = value.dtype is not None and value.dtype.is_floating_point()
+    floats = value.dtype is not None and value.dtype.is_floating_point() and value.const_value is not None
     return floats and value.shape is not None and value.shape.is_static() and _size(value) > 1
 
 
-def _is_parameter(value: ir.Value) -> bool:
-    """By how exporters call parameters, and what quantisers and fusions make of their names."""
+def _is_called_parameter(value: ir.Value, *, anonymous: bool = False) -> bool:
+    """Whether a constant is called as exporters call parameters; `anonymous`: those of TorchScript's too, which may be
+    anything that it computed."""
     name = value.name or ""
-    return name.startswith("onnx::") or "." in name
+    return ("." in name and "/" not in name) or (anonymous and name.startswith("onnx::"))
+
+
+def _width(value: ir.Value) -> int:
+    return 0 if value.shape is None or not _axes(value) else int(value.shape.numpy()[-1])
 
 
 def _size(value: ir.Value) -> int:

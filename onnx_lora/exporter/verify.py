@@ -21,9 +21,14 @@ import numpy as np
 from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
+from onnx_lora.exporter.checkpoint import Calls, Checkpoint
 from onnx_lora.exporter.frontends import diffusion, genai, optimum
+from onnx_lora.exporter.frontends.calls import count_calls
+from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.source import Reference
 from onnx_lora.exporter.frontends.torch_module import reference
+from onnx_lora.exporter.load import load
+from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.oracle import adopt_quantised, in_floats
 from onnx_lora.exporter.trial import open_graph, run_graph
 from onnx_lora.package import Package
@@ -46,6 +51,9 @@ _ALLOWED_INT8 = 0.25
 
 # Outputs smaller than this are compared as if they were this large.
 _SMALL = 1e-2
+
+# What Optimum puts behind a task whose graphs have a cache.
+_WITH_PAST = "-with-past"
 
 # An adapter was seen to work when it moves some output this many times further than rounding does.
 _SEEN = 100
@@ -87,8 +95,8 @@ def verify(
 ) -> list[Comparison]:
     """Compare a package with the checkpoint it was made from, in PyTorch.
 
-    Where all of it was tried (no `adapter` is given) and it agrees, its unproven points are proven, and the manifest
-    is written anew to say so.
+    Where random adapters are tried (no `adapter` is given) and agree, the unproven points and whole weights that they
+    reach are proven, and the manifest is written anew to say so.
 
     adapter: a PEFT folder that PEFT loads into the model; `tensors` is the same adapter, bound to the
         package. Without them random adapters are tried.
@@ -106,11 +114,14 @@ def verify(
         model = diffusion.load_pipeline(checkpoint, task=task, precision=precision)
     else:
         model, task = optimum.load_model(checkpoint, task=source.get("task"), precision=precision)
+        if "task" not in source and task.endswith(_WITH_PAST) and not _has_cache(package):
+            task = task.removesuffix(_WITH_PAST)
+            optimum.without_cache(model)
     if adapter is None:
-        comparisons = verify_module(package, model, task, None)
-        seen = {entry.graph for entry in comparisons if entry.case == "adapter" and _is_seen(entry)}
-        if package.unproven and seen:
-            package.record_proof(seen)
+        comparisons, tried = _try_all(package, model, task, None)
+        if package.unproven:
+            _check_calls(package, model, task)
+            package.record_proof(tried & set(package.unproven))
         return comparisons
     with _peft_errors():
         import peft
@@ -135,6 +146,14 @@ def verify_module(package: Package, model: nn.Module, task: str | None, example_
 
     Raises VerificationError: they differ by more than rounding.
     """
+    return _try_all(package, model, task, example_inputs)[0]
+
+
+def _try_all(
+    package: Package, model: nn.Module, task: str | None, example_inputs: Any
+) -> tuple[list[Comparison], frozenset[str]]:
+    """The comparisons, and the modules and parameters that were changed and seen to move an output of every graph that
+    has them."""
     adopt_quantised(package, model)
     cases = _cases(package, model, task, example_inputs)
     comparisons: list[Comparison] = []
@@ -143,16 +162,62 @@ def verify_module(package: Package, model: nn.Module, task: str | None, example_
         bases.append(_run(package, case, {}))
         comparisons += _compare(package, case, "base", bases[-1])
         comparisons += _compare_int8(package, case, bases[-1])
+    tried: list[str] = []
     with _random_weights(package, model) as tensors:
-        for case in cases if tensors else ():
-            comparisons += _compare(package, case, "replaced", _run(package, case, tensors))
-    if not package.points:
-        return _judged(package, comparisons)
-    with _random_adapter(package, model) as tensors:
-        for case, base in zip(cases, bases, strict=True):
-            comparisons += _compare(package, case, "adapter", _run(package, case, tensors), base)
-            comparisons += _compare_rows(package, case, tensors, base)
-    return _judged(package, comparisons)
+        tried += tensors
+        for case, base in zip(cases, bases, strict=True) if tensors else ():
+            comparisons += _compare(package, case, "replaced", _run(package, case, tensors), base)
+    if package.points:
+        with _random_adapter(package, model) as tensors:
+            tried += [module for module, point in package.points.items() if point.lora_a in tensors]
+            for case, base in zip(cases, bases, strict=True):
+                comparisons += _compare(package, case, "adapter", _run(package, case, tensors), base)
+                comparisons += _compare_rows(package, case, tensors, base)
+    _judged(package, comparisons)
+    blind = set[str]()
+    for graph in package.manifest.graphs:
+        cases_seen = {entry.case for entry in comparisons if entry.graph == graph.name and _is_seen(entry)}
+        if "adapter" not in cases_seen:
+            blind.update(point.module for point in graph.points)
+        if "replaced" not in cases_seen:
+            blind.update(weight.name for weight in graph.replaceable)
+    return comparisons, frozenset(tried) - blind
+
+
+def _has_cache(package: Package) -> bool:
+    """Whether a graph takes what an earlier call computed."""
+    files = [package.path / graph.file for graph in package.manifest.graphs]
+    return any(value.name.startswith("past_key_values") for file in files for value in open_graph(file).get_inputs())
+
+
+def _check_calls(package: Package, model: nn.Module, task: str | None) -> None:
+    """That the graphs of an unproven package compute each module as often as PyTorch calls it. Numbers alone may agree
+    by the smallness of what is missing.
+
+    Raises VerificationError: one is computed more or less often, or something else computes with its weight.
+    """
+    checkpoint = Checkpoint.of_module(model, heads=heads_of(model))
+    calls = count_calls(model, {case.graph: case.answer for case in _cases(package, model, task, None)})
+    problems: list[str] = []
+    for info in package.manifest.graphs:
+        graph = load(package.path / info.base_file).graph
+        counted = locate(graph, checkpoint).counted(graph, calls.get(info.name, Calls({})))
+        found = {one.module for one in counted.linears}
+        reasons = {module: stray.reason for stray in counted.strays for module in stray.modules}
+        for module in (point.module for point in info.points if point.unproven):
+            if module not in found and module in reasons:
+                problems.append(f"graph {info.name}, {module}: {reasons[module]}")
+        for weight in info.replaceable:
+            called = calls.get(info.name, Calls({})).counts.get(weight.module, 0)
+            if weight.unproven and not weight.of_linear and called != 1:
+                problems.append(f"graph {info.name}, {weight.name}: torch calls {weight.module} {called} times")
+    if problems:
+        raise VerificationError(
+            "gives the model's numbers on what was tried, and must compute every module where PyTorch does, which it "
+            "does not: attach the graph as its exporter wrote it",
+            path=package.path,
+            problems=problems,
+        )
 
 
 def _cases(package: Package, model: Any, task: str | None, example_inputs: Any) -> list[Reference]:

@@ -42,13 +42,13 @@ def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None, 
     raise SelectionError(f"an adapter must be a path, an Adapter or a BoundAdapter, and is a {type(adapter).__name__}")
 
 
-def mixed(adapter: AnyAdapter | Mixture, package: Package) -> BoundAdapter:
-    """One adapter, or several blended into one.
+def mixed(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = False) -> BoundAdapter:
+    """One adapter, or several blended into one. `strict` as in `bind`.
 
     Raises AdapterError: one cannot be read, or does not fit. SelectionError: they cannot be blended.
     """
     if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
-        return as_bound(adapter, package)
+        return as_bound(adapter, package, strict=strict)
     pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
     if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
         raise SelectionError(
@@ -57,4 +57,4 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package) -> BoundAdapter:
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    return blended([(as_bound(part, package), weight) for part, weight in pairs], name="blend")
+    return blended([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")

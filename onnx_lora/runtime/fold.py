@@ -45,6 +45,7 @@ def fold(
     provider_options: Sequence[dict[Any, Any]] | None = None,
     sess_options: Any = None,
     requantize: Requantize | None = None,
+    strict: bool = False,
     allow_unproven: bool = False,
     progress: Progress | None = None,
 ) -> Any:
@@ -52,15 +53,16 @@ def fold(
 
     `adapter`: a path, an Adapter or a BoundAdapter; or several with weights, as a mapping or as
     `(adapter, weight)` pairs. `sess_options` is copied, and may be used again; custom operators
-    registered with it do not come along. `requantize`: leave to fold into quantised weights. `allow_unproven`: take
-    points at which the graph may compute something else than the module.
+    registered with it do not come along. `requantize`: leave to fold into quantised weights. `strict`: refuse
+    adapters that name another base. `allow_unproven`: take points at which the graph may compute something else than
+    the module.
 
     Raises AdapterError: it cannot be read, or does not fit. SelectionError: the blend cannot be had.
     PackageError: the package is broken, or has no such graph.
     """
     whole = opened(package).allowing_unproven(allow_unproven)
     info = whole.graph(graph)
-    values = _folded(info, mixed(adapter, whole), whole, requantize, progress or (lambda *_: None))
+    values = _folded(info, mixed(adapter, whole, strict=strict), whole, requantize, progress or (lambda *_: None))
     options = own_options(sess_options)
     if values:
         kept = CPU.values(values)

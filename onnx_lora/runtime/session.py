@@ -11,6 +11,7 @@ from typing import Any
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.model import refuse_fold_only
+from onnx_lora.adapters.unknown import explain_doubts
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.package import GraphInfo, Package
@@ -115,6 +116,8 @@ class AdapterSession:
         bound = as_bound(adapter, self._package.allowing_unproven(allow_unproven), name=name, strict=strict)
         if problem := base_problem(bound.origin.base_model, self._package):
             logger.warning("adapter %r: %s", name, problem)
+        for doubt in explain_doubts(bound.base_digests, self._package):
+            logger.warning("adapter %r: %s", name, doubt)
         refuse_fold_only(bound, bound.coverage.fold_only)
         self._store.add(name, bound)
         return bound

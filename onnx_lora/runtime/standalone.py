@@ -69,6 +69,7 @@ def fold_to(
     *,
     graph: str | None = None,
     requantize: Requantize | None = None,
+    strict: bool = False,
     allow_unproven: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -76,7 +77,7 @@ def fold_to(
 
     One graph becomes `model.onnx`; a package with several keeps their names. The weights lie in
     `model.onnx.data`, and the package's other files (tokenizer, configs) come along. `adapter`,
-    `requantize` and `allow_unproven` as for `fold`.
+    `requantize`, `strict` and `allow_unproven` as for `fold`.
 
     Raises AdapterError, SelectionError, PackageError: as `fold`. OutputExistsError: `out` exists.
     StorageError: it cannot be written. MissingDependencyError: no `onnx`.
@@ -85,7 +86,7 @@ def fold_to(
     if whole.path.resolve() in Path(out).resolve().parents:
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
-    bound = mixed(adapter, whole)
+    bound = mixed(adapter, whole, strict=strict)
     plans = [(info, {name: edit for edit in edits(info, bound) for name in edit.tensors}) for info in infos]
     step = _stepper(progress, sum(len(plan) for _, plan in plans))
     with staged(out) as folder:

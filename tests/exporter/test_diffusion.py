@@ -267,7 +267,7 @@ def test_a_constant_in_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> Non
         onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)]),
         tmp_path / "model" / "model.onnx",
     )
-    with pytest.raises(ModelError, match="the constant of /Constant cannot be read"):
+    with pytest.raises(ModelError, match="was cut off"):
         attach(tmp_path / "model" / "model.onnx", tmp_path / "out")
     (tmp_path / "model" / "data").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     package = attach(tmp_path / "model" / "model.onnx", tmp_path / "out")

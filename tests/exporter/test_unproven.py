@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from onnx_lora import AdapterSession, Package, fold
+from onnx_lora import AdapterSession, Package, bind, fold, read_adapter
 from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.verify import verify
@@ -125,7 +126,7 @@ def _optimised(file: Path, level: str = "ORT_ENABLE_BASIC") -> Path:
 
 def _checkpoint(net: Net, folder: Path) -> Path:
     folder.mkdir()
-    save_file({key: value.contiguous() for key, value in _made(net).state_dict().items()}, folder / "model.safetensors")
+    save_file({key: value.clone() for key, value in _made(net).state_dict().items()}, folder / "model.safetensors")
     return folder
 
 
@@ -187,7 +188,52 @@ def test_a_checkpoint_proves_the_weights_of_an_optimised_graph(tmp_path: Path) -
     assert not attach(file, tmp_path / "proven", checkpoint=_checkpoint(Plain, tmp_path / "checkpoint")).unproven
 
 
-@pytest.mark.parametrize("net", [CalledTwice, UsedByAFunction, OfASubclass])
+class Clamped(nn.Linear):
+    """The same as Linear on small inputs, which one example does not tell."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).clamp(-30, 30)
+
+
+class OfClamped(OfASubclass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = Clamped(6, 6)
+
+
+class Twins(nn.Module):
+    """Two modules with one weight on one input, of which exporters make one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.other, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.other.weight, self.other.bias = self.q.weight, self.q.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.q(x)) + torch.sigmoid(self.other(x)))
+        return answer
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+
+class UsedByItsParent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.fc = Block(), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.block(x)))
+        return answer
+
+
+@pytest.mark.parametrize("net", [CalledTwice, UsedByAFunction, OfASubclass, OfClamped, Twins, UsedByItsParent])
 @pytest.mark.parametrize("verified", [False, True])
 def test_where_torch_is_at_hand_only_what_is_exact_gets_a_point(net: Net, verified: bool, tmp_path: Path) -> None:
     names = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": SHAPES}
@@ -360,7 +406,7 @@ def test_tools_that_leave_their_name_are_believed(tmp_path: Path) -> None:
         assert what in package.unproven["q"]
 
 
-def _deberta() -> Any:
+def _deberta(spread: float = 0.3) -> Any:
     """Its keys and queries are applied to relative positions too, which are constant."""
     import transformers
 
@@ -379,7 +425,7 @@ def _deberta() -> Any:
         max_position_embeddings=64,
         type_vocab_size=0,
         num_labels=3,
-        initializer_range=0.3,
+        initializer_range=spread,
     )
     return transformers.DebertaV2ForSequenceClassification(config).eval()
 
@@ -401,6 +447,29 @@ def test_verify_proves_what_it_compares_and_writes_it_down(tmp_path: Path) -> No
             with pytest.raises(VerificationError, match="adapter"):
                 verify(package, tmp_path / "checkpoint")
             assert Package.open(package.path).unproven == package.unproven
+
+
+def test_verify_proves_no_call_that_is_too_weak_to_be_seen(tmp_path: Path) -> None:
+    """With weights as small as transformers makes them, the missing calls move the outputs less than rounding does."""
+    _deberta(0.02).save_pretrained(tmp_path / "checkpoint")
+    targets = ["query_proj", "value_proj"]
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", targets=targets)
+    file = _optimised(plain.path / plain.graph().base_file)
+    package = attach(file.rename(plain.path / "base.onnx"), tmp_path / "out", targets=targets)
+    with pytest.raises(VerificationError, match=r"query_proj: torch calls .*query_proj 2 times|graph model, adapter"):
+        verify(package, tmp_path / "checkpoint")
+    assert Package.open(package.path).unproven
+
+
+def test_verify_knows_decoders_without_a_cache(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60, n_positions=32)
+    transformers.GPT2LMHeadModel(config).eval().save_pretrained(tmp_path / "checkpoint")
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", task="text-generation", verify=False)
+    package = attach(plain.path / plain.graph().base_file, tmp_path / "out")
+    assert all(entry.agrees for entry in verify(package, tmp_path / "checkpoint"))
 
 
 @pytest.mark.parametrize("made_by", ["attach", "optimum"])
@@ -442,3 +511,81 @@ def test_a_kernel_with_a_batch_norm_in_it_is_not_replaced(given: str, tmp_path: 
     }
     with pytest.raises(ModelError, match="a batch norm is multiplied into its weight"):
         make[given]()
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+@pytest.mark.parametrize(
+    "net, module, reason",
+    [(Twins, "q", "other has the same weight|counted a call"), (UsedByItsParent, "block.proj", "around it|its class")],
+)
+def test_a_checkpoint_does_not_prove_calls(net: Net, module: str, reason: str, dynamo: bool, tmp_path: Path) -> None:
+    file = _graph(net, tmp_path / "m.onnx", dynamo=dynamo)
+    package = attach(file, tmp_path / "out", checkpoint=_checkpoint(net, tmp_path / "checkpoint"))
+    assert re.search(reason, package.unproven[module])
+
+
+class PreAdded(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 1)
+
+
+class OfPreAdded(OfASubclass):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = PreAdded(6, 6)
+
+
+def test_what_a_module_adds_before_its_product_is_no_bias(tmp_path: Path) -> None:
+    package = attach(_graph(OfPreAdded, tmp_path / "m.onnx", dynamo=False), tmp_path / "out")
+    assert "computes a Add (/q/Add)" in package.unproven["q"]
+
+
+class LookedUpTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.fc = nn.Embedding(9, 6), nn.Linear(6, 4)
+        self.register_buffer("places", torch.arange(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(torch.tanh(self.emb(x)) + self.emb(self.places))
+        return answer
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_rows_that_an_exporter_looked_up_itself_are_known(dynamo: bool, tmp_path: Path) -> None:
+    numbers = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    file = _graph(LookedUpTwice, tmp_path / "m.onnx", dynamo=dynamo, x=numbers)
+    package = attach(file, tmp_path / "out", targets="all")
+    assert "may be what a call of it gave" in package.unproven["emb"]
+    assert "fc" not in package.unproven
+
+
+class NormedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(6), nn.Linear(6, 4)
+        self.rel = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.fc(self.norm(x) @ self.norm(self.rel).T @ self.rel)
+        return answer
+
+
+def test_a_norm_whose_other_call_is_gone_is_not_replaced(tmp_path: Path) -> None:
+    whole: dict[str, Any] = {"replaceable": ["norm"], "targets": ["fc"]}
+    names = {"input_names": ["x"], "output_names": ["y"], "dynamic_shapes": SHAPES}
+    with pytest.raises(ModelError, match=r"torch calls norm 2 times|used by 2 nodes"):
+        export(_made(NormedTwice), tmp_path / "out", example_inputs=(X,), verify=False, **names, **whole)
+    file = _optimised(_graph(NormedTwice, tmp_path / "m.onnx", dynamo=False))
+    package = attach(file, tmp_path / "attached", checkpoint=_checkpoint(NormedTwice, tmp_path / "c"), **whole)
+    assert set(package.unproven) >= {"norm.weight", "norm.bias"}
+
+
+def test_an_adapter_bound_with_leave_needs_leave_again(tmp_path: Path) -> None:
+    package = attach(_optimised(_graph(Plain, tmp_path / "m.onnx", dynamo=False)), tmp_path / "out")
+    bound = bind(read_adapter(_adapter(Plain, tmp_path / "adapter", "q")), package, allow_unproven=True)
+    with pytest.raises(BindError, match="unproven"):
+        AdapterSession(package).load_adapter("a", bound)
+    with pytest.raises(BindError, match="unproven"):
+        fold(package, bound)
+    AdapterSession(package).load_adapter("a", bound, allow_unproven=True)

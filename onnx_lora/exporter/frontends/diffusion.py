@@ -114,7 +114,8 @@ def export_pipeline(
     for reference in references(networks):
         name, network = reference.graph, _network(reference.graph)
         checkpoint = Checkpoint.of_module(networks[network], heads=frozenset())
-        calls = count_calls(networks[network], {name: reference.answer})
+        with translated(model, f"run ({network})"):
+            calls = count_calls(networks[network], {name: reference.answer})
         sources.append(Source(name, folder / f"{name}.onnx", f"{network}.", checkpoint, calls[name]))
     return Loaded(tuple(sources), origin, companions=_companions(root, folder / "files"), scratch=folder), networks
 

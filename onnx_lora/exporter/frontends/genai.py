@@ -84,7 +84,8 @@ def build_checkpoint(
     } | base_of(model)
     if precision.quantised:
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
-    calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
+    with translated(model, "run"):
+        calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
     sources = (Source("model", built / "model.onnx", calls=calls["model"]),)
     return Loaded(sources, origin, checkpoint, _companions(model, built, torch_model), folder), torch_model
 

@@ -142,7 +142,10 @@ def _translate(
         else value
         for name, value in config.items()
     }
-    if isinstance(config.get("rope_parameters"), dict) and "rope_parameters" not in known:
+    rope = config.get("rope_parameters")
+    if rope is not None and not isinstance(rope, dict):
+        problems.append(f"{where}rope_parameters: must be an object, and is {rope!r}")
+    elif rope is not None and "rope_parameters" not in known:
         try:
             translated |= rope_fields(config, known)
         except RopeError as error:

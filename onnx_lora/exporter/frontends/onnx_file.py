@@ -10,7 +10,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of
-from onnx_lora.exporter.frontends.source import Loaded, companions_of
+from onnx_lora.exporter.frontends.source import COMPANIONS, Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.package import MANIFEST
 
@@ -34,7 +34,8 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
     else:
         raise ModelError("there is no such file", path=path)
     folder = path if path.is_dir() else path.parent
-    check_folder(folder, ModelError)
+    # Of a file's folder only what comes along: it may be anybody's home.
+    check_folder(folder, ModelError, depth=1, patterns=("*",) if path.is_dir() else COMPANIONS)
     several = len(files) > 1
     names = [file.stem if several or _is_named_in_config(file) else "model" for file in files]
     if clash := [name for name in names if name.startswith("base.") or name == "base"]:
@@ -60,7 +61,8 @@ def _base(folder: Path, checkpoint: str | os.PathLike[str] | None) -> dict[str, 
 
 def _is_named_in_config(file: Path) -> bool:
     """Whether ONNX Runtime GenAI's config beside it, which goes into the package too, means it by its name."""
+    config = file.parent / "genai_config.json"
     try:
-        return f'"{file.name}"' in (file.parent / "genai_config.json").read_text("utf-8")
+        return config.is_file() and f'"{file.name}"' in config.read_text("utf-8")
     except (OSError, ValueError):
         return False

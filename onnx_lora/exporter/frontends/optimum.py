@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Source
-from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.checkpoint import Calls, Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import base_of, heads_of, name_of, quiet, translated, without_bars
 from onnx_lora.exporter.frontends.newer import readable
@@ -21,7 +21,7 @@ from onnx_lora.points import Array
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["export_checkpoint", "load_model", "reference_of", "references"]
+__all__ = ["export_checkpoint", "load_model", "reference_of", "references", "without_cache"]
 
 
 def export_checkpoint(
@@ -38,8 +38,10 @@ def export_checkpoint(
 
         onnx_export_from_model(torch_model, folder, task=task, no_post_process=True, do_validation=False)
     files = sorted(folder.glob("*.onnx"))
-    calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model, task)})
-    sources = tuple(Source(file.stem, file, calls=calls.get(file.stem)) for file in files)
+    with translated(model, f"run for task {task!r}"):
+        calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model, task)})
+    # A graph that no reference stands behind gets no points: nothing tells what it calls.
+    sources = tuple(Source(file.stem, file, calls=calls.get(file.stem, Calls({}))) for file in files)
     checkpoint = Checkpoint.of_module(torch_model, heads=heads_of(torch_model))
     local = Path(model)
     companions = {file.name: file for file in companions_of(folder)}
@@ -119,6 +121,11 @@ def _task_of(model: str | os.PathLike[str], library: str) -> str:
     if Path(model).is_dir():
         raise ModelError("its config.json names no class of transformers, so the task must be given", path=model)
     return str(TasksManager.infer_task_from_model(str(model), library_name=library))
+
+
+def without_cache(model: Any) -> None:
+    """Let a decoder that was loaded with its cache compute without."""
+    model.config.use_cache = False
 
 
 def references(model: Any, task: str) -> list[Reference]:

@@ -102,8 +102,7 @@ def _part(config: Mapping[str, Any], part: object, known: Mapping[str, object]) 
         part = said[0] if said else 1.0
     if not names and part != 1.0:
         raise RopeError(f"version 4 turns whole heads of this model, and partial_rotary_factor is {part!r}")
-    own = {name: _number(part) for name in names[:1]}
-    return own if own and known[names[0]] != part else {}
+    return {name: _number(part) for name in names[:1]}
 
 
 def _longrope(config: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,14 @@ def export_module(
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
     if isinstance(named := getattr(getattr(model, "config", None), "_name_or_path", None), str) and named:
         origin["base"] = short_name(named)
-    calls = count_calls(model, {"model": partial(_call, model, positional, keywords)})
+    try:
+        calls = count_calls(model, {"model": partial(_call, model, positional, keywords)})
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # anybody's module
+        raise ExportError(
+            f"{type(model).__name__} does not run on its example_inputs: {_first_lines(error)}"
+        ) from error
     return Loaded((Source("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
 
 
