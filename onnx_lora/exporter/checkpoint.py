@@ -114,7 +114,7 @@ class Checkpoint:
         shapes: dict[str, tuple[Any, list[int]]] = {}
         for file in _safetensors_files(folder):
             try:
-                opened: Any = safe_open(str(file), framework="numpy")  # type: ignore[no-untyped-call]
+                opened: Any = safe_open(str(file), framework="numpy")
                 for key in opened.keys():  # noqa: SIM118 - not a mapping
                     shapes[key] = opened, opened.get_slice(key).get_shape()
             except (SafetensorError, OSError) as error:
