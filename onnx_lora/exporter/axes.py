@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # Stands for "any number of outputs" while a head is tried.
 _FREE = "onnx_lora_free_outputs"
 
+# Begins the symbols that ONNX's shape inference makes up.
+_MADE_UP = "unk__"
+
 Shape = tuple[int | str | None, ...]
 
 # Operators that compute each row of a 2-D value from the same row of their first input alone.
@@ -48,7 +51,8 @@ class Shapes:
     """Inferred shapes by value name, and the symbols that mean the batch size.
 
     `batch` is empty where they are not certain: then every value is `OTHER`. `plain`: what ONNX's own rules, which
-    every runtime follows, say of values; they never take two symbols for one size.
+    every runtime follows, say of values. They never take two symbols for one size, and say no more than a runtime
+    knows of the graph without points: with more, it would fuse other nodes, and rank 0 would differ in its last bit.
     """
 
     by_name: Mapping[str, Shape]
@@ -109,7 +113,7 @@ def infer_shapes(model: ir.Model) -> Shapes:
     Raises MissingDependencyError: onnxruntime or sympy is not installed.
     """
     proto = _without_weights(ir.to_proto(model))
-    plain = {value.name: value.type for value in _infer_plainly(proto).value_info}
+    plain = {value.name: _without_made_up(value.type) for value in _infer_plainly(proto).value_info}
     inferred, certain = _infer(proto)
     by_name: dict[str, Shape] = {}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
@@ -170,10 +174,18 @@ def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
 def _infer_plainly(proto: onnx.ModelProto) -> onnx.GraphProto:
     """The graph with the shapes that ONNX's own rules give."""
     try:
-        return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+        return onnx.shape_inference.infer_shapes(proto).graph
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         logger.debug("ONNX's shape inference gave up: %s", error)
         return proto.graph
+
+
+def _without_made_up(kind: onnx.TypeProto) -> onnx.TypeProto:
+    """A type without the symbols that ONNX's tool, unlike a runtime, makes up for sizes it does not know."""
+    for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
+        if dim.dim_param.startswith(_MADE_UP):
+            dim.ClearField("dim_param")
+    return kind
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
