@@ -33,7 +33,7 @@ def _end(number: int, _: object) -> None:
     import signal
 
     signal.signal(number, signal.SIG_IGN)  # once is enough: the second must not disturb the tidying up
-    sys.stderr.write("told to end; nothing was written\n")
+    sys.stderr.write("told to end; nothing half done is left\n")
     sys.exit(_SIGNALLED + number)
 
 

@@ -40,7 +40,7 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
     problems += refused
     if problems:
         raise BindError(
-            f"the adapter {bound.name!r}, bound before, does not fit the package {package.name}; bind it to this one",
+            f"the adapter {bound.name!r} {_why(bound, package)}",
             path=bound.origin.path or None,
             problems=problems,
         )
@@ -49,6 +49,12 @@ def rebound(bound: BoundAdapter, package: Package) -> BoundAdapter:
     fold_only |= {module: bound.coverage.fold_only[module] for module in bound.changes}
     coverage = replace(bound.coverage, fold_only=fold_only)
     return replace(bound, graphs=package.manifest.graphs, base_names=package.base_names, coverage=coverage)
+
+
+def _why(bound: BoundAdapter, package: Package) -> str:
+    if bound.graphs == package.manifest.graphs:
+        return "was bound with leave to unproven points, and has none here"
+    return f"was bound to another package than {package.name}; bind it to this one"
 
 
 def _shapes(package: Package) -> dict[str, tuple[str, tuple[int | None, ...]]]:
