@@ -27,6 +27,7 @@ from onnx_lora.quantised import Scheme, is_rounded, quantise
 from tests.support.numbers import assert_close
 
 Net = Callable[[], nn.Module]
+Make = Callable[[str], Path]
 X = torch.linspace(-1, 1, 18).reshape(3, 6)
 SHAPES = ({0: torch.export.Dim("batch")},)
 
@@ -152,6 +153,19 @@ def test_a_plain_export_has_no_unproven_points(dynamo: bool, tmp_path: Path) -> 
     package = attach(_graph(Plain, tmp_path / "m.onnx", dynamo=dynamo), tmp_path / "out")
     assert set(package.points) == {"q", "fc"}
     assert not package.unproven
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "deberta_v2", "falcon", "gemma", "gpt2", "llama_tied", "t5", "vit", "whisper"]
+)
+def test_optimums_graphs_have_no_unproven_points(name: str, packages: Make, checkpoints: Make, tmp_path: Path) -> None:
+    package = Package.open(packages(name))
+    assert not package.unproven
+    for graph in package.manifest.graphs:
+        file = package.path / graph.base_file
+        assert not attach(file, tmp_path / graph.name, targets="all").unproven
+        proven = attach(file, tmp_path / f"{graph.name} by weights", targets="all", checkpoint=checkpoints(name))
+        assert not proven.unproven
 
 
 @pytest.mark.parametrize("given", ["names", "checkpoint"])
