@@ -429,7 +429,7 @@ def _check_files(package: Package) -> None:
             continue
         try:
             lengths[file] = (package.path / file).stat().st_size
-        except OSError:
+        except (OSError, ValueError):  # of names that no file can have too
             problems.append(f"{file} is missing")
             continue
         if lengths[file] < length:

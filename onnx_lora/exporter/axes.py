@@ -18,6 +18,10 @@ __all__ = ["Form", "Shapes", "infer_shapes", "outputs_are_free"]
 
 logger = logging.getLogger(__name__)
 
+# How often the tool begins anew, having found two sizes to be equal. Graphs of models need three; of damaged ones it
+# never ends.
+_ROUNDS = 32
+
 # Stands for "any number of outputs" while a head is tried.
 _FREE = "onnx_lora_free_outputs"
 
@@ -160,7 +164,11 @@ def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
     logging.getLogger("onnxruntime.tools.symbolic_shape_infer").setLevel(logging.ERROR)
     try:
         inference._preprocess(proto)
+        rounds = 0
         while inference.run_:
+            rounds += 1
+            if rounds > _ROUNDS:
+                raise RuntimeError("it finds sizes to be equal over and over again")
             inference._infer_impl()
         inference._update_output_from_vi()
         return inference.out_mp_.graph, True

@@ -206,6 +206,8 @@ def test_broken_packages_are_refused(tmp_path: Path) -> None:
     refused(json.dumps({key: whole[key] for key in whole if key != "graphs"}), r"lacks \['graphs'\]")
     refused(json.dumps(whole | {"producer": 7}), "producer must be str")
     refused("[1]", "format_version")
+    nowhere = whole["graphs"][0] | {"file": "\ud800.onnx"}
+    refused(json.dumps(whole | {"graphs": [nowhere]}), "is missing")
     refused("{", "cannot be read")
     stray = json.loads(json.dumps(whole))
     stray["graphs"][0]["file"] = "../model.onnx"

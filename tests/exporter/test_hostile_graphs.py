@@ -343,3 +343,14 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_and_nobody_is_asked(tmp_pa
         with pytest.raises((ModelError, ExportError)):
             export(place, tmp_path / "out", via=via, task="text-generation")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in"}
+
+
+def test_shape_inference_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of some damaged graphs the tool finds the same sizes to be equal, and begins anew, for ever."""
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/q/MatMul")]
+    shapes: dict[str, Any] = {"inputs": {"x": ["batch", "seq", 4]}, "outputs": {"y": ["batch", "seq", 6]}}
+    file = save(tmp_path / "in" / "m.onnx", nodes, {"w": random(4, 6)}, **shapes)
+    monkeypatch.setattr(SymbolicShapeInference, "_infer_impl", lambda *_: None)
+    assert not attach(file, tmp_path / "out").points["q"].per_row
