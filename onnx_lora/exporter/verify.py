@@ -120,8 +120,8 @@ def verify(
     if adapter is None:
         comparisons, tried = _try_all(package, model, task, None)
         if package.unproven:
-            _check_calls(package, model, task)
-            package.record_proof(tried & set(package.unproven))
+            uncounted = _check_calls(package, model, task)
+            package.record_proof(tried & set(package.unproven) - uncounted)
         return comparisons
     with _peft_errors():
         import peft
@@ -190,21 +190,24 @@ def _has_cache(package: Package) -> bool:
     return any(value.name.startswith("past_key_values") for file in files for value in open_graph(file).get_inputs())
 
 
-def _check_calls(package: Package, model: nn.Module, task: str | None) -> None:
+def _check_calls(package: Package, model: nn.Module, task: str | None) -> set[str]:
     """That the graphs of an unproven package compute each module as often as PyTorch calls it. Numbers alone may agree
-    by the smallness of what is missing.
+    by the smallness of what is missing. Gives the modules that could not be counted in some graph.
 
     Raises VerificationError: one is computed more or less often, or something else computes with its weight.
     """
     checkpoint = Checkpoint.of_module(model, heads=heads_of(model))
     calls = count_calls(model, {case.graph: case.answer for case in _cases(package, model, task, None)})
     problems: list[str] = []
+    uncounted: set[str] = set()
     for info in package.manifest.graphs:
         graph = load(package.path / info.base_file).graph
         counted = locate(graph, checkpoint).counted(graph, calls.get(info.name, Calls({})))
         found = {one.module for one in counted.linears}
         reasons = {module: stray.reason for stray in counted.strays for module in stray.modules}
         for module in (point.module for point in info.points if point.unproven):
+            if module not in found:
+                uncounted.add(module)
             if module not in found and module in reasons:
                 problems.append(f"graph {info.name}, {module}: {reasons[module]}")
         for weight in info.replaceable:
@@ -218,6 +221,7 @@ def _check_calls(package: Package, model: nn.Module, task: str | None) -> None:
             path=package.path,
             problems=problems,
         )
+    return uncounted
 
 
 def _cases(package: Package, model: Any, task: str | None, example_inputs: Any) -> list[Reference]:
