@@ -28,7 +28,7 @@ from onnx import helper, numpy_helper
 from benchmarks.timing import machine
 from onnx_lora import AdapterSession, Package
 from onnx_lora.exporter import attach
-from onnx_lora.exporter.trial import check_opens
+from onnx_lora.exporter.ort_check import check_opens
 
 _SIZES = (100, 1000, 10_000)
 _PLANNED = 1000  # points: 10,000 would take minutes

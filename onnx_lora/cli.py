@@ -22,9 +22,9 @@ import numpy as np
 
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
+from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.adapters.compose import blended
 from onnx_lora.adapters.effect import effects
-from onnx_lora.adapters.model import refuse_fold_only
 from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.boundary import translated, unread
 from onnx_lora.errors import FeedError, InputError, InternalError, OnnxLoraError, printable
@@ -451,8 +451,8 @@ def generate(
     "--adapter", "adapters", multiple=True, required=True, metavar="PATH[:WEIGHT]", help="Several are blended."
 )
 @click.option("--graph", help="Which graph, where the package has several (default: all).")
-@click.option("--requantize", is_flag=True, help="Fold into quantised weights too, and say what rounding cost.")
-@click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantised from.")
+@click.option("--requantize", is_flag=True, help="Fold into quantized weights too, and say what rounding cost.")
+@click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantized from.")
 @_unproven_option
 @_strict_option
 @_json_option
@@ -517,7 +517,7 @@ def quantize(
     accuracy_level: int,
     as_json: bool,
 ) -> None:
-    """Quantise the weights of the float package PACKAGE; OUT has the same points, and takes the same adapters.
+    """Quantize the weights of the float package PACKAGE; OUT has the same points, and takes the same adapters.
 
     \b
     Example:  onnx-lora quantize smollm smollm-int4 --bits 4
@@ -525,7 +525,7 @@ def quantize(
     from onnx_lora.exporter.quantize import Method
     from onnx_lora.exporter.quantize import quantize as run_quantize
 
-    with report.progress("quantising") as progress:
+    with report.progress("quantizing") as progress:
         result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
     report.show(report.package_facts(result), as_json=as_json)
 

@@ -4,11 +4,10 @@ folder; it knows neither ONNX nor adapters."""
 from __future__ import annotations
 
 import json
-import math
 import os
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy as np
 from onnx_lora.boundary import public, unread, unwritten
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import InputError, PackageError
+from onnx_lora.kinds import KINDS, Conv, Embedding, Kind, Linear
 from onnx_lora.points import (
     FLOAT_TYPES,
     NIBBLES,
-    QUANTISED_TYPES,
+    QUANTIZED_TYPES,
     Array,
     Branch,
     InjectionPoint,
@@ -31,7 +31,7 @@ from onnx_lora.points import (
     WeightPart,
     digest,
 )
-from onnx_lora.quantised import dequantise
+from onnx_lora.quantized import dequantize
 from onnx_lora.staging import scratch
 
 __all__ = [
@@ -45,8 +45,9 @@ __all__ = [
 
 MANIFEST = "onnx_lora.json"
 
-# Raised when a reader of the old version would misread the new one. 4: points and whole weights may be unproven.
-FORMAT_VERSION = 4
+# Raised when a reader of the old version would misread the new one. 4: points and whole weights may be unproven. 5: the
+# kind of a point is an object, and parts are "quantized".
+FORMAT_VERSION = 5
 
 # The oldest version that is still read.
 _OLDEST_VERSION = 3
@@ -109,7 +110,7 @@ class Manifest:
     graphs: tuple[GraphInfo, ...]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps(_encoded(self), indent=1) + "\n"
 
 
 @public
@@ -254,19 +255,19 @@ class Package:
         return (signed if stored.dtype == "int4" else numbers).reshape(stored.shape)
 
     def weight(self, part: WeightPart) -> Array:
-        """The values of a part's whole initializer; of a quantised one in float32, `[rows, columns]`."""
+        """The values of a part's whole initializer; of a quantized one in float32, `[rows, columns]`."""
         values = self.read(part.stored)
-        for quantised in part.quantised:
-            zeros = [self.read(zero.stored) for zero in quantised.zero_point]
-            return dequantise(quantised.scheme, values, self.read(quantised.scale.stored), zeros[0] if zeros else None)
+        for quantized in part.quantized:
+            zeros = [self.read(zero.stored) for zero in quantized.zero_point]
+            return dequantize(quantized.scheme, values, self.read(quantized.scale.stored), zeros[0] if zeros else None)
         return values
 
     def module_weight(self, point: InjectionPoint) -> Array:
         """W0 of a point as the graph computes with it, `[in, out]` (of a convolution in groups `[in / groups, out]`);
-        dequantised where it is quantised."""
+        dequantized where it is quantized."""
         weight = np.zeros(
-            (point.in_features // point.groups, point.out_features),
-            np.float32 if any(part.quantised for part in point.parts) else point.dtype,
+            (point.weight_inputs, point.out_features),
+            np.float32 if any(part.quantized for part in point.parts) else point.dtype,
         )
         for part in point.parts:
             weight[:, part.first : part.first + part.outputs] = part.window(self.weight(part))
@@ -274,7 +275,7 @@ class Package:
 
     def mark(self, point: InjectionPoint) -> str:
         """What tells the values that a point computes with from those of another precision of the same base."""
-        if not any(part.quantised for part in point.parts):
+        if not any(part.quantized for part in point.parts):
             return "float"
         return digest(self.module_weight(point))
 
@@ -286,9 +287,9 @@ class Package:
         return frozenset(module for branch in branches for module in branch.modules) - without
 
     @property
-    def quantised(self) -> bool:
-        """Whether any point lies on a quantised weight."""
-        return any(part.quantised for point in self.points.values() for part in point.parts)
+    def quantized(self) -> bool:
+        """Whether any point lies on a quantized weight."""
+        return any(part.quantized for point in self.points.values() for part in point.parts)
 
     def default(self, weight: Replaceable) -> Array:
         """The base's own value of a replaceable weight, as its graph input takes it, in memory of its own.
@@ -339,18 +340,39 @@ def _read_manifest(folder: Path) -> Manifest:
             path=file,
         )
     try:
-        manifest: Manifest = _decode(Manifest, data, "manifest")
+        manifest: Manifest = _decode(Manifest, data if version >= 5 else _respelled(data), "manifest")
     except ValueError as error:
         raise PackageError(f"damaged: {error}; make the package again", path=file) from error
     if not manifest.graphs:
         raise PackageError("damaged: it names no graph; make the package again", path=file)
-    return manifest if version == FORMAT_VERSION else _upgraded(manifest)
+    return _upgraded(manifest)
+
+
+def _respelled(data: Any) -> Any:
+    """The JSON of version 3 or 4 in today's words."""
+    if isinstance(data, list):
+        return [_respelled(entry) for entry in data]
+    if not isinstance(data, dict):
+        return data
+    words = {_RESPELLED.get(key, key): _respelled(entry) for key, entry in data.items()}
+    if "in_features" in words:
+        name, kernel, groups = (words.pop(key, default) for key, default in _OF_KINDS.items())
+        words["kind"] = {"name": name, "kernel": kernel, "groups": groups} if name == Conv.name else {"name": name}
+    return words
+
+
+_RESPELLED = {"quantised": "quantized"}
+
+# What was said of a point's kind beside each other, and what it was where it was not said.
+_OF_KINDS: Mapping[str, Any] = {"kind": Linear.name, "kernel": [], "groups": 1}
 
 
 def _upgraded(manifest: Manifest) -> Manifest:
-    """A manifest of version 3 as one of today."""
+    """A manifest of an older version as one of today."""
+    if manifest.format_version == FORMAT_VERSION:
+        return manifest
     graphs = manifest.graphs
-    if manifest.source.get("made_by") == "attach":
+    if manifest.format_version == 3 and manifest.source.get("made_by") == "attach":
         graphs = tuple(_with_doubts(graph, lambda _: _ATTACHED_BEFORE) for graph in graphs)
     return replace(manifest, format_version=FORMAT_VERSION, graphs=graphs)
 
@@ -362,8 +384,25 @@ def _with_doubts(graph: GraphInfo, doubt: Callable[[str], str]) -> GraphInfo:
     return replace(graph, points=points, replaceable=weights)
 
 
+def _encoded(value: Any) -> Any:
+    """What JSON holds of a dataclass; a kind has its name before its fields."""
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: _encoded(getattr(value, field.name)) for field in fields(value)}
+        return {"name": value.name, **own} if isinstance(value, Linear | Embedding | Conv) else own
+    if isinstance(value, tuple | list):
+        return [_encoded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _encoded(entry) for key, entry in value.items()}
+    return value
+
+
 def _decode(kind: Any, data: object, where: str) -> Any:
     """JSON data as the dataclass, tuple, literal or plain type `kind`; ValueError says where not."""
+    if kind is Kind:
+        if not isinstance(data, dict) or data.get("name") not in KINDS:
+            raise ValueError(f"{where} must have a name of {', '.join(KINDS)}")
+        own = {key: value for key, value in data.items() if key != "name"}
+        return _decode(KINDS[data["name"]], own, where)
     origin = get_origin(kind)
     if is_dataclass(kind):
         if not isinstance(data, dict):
@@ -444,20 +483,20 @@ def _check_files(package: Package) -> None:
 
 def _tensors(part: WeightPart) -> Iterator[tuple[str, StoredTensor, tuple[str, ...]]]:
     """Every tensor a part is made of: name, place, and the types it may have."""
-    yield part.initializer, part.stored, QUANTISED_TYPES if part.quantised else FLOAT_TYPES
-    for quantised in part.quantised:
-        yield quantised.scale.initializer, quantised.scale.stored, FLOAT_TYPES
-        for zero in quantised.zero_point:
-            yield zero.initializer, zero.stored, (*QUANTISED_TYPES, *FLOAT_TYPES)
+    yield part.initializer, part.stored, QUANTIZED_TYPES if part.quantized else FLOAT_TYPES
+    for quantized in part.quantized:
+        yield quantized.scale.initializer, quantized.scale.stored, FLOAT_TYPES
+        for zero in quantized.zero_point:
+            yield zero.initializer, zero.stored, (*QUANTIZED_TYPES, *FLOAT_TYPES)
 
 
 def _part_problems(part: WeightPart) -> list[str]:
     """What of a part contradicts itself. Sizes only: the values are anybody's."""
-    if len(part.quantised) > 1 or any(len(entry.zero_point) > 1 for entry in part.quantised):
-        return ["quantised twice, or with several zero points"]
+    if len(part.quantized) > 1 or any(len(entry.zero_point) > 1 for entry in part.quantized):
+        return ["quantized twice, or with several zero points"]
     if min(part.start, part.first, part.outputs - 1) < 0:
         return ["impossible outputs"]
-    for entry in part.quantised:
+    for entry in part.quantized:
         wrong = entry.scheme.problem(
             part.stored.shape,
             entry.scale.stored.shape,
@@ -471,17 +510,15 @@ def _part_problems(part: WeightPart) -> list[str]:
 def _coverage_problems(point: InjectionPoint) -> list[str]:
     """Where the parts of a point are not its whole weight."""
     problems: list[str] = []
-    if min(point.groups, *point.kernel, 1) < 1 or point.in_features % (math.prod(point.kernel) * point.groups or 1):
-        return [f"{point.module}: impossible kernel or groups"]
-    if point.groups > 1 and point.out_features % point.groups:
-        return [f"{point.module}: impossible groups"]
+    if (wrong := point.kind.problem(point.in_features, point.out_features)) is not None:
+        return [f"{point.module}: {wrong}"]
     for part in point.parts:
         inputs, outputs = part.matrix
-        if inputs != point.in_features // point.groups or part.start + part.outputs > outputs:
+        if inputs != point.weight_inputs or part.start + part.outputs > outputs:
             problems.append(f"{part.initializer}: does not hold {point.module}'s weight")
         # MatMulNBits keeps blocks along the inputs, a table along its features.
-        if any(entry.scheme.layout == "blocks" for entry in part.quantised) and (
-            part.transposed == (point.kind == "embedding")
+        if any(entry.scheme.layout == "blocks" for entry in part.quantized) and (
+            part.transposed == isinstance(point.kind, Embedding)
         ):
             problems.append(f"{part.initializer}: its blocks lie along the wrong axis")
     pieces = sorted({(part.first, part.first + part.outputs) for part in point.parts})

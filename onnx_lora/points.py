@@ -12,19 +12,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lora.quantised import Scheme
+from onnx_lora.kinds import LINEAR, Kind
+from onnx_lora.quantized import Scheme
 
 __all__ = [
     "FLOAT_TYPES",
     "NIBBLES",
-    "QUANTISED_TYPES",
+    "QUANTIZED_TYPES",
     "Array",
     "Bias",
     "Branch",
     "InjectionPoint",
-    "Kind",
     "NamedTensor",
-    "Quantisation",
+    "Quantization",
     "Replaceable",
     "StoredTensor",
     "WeightPart",
@@ -35,18 +35,15 @@ __all__ = [
 
 Array = NDArray[np.generic]
 
-# What a module computes with its weight.
-Kind = Literal["linear", "embedding", "conv"]
-
 # Whether a module adds a bias. Where no checkpoint says so and the graph shows none, it may be fused elsewhere.
 Bias = Literal["added", "none", "unknown"]
 
 # What a point's tensors may be made of. ONNX Runtime's CPU provider multiplies no bfloat16.
 FLOAT_TYPES = ("float32", "float16", "float64")
 
-# What quantised weights and their zero points may be made of.
+# What quantized weights and their zero points may be made of.
 NIBBLES = ("int4", "uint4")
-QUANTISED_TYPES = ("int8", "uint8", *NIBBLES)
+QUANTIZED_TYPES = ("int8", "uint8", *NIBBLES)
 
 
 def digest(weight: Array) -> str:
@@ -122,8 +119,8 @@ class NamedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantisation:
-    """What stands beside a quantised initializer; `zero_point` holds one or none."""
+class Quantization:
+    """What stands beside a quantized initializer; `zero_point` holds one or none."""
 
     scheme: Scheme
     scale: NamedTensor
@@ -138,7 +135,7 @@ class WeightPart:
     `[in, out]`. A packed projection (q, k and v in one initializer) has one part per module:
     the initializer's outputs `start` to `start + outputs` are the module's. A module that was cut up
     (gate and up of one weight, in two initializers) has one part per piece: they are the module's
-    outputs `first` to `first + outputs`. `quantised` holds one entry or none.
+    outputs `first` to `first + outputs`. `quantized` holds one entry or none.
     """
 
     initializer: str
@@ -147,7 +144,7 @@ class WeightPart:
     transposed: bool = False
     start: int = 0
     first: int = 0
-    quantised: tuple[Quantisation, ...] = ()
+    quantized: tuple[Quantization, ...] = ()
 
     def window(self, values: Array) -> Array:
         """The module's part of the initializer's values, as a view `[in, outputs]`. A kernel's axes count as `in`."""
@@ -158,8 +155,8 @@ class WeightPart:
     @property
     def matrix(self) -> tuple[int, int]:
         """Inputs and outputs of the whole initializer; (0, 0) where it has less than two axes."""
-        if self.quantised:
-            rows, columns = self.quantised[0].scheme.rows, self.quantised[0].scheme.columns
+        if self.quantized:
+            rows, columns = self.quantized[0].scheme.rows, self.quantized[0].scheme.columns
         elif len(self.stored.shape) < 2:
             return 0, 0
         else:
@@ -171,17 +168,14 @@ class WeightPart:
 class InjectionPoint:
     """A place where an adapter enters a graph: `y' = (y + (x · lora_A) · lora_B) · dora_scale`, before any bias.
 
-    kind         y, with W0 `[in, out]`              in
-    "linear"     x · W0                              features
-    "embedding"  row x of W0                         rows of the table
-    "conv"       every window of x, times W0         channels · kernel, in torch's order
+    kind        y, with W0 `[in, out]`              in
+    Linear      x · W0                              features
+    Embedding   row x of W0                         rows of the table
+    Conv        every window of x, times W0         channels · kernel, in torch's order
 
     An adapter's tensors for it: `lora_a` `[rows, in, rank]` and `lora_b` `[rows, rank, out]`, of type
     `dtype`. `parts` say where W0 lies in the base graph: usually once, more often where a module is
-    used by several nodes with a copy each. `sha256` is W0's before it was quantised, where that is known.
-
-    Of a convolution in `groups`, W0 has `in / groups` inputs and the branch has all of them, as in PEFT: no sum of
-    the two is a weight of it, and it cannot be folded.
+    used by several nodes with a copy each. `sha256` is W0's before it was quantized, where that is known.
 
     `unproven`: why the graph may compute something else here than the module does, where it shows traces of an
     optimiser; empty where there is no such doubt. Comparing the package with its checkpoint settles it.
@@ -194,9 +188,7 @@ class InjectionPoint:
     per_row: bool
     sha256: str
     parts: tuple[WeightPart, ...]
-    kind: Kind = "linear"
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
+    kind: Kind = LINEAR
     bias: Bias = "unknown"
     unproven: str = ""
 
@@ -216,25 +208,32 @@ class InjectionPoint:
         return f"{self.module}.dora_scale"
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
+    def weight_inputs(self) -> int:
+        """The inputs of W0: fewer than the branch's where the module is cut into groups."""
+        return self.kind.weight_inputs(self.in_features)
+
+    @property
+    def factor_shape(self) -> tuple[int, ...]:
         """Of A behind its rank, as PEFT keeps it: `[in]`, or `[channels, *kernel]`."""
-        return (self.in_features // math.prod(self.kernel), *self.kernel)
+        return self.kind.factor_shape(self.in_features)
+
+    @property
+    def factor_keys(self) -> tuple[str, str]:
+        """PEFT's names of the parameters A and B of this module."""
+        return self.kind.factor_keys(self.module)
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """Of W0 as PEFT sees it: `[out, in]`, `[rows of the table, features]`, `[out, channels / groups, *kernel]`."""
-        if self.kind == "embedding":
-            return self.in_features, self.out_features
-        channels, *kernel = self.input_shape
-        return (self.out_features, channels // self.groups, *kernel)
+        return self.kind.torch_shape(self.in_features, self.out_features)
 
     def to_torch(self, weight: Array) -> Array:
         """W0 `[in, out]` in `torch_shape`, as a view."""
-        return (weight if self.kind == "embedding" else weight.T).reshape(self.torch_shape)
+        return self.kind.to_torch(weight, self.in_features, self.out_features)
 
     def from_torch(self, weight: Array) -> Array:
         """A weight in `torch_shape` as `[in, out]`, as a view."""
-        return weight if self.kind == "embedding" else weight.reshape(self.out_features, -1).T
+        return self.kind.from_torch(weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts
 
 
 def rounding_facts(leave: Requantize | None) -> Facts:
-    """What folding into quantised weights cost, the worst modules first."""
+    """What folding into quantized weights cost, the worst modules first."""
     if leave is None:
         return {}
     ordered = sorted(leave.rounding.items(), key=lambda entry: -entry[1].of_change)

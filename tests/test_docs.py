@@ -172,8 +172,8 @@ def test_the_decode_table_in_the_docs_is_the_measured_one() -> None:
     page = (ROOT / "docs" / "performance.md").read_text("utf-8")
     for name, milliseconds in results["fp32"]["milliseconds a token"].items():
         own = f"| {name} | {milliseconds:.1f} | {results['fp32']['ratio, token'][name]:.2f} |"
-        quantised = results["int4"]
-        own += f" {quantised['milliseconds a token'][name]:.1f} | {quantised['ratio, token'][name]:.2f} |"
+        quantized = results["int4"]
+        own += f" {quantized['milliseconds a token'][name]:.1f} | {quantized['ratio, token'][name]:.2f} |"
         assert own in page, f"{name}: not what was measured"
 
 

@@ -18,6 +18,7 @@ from onnx_lora import AdapterSession, Package, bind, fold, fold_to, read_adapter
 from onnx_lora.adapters import Delta
 from onnx_lora.errors import BindError, SelectionError
 from onnx_lora.exporter import export
+from onnx_lora.kinds import Conv
 from tests.adapters.building import adapter
 from tests.support.numbers import assert_close, assert_same_bits
 
@@ -113,7 +114,7 @@ def _sessions(package: Package, *paths: Path) -> Iterator[AdapterSession]:
 
 
 def test_every_kind_gets_a_point(package: Package) -> None:
-    kinds = {name: point.kind for name, point in package.points.items()}
+    kinds = {name: point.kind.name for name, point in package.points.items()}
     assert kinds == {
         "embed": "embedding",
         "line": "conv",
@@ -228,7 +229,7 @@ def test_a_delta_of_another_kind_or_kernel_is_refused(package: Package) -> None:
     numbers = np.ones((2, 7), np.float32)
     wrong = {
         "embed": Delta(np.ones((2, 10), np.float32), np.ones((8, 2), np.float32), 1.0),
-        "line": Delta(np.ones((2, 12, 2), np.float32), np.ones((6, 2), np.float32), 1.0, "conv"),
+        "line": Delta(np.ones((2, 12, 2), np.float32), np.ones((6, 2), np.float32), 1.0, Conv((2,))),
         "head": Delta(numbers, np.ones((5, 2), np.float32), 1.0, magnitude=np.ones(4, np.float32)),
     }
     with pytest.raises(BindError) as caught:

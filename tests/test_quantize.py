@@ -1,4 +1,4 @@
-"""A float package quantised, its adapters unchanged; and folding into quantised weights, with leave and measured."""
+"""A float package quantized, its adapters unchanged; and folding into quantized weights, with leave and measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantised(
+def quantized(
     packages: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Package, Package]]:
     made: dict[str, Package] = {}
@@ -52,23 +52,23 @@ def _feeds() -> dict[str, Array]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_points_heads_and_digests_are_those_of_the_float_package(
-    quantised: Callable[[str], tuple[Package, Package]], method: str
+    quantized: Callable[[str], tuple[Package, Package]], method: str
 ) -> None:
-    source, package = quantised(method)
+    source, package = quantized(method)
     assert list(package.points) == list(source.points)
     assert package.fingerprint == source.fingerprint
     assert {name: weight.shape for name, weight in package.replaceable.items()} == {
         name: weight.shape for name, weight in source.replaceable.items()
     }
-    assert all(point.parts[0].quantised for point in package.points.values())
-    assert not any(part.quantised for weight in package.replaceable.values() for part in weight.parts)
+    assert all(point.parts[0].quantized for point in package.points.values())
+    assert not any(part.quantized for weight in package.replaceable.values() for part in weight.parts)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_of_the_float_package_fits_and_acts(
-    quantised: Callable[[str], tuple[Package, Package]], method: str, adapter: Path, tmp_path: Path
+    quantized: Callable[[str], tuple[Package, Package]], method: str, adapter: Path, tmp_path: Path
 ) -> None:
-    source, package = quantised(method)
+    source, package = quantized(method)
     file = write_bound(bind(read_adapter(adapter), source), tmp_path / "it.safetensors")
     session, reference = AdapterSession(package), AdapterSession(source)
     for each in (session, reference):
@@ -82,11 +82,11 @@ def test_an_adapter_of_the_float_package_fits_and_acts(
     assert_close(mixed[1], session.run(None, _feeds())[0][1])
 
 
-def test_folding_into_quantised_weights_needs_leave(
-    quantised: Callable[[str], tuple[Package, Package]], adapter: Path, tmp_path: Path
+def test_folding_into_quantized_weights_needs_leave(
+    quantized: Callable[[str], tuple[Package, Package]], adapter: Path, tmp_path: Path
 ) -> None:
-    _, package = quantised("int4")
-    with pytest.raises(BindError, match=r"quantised, and folding would round it again.*--requantize"):
+    _, package = quantized("int4")
+    with pytest.raises(BindError, match=r"quantized, and folding would round it again.*--requantize"):
         fold(package, adapter)
     with pytest.raises(BindError, match="--requantize"):
         fold_to(package, adapter, tmp_path / "out")
@@ -95,10 +95,10 @@ def test_folding_into_quantised_weights_needs_leave(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("with_source", [True, False])
-def test_a_requantised_fold_computes_with_the_rounded_sum(
-    quantised: Callable[[str], tuple[Package, Package]], method: str, adapter: Path, tmp_path: Path, with_source: bool
+def test_a_requantized_fold_computes_with_the_rounded_sum(
+    quantized: Callable[[str], tuple[Package, Package]], method: str, adapter: Path, tmp_path: Path, with_source: bool
 ) -> None:
-    source, package = quantised(method)
+    source, package = quantized(method)
     bound = bind(read_adapter(adapter), package)
     leave = Requantize(source if with_source else None)
     folded = fold(package, bound, requantize=leave).run(None, _feeds())[0]
@@ -114,9 +114,9 @@ def test_a_requantised_fold_computes_with_the_rounded_sum(
 
 
 def test_outputs_that_no_adapter_touches_keep_their_bits(
-    quantised: Callable[[str], tuple[Package, Package]], tmp_path: Path
+    quantized: Callable[[str], tuple[Package, Package]], tmp_path: Path
 ) -> None:
-    _, package = quantised("int4")
+    _, package = quantized("int4")
     name = "bert.encoder.layer.0.attention.self.query"
     only = make_adapter(make_model("bert"), tmp_path / "q", r=2, target_modules=[name], modules_to_save=["classifier"])
     written = fold_to(package, only, tmp_path / "out", requantize=Requantize())
@@ -130,22 +130,22 @@ def test_outputs_that_no_adapter_touches_keep_their_bits(
     changed = {key for key in before if not np.array_equal(before[key], after[key])}
     part = package.points[name].parts[0]
     replaced = {part.initializer for weight in package.replaceable.values() for part in weight.parts}
-    assert changed - replaced == {part.initializer, part.quantised[0].scale.initializer}
+    assert changed - replaced == {part.initializer, part.quantized[0].scale.initializer}
 
 
 def test_the_source_of_another_base_is_refused(
-    quantised: Callable[[str], tuple[Package, Package]], adapter: Path, packages: Callable[[str], Path]
+    quantized: Callable[[str], tuple[Package, Package]], adapter: Path, packages: Callable[[str], Path]
 ) -> None:
-    _, package = quantised("int4")
+    _, package = quantized("int4")
     with pytest.raises(BindError, match="the float package that this one was made from"):
         fold(package, adapter, requantize=Requantize(Package.open(packages("roberta"))))
 
 
-def test_what_cannot_be_quantised_is_refused(
-    quantised: Callable[[str], tuple[Package, Package]], tmp_path: Path
+def test_what_cannot_be_quantized_is_refused(
+    quantized: Callable[[str], tuple[Package, Package]], tmp_path: Path
 ) -> None:
-    _, package = quantised("int4")
-    with pytest.raises(ModelError, match="quantised already"):
+    _, package = quantized("int4")
+    with pytest.raises(ModelError, match="quantized already"):
         quantize(package, tmp_path / "out")
     for wrong in ({"bits": 5}, {"kind": "dynamic", "bits": 4}, {"block_size": 20}, {"accuracy_level": 9}):
         with pytest.raises(ModelError):

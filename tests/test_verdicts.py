@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onnx_lora import OnnxLoraError, read_adapter
-from onnx_lora.adapters.formats.peft_config import read_config
+from onnx_lora.adapters.formats.peft.config import read_config
 
 DOCS = Path(__file__).parent.parent / "docs" / "verdicts.md"
 

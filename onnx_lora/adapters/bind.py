@@ -4,20 +4,31 @@ It knows points and replaceable weights, and no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import (
+    NO_SCALE,
+    Adapter,
+    BoundAdapter,
+    Change,
+    Coverage,
+    Delta,
+    MatrixDelta,
+    Replacement,
+)
 from onnx_lora.adapters.bases import base_number, base_problem
-from onnx_lora.adapters.factors import column_norms, delta_problems, dense_b, depends_on_weight, value_problems
-from onnx_lora.adapters.model import NO_SCALE, Adapter, BoundAdapter, Change, Coverage, Delta, Replacement
+from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, explain_parameters
+from onnx_lora.adapters.factors import as_matrices, column_norms, delta_problems, depends_on_weight, value_problems
+from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.names import resolved
 from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
-from onnx_lora.adapters.unknown import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
+from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matching
 
@@ -40,11 +51,11 @@ def bind(adapter: Adapter, package: Package, *, strict: bool = False, allow_unpr
     Raises BindError: every reason why it cannot be applied exactly.
     """
     package = package.allowing_unproven(allow_unproven)
-    names = [*adapter.deltas, *adapter.replacements]  # an .onnx_adapter's are those of branches
+    names = [*adapter.deltas, *adapter.changes, *adapter.replacements]  # an .onnx_adapter's are those of branches
     number = None if adapter.base_number is None else base_number(names, package.manifest.graphs)
     adapter = resolved(adapter, package)
     adapter, untold = with_tied(adapter, package)
-    adapter = replace(adapter, deltas=_by_module(adapter.deltas, package))
+    adapter = _by_module(adapter, package)
     binder = _Binder(adapter, package, problems=untold, notes=list(adapter.notes))
     binder.check_modules()
     binder.bind_deltas()
@@ -79,28 +90,43 @@ def bind(adapter: Adapter, package: Package, *, strict: bool = False, allow_unpr
     )
 
 
-def _by_module(deltas: Mapping[str, Delta], package: Package) -> dict[str, Delta]:
-    """The deltas, those of a packed branch (from an `.onnx_adapter`) taken apart: a module's are the outputs of B
-    that are its own, and the ranks that reach them."""
+def _by_module(adapter: Adapter, package: Package) -> Adapter:
+    """The adapter with what is a packed branch's (from an `.onnx_adapter`) taken apart: a module's are the outputs of B
+    and of the scale that are its own, and the ranks that reach them."""
     branches = {branch.name: branch for graph in package.manifest.graphs for branch in graph.branches}
-    apart: dict[str, Delta] = {}
-    for name, delta in deltas.items():
-        modules = branches[name].modules if name in branches else ()
-        sizes = [package.points[module].out_features for module in modules]
-        only_scale = not delta.a.size and delta.dora_scale is not None and len(delta.dora_scale) == sum(sizes)
-        fits = delta.b.ndim == 2 == delta.a.ndim and delta.b.shape == (sum(sizes), len(delta.a))
-        if len(modules) < 2 or not (fits or only_scale):
-            apart[name] = delta
-            continue
-        if only_scale:
-            delta = replace(delta, a=np.zeros((0, 0), np.float32), b=np.zeros((sum(sizes), 0), np.float32))
-        ends = np.cumsum(sizes)
-        for module, end, size in zip(modules, ends, sizes, strict=True):
-            b = delta.b[end - size : end]
-            used = np.flatnonzero(b.any(axis=0))
-            scale = None if delta.dora_scale is None else delta.dora_scale[end - size : end]
-            if used.size or (scale is not None and (scale != 1).any()):
-                apart[module] = replace(delta, a=delta.a[used], b=b[:, used], dora_scale=scale)
+    packed = {name: branch.modules for name, branch in branches.items() if len(branch.modules) > 1}
+    deltas: dict[str, Delta | MatrixDelta] = {}
+    changes: dict[str, Change] = {}
+    for name, delta in adapter.deltas.items():
+        sizes = [package.points[module].out_features for module in packed.get(name, ())]
+        if sizes and isinstance(delta, MatrixDelta) and delta.b.shape == (sum(sizes), len(delta.a)):
+            deltas.update(_apart(delta, packed[name], sizes))
+        else:
+            deltas[name] = delta
+    for name, change in adapter.changes.items():
+        sizes = [package.points[module].out_features for module in packed.get(name, ())]
+        if sizes and isinstance(change, OutputScale) and change.scale.shape == (sum(sizes),):
+            scales = np.split(change.scale, np.cumsum(sizes)[:-1])
+            for module, scale in zip(packed[name], scales, strict=True):
+                if (scale != 1).any():
+                    changes[module] = OutputScale(scale)
+        else:
+            changes[name] = change
+    return replace(adapter, deltas=deltas, changes=changes)
+
+
+def _apart(delta: MatrixDelta, modules: Sequence[str], sizes: Sequence[int]) -> dict[str, MatrixDelta]:
+    """A packed branch's factors by module; `sizes`: the modules' outputs."""
+    apart: dict[str, MatrixDelta] = {}
+    end = 0
+    for module, size in zip(modules, sizes, strict=True):
+        own = slice(end, end + size)
+        end += size
+        b = delta.b[own]
+        used = np.flatnonzero(b.any(axis=0))
+        scale = None if delta.output_scale is None else delta.output_scale[own]
+        if used.size or (scale is not None and (scale != 1).any()):
+            apart[module] = replace(delta, a=delta.a[used], b=b[:, used], output_scale=scale)
     return apart
 
 
@@ -141,7 +167,7 @@ class _Binder:
     def _methods(self) -> dict[str, str]:
         """Modules and parameters whose change is no sum, which another weight below it would make another."""
         deltas = self.adapter.deltas.items()
-        scaled = {name: "DoRA" for name, delta in deltas if delta.magnitude is not None or delta.dora_scale is not None}
+        scaled = {name: "DoRA" for name, delta in deltas if _rescales(delta)}
         return scaled | {name: change.method for name, change in self.adapter.changes.items()}
 
     def _is_replaced(self, parameter: str) -> bool:
@@ -153,29 +179,28 @@ class _Binder:
             if module in self.package.points:
                 self._bind_delta(self.package.points[module], delta)
 
-    def _bind_delta(self, point: InjectionPoint, delta: Delta) -> None:
-        if not len(delta.a) and delta.dora_scale is not None:
-            self._put_scale(point, delta.dora_scale)
-            return
+    def _bind_delta(self, point: InjectionPoint, delta: Delta | MatrixDelta) -> None:
         wrong = delta_problems(point, delta)
         self.problems += wrong
         if wrong:
             return
-        b = dense_b(point, delta)
-        self._put(point.lora_a, delta.a.reshape(len(delta.a), -1).T[None], point.dtype)
-        # In float64, so that scale and cast round once.
-        with np.errstate(over="ignore"):
-            scaled = b.T if delta.scale == 1.0 else b.T.astype(np.float64) * delta.scale
-        self._put(point.lora_b, scaled[None], point.dtype)
-        if delta.magnitude is not None:
-            self._bind_magnitude(point, delta.magnitude, delta.dora_scale)
-        elif delta.dora_scale is not None:
-            self._put_scale(point, delta.dora_scale)
+        matrices = as_matrices(point, delta)
+        self._put(point.lora_a, matrices.a.T[None], point.dtype)
+        b = matrices.b.T
+        if matrices.scale != 1.0:
+            # In float64, so that scale and cast round once.
+            with np.errstate(over="ignore"):
+                b = b.astype(np.float64) * matrices.scale
+        self._put(point.lora_b, b[None], point.dtype)
+        if matrices.magnitude is not None:
+            self._bind_magnitude(point, matrices.magnitude, matrices.output_scale)
+        elif matrices.output_scale is not None:
+            self._put_scale(point, matrices.output_scale)
 
     def _bind_magnitude(self, point: InjectionPoint, magnitude: Array, cached: Array | None) -> None:
         """DoRA's scale, from this package's own W0; a converted file's, where W0 is the one it was made of."""
-        quantised = any(part.quantised for part in point.parts)
-        if cached is None or quantised or self.adapter.base_digests.get(point.module) != point.sha256:
+        quantized = any(part.quantized for part in point.parts)
+        if cached is None or quantized or self.adapter.base_digests.get(point.module) != point.sha256:
             a, b = self.tensors[point.lora_a][0], self.tensors[point.lora_b][0]
             norms = column_norms(self.package.module_weight(point), a, b)
             if not norms.all():
@@ -209,8 +234,8 @@ class _Binder:
             if point is None or module in self.adapter.deltas:
                 continue
             wrong = change.problem(point.torch_shape, point.kind)
-            if wrong is None and point.groups > 1:
-                wrong = f"{change.method} on a convolution in {point.groups} groups is not applied"
+            if wrong is None and not point.kind.foldable and not isinstance(change, OutputScale):
+                wrong = f"{change.method} on {point.kind.noun} is not applied"
             if wrong is not None:
                 self.problems.append(f"{module}: {wrong}")
                 continue
@@ -239,7 +264,7 @@ class _Binder:
 
     def _change_parameter(self, weight: Replaceable, change: Change) -> None:
         """A change of a bare parameter: its new value is an input, as any whole weight is."""
-        if (wrong := change.problem(weight.shape, "linear")) is not None:
+        if (wrong := change.problem(weight.shape, LINEAR)) is not None:
             self.problems.append(f"{weight.name}: {wrong}")
             return
         self.digests[weight.name] = weight.sha256
@@ -423,6 +448,12 @@ class _Binder:
             notes=tuple(dict.fromkeys(self.notes)),
             fold_only=self.fold_only,
         )
+
+
+def _rescales(delta: Delta | MatrixDelta) -> bool:
+    """Whether it scales the module's outputs, beside what it adds."""
+    computed = isinstance(delta, MatrixDelta) and delta.output_scale is not None
+    return computed or delta.magnitude is not None
 
 
 def _is_weight(owner: InjectionPoint | Replaceable) -> bool:

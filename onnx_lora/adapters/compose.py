@@ -11,7 +11,7 @@ from pathlib import PurePath
 
 import numpy as np
 
-from onnx_lora.adapters.model import BoundAdapter, Coverage, Origin
+from onnx_lora.adapters.adapter import BoundAdapter, Coverage, Origin
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnx_lora.adapters.model import BoundAdapter
+from onnx_lora.adapters.adapter import BoundAdapter
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 

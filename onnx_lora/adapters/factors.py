@@ -3,63 +3,54 @@ adapter and no package."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
-from onnx_lora.adapters.model import Change, Delta
+from onnx_lora.adapters.adapter import Change, Delta, MatrixDelta
 from onnx_lora.points import Array, InjectionPoint
 
-__all__ = ["column_norms", "delta_problems", "dense_b", "depends_on_weight", "in_torch_layout", "value_problems"]
+__all__ = ["as_matrices", "as_torch", "column_norms", "delta_problems", "depends_on_weight", "value_problems"]
 
 # Outputs of a weight looked at together, so that W0 + A · B never stands in memory whole.
 _BLOCK = 1024
 
-_WHAT = {"linear": "a linear module", "embedding": "an embedding", "conv": "a convolution"}
 
-
-def delta_problems(point: InjectionPoint, delta: Delta) -> list[str]:
+def delta_problems(point: InjectionPoint, delta: Delta | MatrixDelta) -> list[str]:
     """Every reason why a delta cannot enter a point."""
-    name = point.module
-    if delta.in_graph_layout:
-        delta = in_torch_layout(point, delta)
-    if delta.kind != point.kind:
-        return [f"{name}: the delta is for {_WHAT[delta.kind]}, and the package has {_WHAT[point.kind]} there"]
-    names = ("lora_embedding_A", "lora_embedding_B") if point.kind == "embedding" else ("lora_A", "lora_B")
-    a, b = delta.a, delta.b
-    axes = len(point.input_shape) + 1
+    name, kind = point.module, point.kind
+    torch_delta = as_torch(point, delta) if isinstance(delta, MatrixDelta) else delta
+    if torch_delta.kind.name != kind.name:
+        return [f"{name}: the delta is for {torch_delta.kind.noun}, and the package has {kind.noun} there"]
+    a_name, b_name = kind.factor_names
+    a, b = torch_delta.a, torch_delta.b
+    axes = len(point.factor_shape) + 1
     if a.ndim != axes or b.ndim != 2:
-        return [
-            f"{name}: {names[0]} must have {axes} axes and {names[1]} 2, and they have shapes {a.shape} and {b.shape}"
-        ]
+        return [f"{name}: {a_name} must have {axes} axes and {b_name} 2, and they have shapes {a.shape} and {b.shape}"]
     problems: list[str] = []
-    if a.shape[1:] != point.input_shape:
-        wanted, found = (
-            (f"{point.in_features} inputs", str(a.shape[1]))
-            if a.ndim == 2
-            else (f"shape (rank, {', '.join(map(str, point.input_shape))})", str(a.shape))
-        )
-        problems.append(f"{name}: {names[0]} must have {wanted}, and has {found} (shape {a.shape})")
+    if a.shape[1:] != point.factor_shape:
+        if a.ndim == 2:
+            wanted, found = f"{point.in_features} inputs", str(a.shape[1])
+        else:
+            wanted, found = f"shape (rank, {', '.join(map(str, point.factor_shape))})", str(a.shape)
+        problems.append(f"{name}: {a_name} must have {wanted}, and has {found} (shape {a.shape})")
     if b.shape[0] != point.out_features:
         problems.append(
-            f"{name}: {names[1]} must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
+            f"{name}: {b_name} must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
         )
-    if a.shape[0] != b.shape[1] * point.groups or a.shape[0] < 1:
-        groups = f" (of {point.groups} groups)" if point.groups > 1 else ""
+    if a.shape[0] != kind.dense_rank(b.shape[1]) or a.shape[0] < 1:
+        groups = f" (of {kind.dense_rank(1)} groups)" if kind.dense_rank(1) > 1 else ""
         problems.append(
             f"{name}: the ranks must agree and be at least 1, and are {a.shape[0]} and {b.shape[1]}{groups}"
         )
-    if not np.isfinite(delta.scale):
-        problems.append(f"{name}: the scale must be finite, and is {delta.scale}")
-    if delta.magnitude is not None:
-        problems += _magnitude_problems(point, delta.magnitude)
-    keys = [f"{name}.{factor}" if point.kind == "embedding" else f"{name}.{factor}.weight" for factor in names]
-    return problems + value_problems(keys[0], a) + value_problems(keys[1], b)
+    if not np.isfinite(torch_delta.scale):
+        problems.append(f"{name}: the scale must be finite, and is {torch_delta.scale}")
+    if torch_delta.magnitude is not None:
+        problems += _magnitude_problems(point, torch_delta.magnitude)
+    return problems + value_problems(point.factor_keys[0], a) + value_problems(point.factor_keys[1], b)
 
 
 def _magnitude_problems(point: InjectionPoint, magnitude: Array) -> list[str]:
-    if point.groups > 1:
-        return [f"{point.module}: DoRA on a convolution in groups has no meaning in PEFT"]
+    if not point.kind.foldable:
+        return [f"{point.module}: DoRA on {point.kind.noun} has no meaning in PEFT"]
     if magnitude.shape != (point.out_features,):
         return [f"{point.module}: DoRA's magnitude must have shape ({point.out_features},), and has {magnitude.shape}"]
     return value_problems(f"{point.module}.lora_magnitude_vector", magnitude)
@@ -73,35 +64,24 @@ def value_problems(name: str, value: Array) -> list[str]:
     return [f"{name}: {bad} of {value.size} values are NaN or infinite; train or save it again"] if bad else []
 
 
-def in_torch_layout(point: InjectionPoint, delta: Delta) -> Delta:
-    """A delta in graph layout as PEFT keeps one for this module. What does not fit stays as it is, and is refused."""
+def as_torch(point: InjectionPoint, delta: MatrixDelta) -> Delta:
+    """Factors as PEFT keeps them for this module. What does not fit stays as it is, and `delta_problems` refuses it."""
     a, b = delta.a, delta.b
     if a.ndim == 2 and a.shape[1] == point.in_features:
-        a = a.reshape(len(a), *point.input_shape)
-    if b.shape == (point.out_features, len(a)) and point.groups > 1:
-        outputs, rank = point.out_features // point.groups, len(a) // point.groups
-        b = np.concatenate(
-            [
-                b[group * outputs : (group + 1) * outputs, group * rank : (group + 1) * rank]
-                for group in range(point.groups)
-            ]
-        )
-    return replace(delta, a=a, b=b, kind=point.kind, in_graph_layout=False)
+        a = a.reshape(len(a), *point.factor_shape)
+    if b.shape == (point.out_features, len(a)):
+        b = point.kind.compact_b(b, point.out_features)
+    return Delta(a, b, delta.scale, point.kind, delta.magnitude)
 
 
-def dense_b(point: InjectionPoint, delta: Delta) -> Array:
-    """B `[out, rank]`; of a convolution in groups, each group's part in its block of a diagonal."""
-    if point.groups == 1 or delta.in_graph_layout:
-        return delta.b
-    outputs, rank = point.out_features // point.groups, delta.b.shape[1]
-    dense = np.zeros((point.out_features, rank * point.groups), delta.b.dtype)
-    for group in range(point.groups):
-        rows = slice(group * outputs, (group + 1) * outputs)
-        dense[rows, group * rank : (group + 1) * rank] = delta.b[rows]
-    return dense
+def as_matrices(point: InjectionPoint, delta: Delta | MatrixDelta) -> MatrixDelta:
+    """Factors, of which `delta_problems` found none wrong, as matrices: A `[r, in]`, B `[out, r]`."""
+    if isinstance(delta, MatrixDelta):
+        return delta
+    return MatrixDelta(delta.a.reshape(len(delta.a), -1), point.kind.dense_b(delta.b), delta.scale, delta.magnitude)
 
 
-def depends_on_weight(change: Change, delta: Delta, shape: tuple[int, ...]) -> bool:
+def depends_on_weight(change: Change, delta: MatrixDelta, shape: tuple[int, ...]) -> bool:
     """Whether a change's factors would be others for another weight of its shape."""
     other = change.delta(np.broadcast_to(np.float32(0), shape))
     return other is None or not (np.array_equal(other.a, delta.a) and np.array_equal(other.b, delta.b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnx_lora.adapters.formats.files import read_json
+from onnx_lora.adapters.formats.files.reading import read_json
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.package import Package
 

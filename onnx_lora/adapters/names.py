@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.diffusers import COMPONENTS
-from onnx_lora.adapters.formats.gguf import InterleavedRows
-from onnx_lora.adapters.model import Adapter
+from onnx_lora.adapters.adapter import Adapter
+from onnx_lora.adapters.formats.diffusion.diffusers import COMPONENTS
+from onnx_lora.adapters.formats.gguf.reader import InterleavedRows
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
@@ -73,6 +73,7 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         base_digests=_keys(adapter.base_digests, lambda name: names[name] if name in names else parameter(name)),
         saved_modules=tuple(names.get(name, name) for name in adapter.saved_modules),
         made_of=_keys(adapter.made_of, lambda name: names.get(name, name)),
+        with_tied_heads=frozenset(names.get(name, name) for name in adapter.with_tied_heads),
         flat_names=False,
     )
 

@@ -8,23 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from onnx_lora.adapters.formats import diffusers, mlx
-from onnx_lora.adapters.formats.cloneofsimo import is_cloneofsimo, read_cloneofsimo
-from onnx_lora.adapters.formats.converted import (
+from onnx_lora.adapters.adapter import Adapter
+from onnx_lora.adapters.formats.converted.files import (
     is_onnx_adapter,
     is_ours,
     read_onnx_adapter,
     read_onnx_file,
     read_safetensors_adapter,
 )
-from onnx_lora.adapters.formats.files import Reading, TensorFile, opened
-from onnx_lora.adapters.formats.gguf import read_gguf
-from onnx_lora.adapters.formats.gguf_file import MAGIC, read_gguf_file
-from onnx_lora.adapters.formats.kohya import is_kohya, read_kohya
-from onnx_lora.adapters.formats.peft import read_peft
-from onnx_lora.adapters.formats.safetensors_file import Header, read_behind, read_header
-from onnx_lora.adapters.formats.torch_pickle import read_torch_pickle
-from onnx_lora.adapters.model import Adapter
+from onnx_lora.adapters.formats.diffusion import diffusers
+from onnx_lora.adapters.formats.diffusion.cloneofsimo import is_cloneofsimo, read_cloneofsimo
+from onnx_lora.adapters.formats.diffusion.kohya import is_kohya, read_kohya
+from onnx_lora.adapters.formats.files.gguf import MAGIC, read_gguf_file
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, opened
+from onnx_lora.adapters.formats.files.safetensors import Header, read_behind, read_header
+from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
+from onnx_lora.adapters.formats.gguf.reader import read_gguf
+from onnx_lora.adapters.formats.mlx import reader as mlx
+from onnx_lora.adapters.formats.peft.reader import read_peft
 from onnx_lora.boundary import public
 from onnx_lora.errors import AdapterFileError, InputError
 
@@ -50,7 +51,7 @@ def read_adapter(
     before training, for the methods that took it out of the base (PiSSA, OLoRA, CorDA, LoRA-GA).
 
     Raises AdapterFileError: nothing there, damaged, or no adapter. UnsupportedAdapterError: an adapter of a method that
-    is refused. MissingDependencyError: an `.onnx_adapter`, and no ONNX Runtime; a quantised GGUF file, and no `gguf`.
+    is refused. MissingDependencyError: an `.onnx_adapter`, and no ONNX Runtime; a quantized GGUF file, and no `gguf`.
     InputError: `initial` for an adapter that is no PEFT folder; what is no path.
     """
     place, start = _path(path), None if initial is None else _path(initial)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnx_lora.adapters.model import NO_SCALE, BoundAdapter
-from onnx_lora.adapters.unknown import PROVE, explain_doubts
+from onnx_lora.adapters.adapter import NO_SCALE, BoundAdapter
+from onnx_lora.adapters.explain import PROVE, explain_doubts
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, Replaceable

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta
+from onnx_lora.adapters.factors import as_matrices
 from onnx_lora.adapters.methods.tokens import TokenRows
-from onnx_lora.adapters.model import Adapter, Change, Delta
 from onnx_lora.adapters.model_config import config_of
+from onnx_lora.kinds import Embedding
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 
@@ -39,8 +41,9 @@ def with_tied(adapter: Adapter, package: Package) -> tuple[Adapter, list[str]]:
         if isinstance(change, TokenRows):
             spread.tokens(module, change)
     for module, delta in adapter.deltas.items():
-        if delta.with_head and module in package.points and package.points[module].kind == "embedding":
-            spread.factors(package.points[module], delta)
+        point = package.points.get(module) if module in adapter.with_tied_heads else None
+        if point is not None and isinstance(point.kind, Embedding):
+            spread.factors(point, as_matrices(point, delta))
     return replace(adapter, changes=spread.changes, deltas=spread.deltas), spread.problems
 
 
@@ -49,7 +52,7 @@ class _Spread:
     adapter: Adapter
     package: Package
     changes: dict[str, Change] = field(init=False)
-    deltas: dict[str, Delta] = field(init=False)
+    deltas: dict[str, Delta | MatrixDelta] = field(init=False)
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,18 +63,18 @@ class _Spread:
         if point is None:
             return
         self.changes[module] = change.of_kind(point.kind)
-        if point.kind == "embedding":
+        if isinstance(point.kind, Embedding):
             for head in self._tied(point, "trained tokens"):
                 if head.module not in self.adapter.changes:
                     self.changes[head.module] = change.of_kind(head.kind)
 
-    def factors(self, point: InjectionPoint, delta: Delta) -> None:
+    def factors(self, point: InjectionPoint, delta: MatrixDelta) -> None:
         """The table's change, `[entries, features]`, is a linear head's the other way round."""
         for head in self._tied(point, "this LoRA on its table"):
             if head.module in self.adapter.deltas:
                 self.problems.append(f"{head.module}: is tied to {point.module}, and has a delta of its own too")
             else:
-                self.deltas[head.module] = replace(delta, a=delta.b.T, b=delta.a.T, kind=head.kind, with_head=False)
+                self.deltas[head.module] = replace(delta, a=delta.b.T, b=delta.a.T)
 
     def _tied(self, table: InjectionPoint, what: str) -> list[InjectionPoint]:
         """The points whose weight is the table's own. Where that cannot be told, a problem says so."""
@@ -125,5 +128,5 @@ class _Spread:
 
 def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
     """Whether equal digests mean equal weights, and other digests other ones."""
-    quantised = any(part.quantised for each in (point, table) for part in each.parts)
-    return point.dtype == table.dtype and (not quantised or point.sha256 == table.sha256)
+    quantized = any(part.quantized for each in (point, table) for part in each.parts)
+    return point.dtype == table.dtype and (not quantized or point.sha256 == table.sha256)

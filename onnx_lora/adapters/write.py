@@ -9,17 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
 from onnx_lora.adapters.bind import bind
-from onnx_lora.adapters.formats.converted import write_bound
-from onnx_lora.adapters.formats.diffusers_writer import write_diffusers
-from onnx_lora.adapters.formats.gguf_writer import write_gguf
-from onnx_lora.adapters.formats.kohya_writer import write_kohya
-from onnx_lora.adapters.formats.mlx_writer import write_mlx
-from onnx_lora.adapters.formats.peft_writer import write_peft
-from onnx_lora.adapters.model import Adapter, BoundAdapter
+from onnx_lora.adapters.formats.converted.files import write_bound
+from onnx_lora.adapters.formats.diffusion.diffusers_writer import write_diffusers
+from onnx_lora.adapters.formats.diffusion.kohya_writer import write_kohya
+from onnx_lora.adapters.formats.gguf.writer import write_gguf
+from onnx_lora.adapters.formats.mlx.writer import write_mlx
+from onnx_lora.adapters.formats.peft.writer import write_peft
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.names import modules_of
-from onnx_lora.adapters.plain import plain, unbound
+from onnx_lora.adapters.portable import plain, unbound
 from onnx_lora.adapters.rebound import rebound
 from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
@@ -31,16 +31,16 @@ __all__ = ["FORMATS", "AdapterFormat", "write_adapter"]
 AdapterFormat = Literal["peft", "safetensors", "onnx_adapter", "diffusers", "kohya", "mlx", "gguf"]
 
 
-def _gguf(adapter: Adapter, place: Path, package: Package | None) -> None:
+def _gguf(adapter: PortableAdapter, place: Path, package: Package | None) -> None:
     write_gguf(adapter, place, {} if package is None else config_of(package))
 
 
-def _kohya(adapter: Adapter, place: Path, package: Package | None) -> None:
+def _kohya(adapter: PortableAdapter, place: Path, package: Package | None) -> None:
     write_kohya(adapter, place, () if package is None else modules_of(package))
 
 
 # Writers of adapters that are tied to no graph.
-_WRITERS: Mapping[str, Callable[[Adapter, Path, Package | None], None]] = {
+_WRITERS: Mapping[str, Callable[[PortableAdapter, Path, Package | None], None]] = {
     "peft": lambda adapter, place, _: write_peft(adapter, place),
     "diffusers": lambda adapter, place, _: write_diffusers(adapter, place),
     "kohya": _kohya,
@@ -97,14 +97,14 @@ def write_adapter(
     return target
 
 
-def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> Adapter:
+def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> PortableAdapter:
     """What foreign formats can hold of it, checked against the package where there is one."""
     if isinstance(adapter, Adapter) and adapter.origin.format not in _BOUND:
         own = plain(adapter, package)
         if package is None:
             return own
         # PEFT saves the base's own embeddings beside a change of them.
-        kept = bind(own, package).coverage.replaced
+        kept = bind(adapter, package).coverage.replaced
         return replace(own, replacements={name: each for name, each in own.replacements.items() if name in kept})
     if package is None:
         raise InputError(

@@ -12,7 +12,6 @@ from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.build import Options, Progress, build
-from onnx_lora.exporter.expose import HEADS_ONLY
 from onnx_lora.exporter.frontends.choice import choose
 from onnx_lora.exporter.frontends.diffusion import export_pipeline
 from onnx_lora.exporter.frontends.genai import build_checkpoint
@@ -20,8 +19,9 @@ from onnx_lora.exporter.frontends.onnx_file import load_onnx
 from onnx_lora.exporter.frontends.optimum import export_checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, Precision
 from onnx_lora.exporter.frontends.torch_module import export_module
+from onnx_lora.exporter.ort_check import blamed_on_damage
 from onnx_lora.exporter.targets import ALL_LINEAR
-from onnx_lora.exporter.trial import blamed_on_damage
+from onnx_lora.exporter.whole_weights import HEADS_ONLY
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -60,7 +60,7 @@ def export(
         onnxruntime_genai too) or "optimum". Default: the builder for the language models it is known to be
         right for, if onnxruntime-genai is installed, and for what only it can write; else Optimum.
     precision: "fp32", "fp16", and from the builder "int8" and "int4": symmetric, in blocks of `block_size`
-        inputs (default 32). `accuracy_level`: the arithmetic of quantised products, 4 (the default) for int8,
+        inputs (default 32). `accuracy_level`: the arithmetic of quantized products, 4 (the default) for int8,
         which rounds activations too and is the fastest, 1 for float32.
     targets: what gets points, as PEFT's `target_modules`: "all-linear", a regular expression, or names, those of
         embeddings and convolutions too; "all" gives a point to everything that can have one.

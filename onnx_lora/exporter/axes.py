@@ -212,7 +212,7 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _unpack_table(graph: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[str, Sequence[int]]) -> None:
-    """Let a quantised Gather read a table of floats: the tool takes its packed bytes for features."""
+    """Let a quantized Gather read a table of floats: the tool takes its packed bytes for features."""
     size = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 128)
     scales = list(weights.get(node.input[2], ()))
     if len(scales) == 2:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.products import Product
 from onnx_lora.exporter.surgery import Surgeon
+from onnx_lora.kinds import Conv
 
 __all__ = ["View", "broadcast", "convolved", "looked_up", "multiplied", "scale_of_channels"]
 
@@ -66,11 +66,13 @@ def convolved(
     With rows, A of all rows is applied to each (a convolution cannot choose), and what is another row's is set to
     zero before B.
     """
-    axes = list(range(2, 2 + len(product.kernel)))
-    channels = product.inputs * product.groups // int(np.prod(product.kernel))
+    conv = product.kind
+    assert isinstance(conv, Conv)  # its caller's table
+    axes = list(range(2, 2 + len(conv.kernel)))
+    channels = conv.factor_shape(conv.branch_inputs(product.inputs))[0]
     by_rank = surgeon.op("Transpose", a, name=f"{name}.lora_A_by_rank", perm=[0, 2, 1])
     flat = surgeon.op("Flatten", by_rank, name=f"{name}.lora_A_flat", axis=2)
-    shape = surgeon.integers([0, channels, *product.kernel])  # 0: as it is, even where it is 0
+    shape = surgeon.integers([0, channels, *conv.kernel])  # 0: as it is, even where it is 0
     kernel = surgeon.op("Reshape", flat, shape, name=f"{name}.lora_A_kernel")
     shared = {key: value.value for key, value in product.node.attributes.items() if key in _SHARED}
     low = surgeon.op("Conv", view.value, kernel, name=f"{name}.lora_A", **shared)
@@ -88,12 +90,12 @@ def convolved(
     return surgeon.squeeze(first, [3], name=f"{name}.line") if line else first
 
 
-def scale_of_channels(surgeon: Surgeon, scale: ir.Value, product: Product, name: str) -> ir.Value:
+def scale_of_channels(surgeon: Surgeon, scale: ir.Value, conv: Conv, name: str) -> ir.Value:
     """`[rows, 1, out]` as `[rows, out, 1, ...]`."""
     turned = surgeon.op("Transpose", scale, name=f"{name}.dora_channels", perm=[0, 2, 1])
-    if len(product.kernel) == 1:
+    if len(conv.kernel) == 1:
         return turned
-    return surgeon.unsqueeze(turned, list(range(3, 2 + len(product.kernel))), name=f"{name}.dora_space")
+    return surgeon.unsqueeze(turned, list(range(3, 2 + len(conv.kernel))), name=f"{name}.dora_space")
 
 
 def _size(surgeon: Surgeon, value: ir.Value, axis: int, name: str) -> ir.Value:

@@ -16,20 +16,21 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint import Calls, Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
-from onnx_lora.exporter.expose import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
 from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import locate
-from onnx_lora.exporter.located import Linear, Located, Stray, label_of
-from onnx_lora.exporter.own import own_exposures, own_weights
+from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of
+from onnx_lora.exporter.ort_check import check_opens
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
 from onnx_lora.exporter.traces import find_traces
-from onnx_lora.exporter.trial import check_opens
+from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
+from onnx_lora.exporter.whole_weights import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.kinds import Linear
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
 from onnx_lora.points import Branch, InjectionPoint, Replaceable
 
@@ -189,7 +190,7 @@ def _counted(exposures: Exposures, source: Source) -> Exposures:
 
 
 def _renamed(located: Located, names: GenaiNames) -> Located:
-    linears: list[Linear] = []
+    linears: list[Occurrence] = []
     strays = list(located.strays)
     for linear in located.linears:
         modules = names.modules(linear)
@@ -216,7 +217,7 @@ def _choose(
     check_names(options.replaceable, exposures, modules)
     heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
     linears = [linear for graph in graphs for site in graph.sites.sites for linear in site.linears]
-    others = {linear.module for linear in linears if linear.product.kind != "linear"}
+    others = {linear.module for linear in linears if not isinstance(linear.product.kind, Linear)}
     wanted = select(list(before), options.targets, heads=heads, others=others)
     exposed = {found.linear.module for graph in exposures for found in graph.found if found.linear is not None}
     if options.targets in (ALL_LINEAR, (ALL_LINEAR,)):

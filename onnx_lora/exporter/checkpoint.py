@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from onnx_lora.errors import ModelError
+from onnx_lora.kinds import Conv, Embedding, Kind, Linear
 from onnx_lora.package import Package
-from onnx_lora.points import Array, Bias, InjectionPoint, Kind, Replaceable
+from onnx_lora.points import Array, Bias, InjectionPoint, Replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,10 @@ class Calls:
         return ""
 
 
+# Whether torch may keep a weight of a kind `[in, out]`: transformers' Conv1D does.
+_LAYOUTS: Mapping[type[Kind], tuple[bool, ...]] = {Linear: (False, True), Embedding: (True,), Conv: (False,)}
+
+
 @dataclass(frozen=True)
 class _Weight:
     """One parameter, a convolution's as `[out, channels · kernel]`, read only when asked for.
@@ -102,14 +107,14 @@ class _Weight:
     module: str
     shape: tuple[int, int]
     read: Callable[[tuple[slice, slice]], Array]
-    kind: Kind | None = None
+    kind: type[Kind] | None = None
     bias: Bias = "unknown"
 
-    def layouts(self, kind: Kind) -> tuple[bool, ...]:
+    def layouts(self, kind: type[Kind]) -> tuple[bool, ...]:
         """Whether torch may keep it `[in, out]`, if it is a module of this kind; nothing if it is none."""
         if self.kind not in (None, kind):
             return ()
-        return {"linear": (False, True), "embedding": (True,), "conv": (False,)}[kind]
+        return _LAYOUTS[kind]
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class Checkpoint:
         for key, (opened, shape) in shapes.items():
             if key.endswith(".weight") and len(shape) > 1 and not _is_never_called(key, shapes):
                 module = key.removesuffix(".weight")
-                kind: Kind | None = "conv" if len(shape) > 2 else None
+                kind = Conv if len(shape) > 2 else None
                 bias: Bias = "added" if f"{module}.bias" in shapes else "none"
                 rows = shape[0], math.prod(shape[1:])
                 weights.append(_Weight(module, rows, partial(_read_opened, opened, key), kind, bias))
@@ -181,28 +186,28 @@ class Checkpoint:
         """The weights of a package's points, and those that it lets adapters replace."""
         weights: list[_Weight] = []
         for name, point in package.points.items():
-            inputs, outputs = point.in_features // point.groups, point.out_features
-            shape = (inputs, outputs) if point.kind == "embedding" else (outputs, inputs)
-            weights.append(_Weight(name, shape, partial(_read_point, package, point), point.kind, point.bias))
+            inputs, outputs = point.kind.weight_inputs(point.in_features), point.out_features
+            shape = (inputs, outputs) if isinstance(point.kind, Embedding) else (outputs, inputs)
+            weights.append(_Weight(name, shape, partial(_read_point, package, point), type(point.kind), point.bias))
         for weight in package.replaceable.values():
             if weight.role == "linear_weight" and weight.module not in package.points:
                 outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
                 read = partial(_read_replaceable, package, weight)
-                weights.append(_Weight(weight.module, (outputs, inputs), read, "linear"))
+                weights.append(_Weight(weight.module, (outputs, inputs), read, Linear))
         # Not None: the modules are known to be linear, whatever else reads an equal weight.
         return Checkpoint(tuple(weights), frozenset(weight.module for weight in weights), frozenset())
 
-    def find(self, weight: Array, kind: Kind = "linear", *, within: float = 0.0) -> list[list[Match]]:
+    def find(self, weight: Array, kind: type[Kind] = Linear, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as one module's of a kind, or several linear ones packed side by side.
 
-        Compared in the graph's type, bit for bit; a quantised weight by its distance, which may be so many times
+        Compared in the graph's type, bit for bit; a quantized weight by its distance, which may be so many times
         the norm of the checkpoint's. Usually one way; none where the graph's weight is not the
         checkpoint's; several where modules hold equal values.
         """
         same = _comparison(within)
         matches = self._at(weight, 0, same, kind)
         whole = {match.module: [match] for match in matches if match.outputs == weight.shape[1]}
-        if whole or kind != "linear":
+        if whole or kind is not Linear:
             return list(whole.values())
         return list(self._packed(weight, 0, (), same))
 
@@ -225,7 +230,7 @@ class Checkpoint:
         for candidate in self.weights:
             if re.findall(r"\d+", candidate.module) != re.findall(r"\d+", guess):
                 continue
-            for in_out in candidate.layouts("linear"):
+            for in_out in candidate.layouts(Linear):
                 inputs, outputs = candidate.shape if in_out else candidate.shape[::-1]
                 if inputs != weight.shape[0] or outputs <= weight.shape[1]:
                     continue
@@ -251,7 +256,7 @@ class Checkpoint:
             if match.module not in used:
                 yield from self._packed(weight, start + match.outputs, (*before, match), same)
 
-    def _at(self, weight: Array, start: int, same: _Same, kind: Kind = "linear") -> Iterator[Match]:
+    def _at(self, weight: Array, start: int, same: _Same, kind: type[Kind] = Linear) -> Iterator[Match]:
         """Modules whose weight is `weight[:, start : start + their outputs]`."""
         first = np.ascontiguousarray(weight[:, start])
         for candidate, in_out in self._starting_with(first, same):
@@ -341,17 +346,17 @@ def _is_never_called(key: str, others: Collection[str]) -> bool:
 
 
 # What torch's and transformers' own classes compute with their weight.
-_KINDS: Mapping[str, Kind] = {
-    "Linear": "linear",
-    "Conv1D": "linear",
-    "Conv1d": "conv",
-    "Conv2d": "conv",
-    "Conv3d": "conv",
-    "Embedding": "embedding",
+_KINDS: Mapping[str, type[Kind]] = {
+    "Linear": Linear,
+    "Conv1D": Linear,
+    "Conv1d": Conv,
+    "Conv2d": Conv,
+    "Conv3d": Conv,
+    "Embedding": Embedding,
 }
 
 
-def _kind_of(module: nn.Module) -> Kind | None:
+def _kind_of(module: nn.Module) -> type[Kind] | None:
     """By name, along the classes it inherits from: torch is not needed to attach points to a file."""
     plain = _plain_class(module)
     return None if plain is None else _KINDS[plain.__name__]
@@ -373,20 +378,20 @@ def overridden(module: nn.Module) -> type[nn.Module] | None:
     return None if type(module).forward is plain.forward and "forward" not in vars(module) else plain
 
 
-def _refusal(module: nn.Module, kind: Kind) -> str | None:
+def _refusal(module: nn.Module, kind: type[Kind]) -> str | None:
     """Why PEFT's delta beside a module's product would be something else than PEFT's delta beside the module, or
     None."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "a hook may change what it takes in or gives"
     if "NonDynamicallyQuantizableLinear" in (kind.__name__ for kind in type(module).__mro__):
         return NEVER_CALLED
-    if kind == "conv" and getattr(type(module), "_conv_forward", None) is not vars(_plain_class(module)).get(
+    if kind is Conv and getattr(type(module), "_conv_forward", None) is not vars(_plain_class(module)).get(
         "_conv_forward"
     ):
         return f"{type(module).__name__} convolves in a way of its own"
-    if kind == "conv" and getattr(module, "padding_mode", "zeros") != "zeros":
+    if kind is Conv and getattr(module, "padding_mode", "zeros") != "zeros":
         return f"it pads with {getattr(module, 'padding_mode', '')} values, and PEFT's A beside it with zeros"
-    if kind == "embedding" and getattr(module, "max_norm", None) is not None:
+    if kind is Embedding and getattr(module, "max_norm", None) is not None:
         return "with max_norm PEFT renormalises A's rows too"
     return None
 
@@ -418,7 +423,7 @@ def _read_tensor(tensor: torch.Tensor, part: tuple[slice, slice]) -> Array:
 
 def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slice]) -> Array:
     weight = package.module_weight(point)
-    values: Array = (weight if point.kind == "embedding" else weight.T)[part]
+    values: Array = (weight if isinstance(point.kind, Embedding) else weight.T)[part]
     return values
 
 

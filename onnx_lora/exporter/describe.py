@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import outputs_are_free
-from onnx_lora.exporter.expose import Exposure, outputs_behind
-from onnx_lora.exporter.located import Linear
+from onnx_lora.exporter.located import Occurrence
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.weights import where
-from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantisation, Replaceable, WeightPart, digest
+from onnx_lora.exporter.whole_weights import Exposure, outputs_behind
+from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, Replaceable, WeightPart, digest
 
 __all__ = ["branches_of", "free_modules", "points_of", "replaceable_of"]
 
@@ -21,53 +21,51 @@ __all__ = ["branches_of", "free_modules", "points_of", "replaceable_of"]
 def branches_of(sites: Sequence[Site], *, dora: bool) -> tuple[Branch, ...]:
     """One per set of modules that places compute together."""
     # PEFT has no DoRA on convolutions in groups.
-    return tuple(dict.fromkeys(Branch(site.modules, dora and site.products[0].groups == 1) for site in sites))
+    return tuple(dict.fromkeys(Branch(site.modules, dora and site.products[0].kind.foldable) for site in sites))
 
 
 def points_of(sites: Sequence[Site]) -> tuple[InjectionPoint, ...]:
     """One point per module, over all its nodes."""
-    uses: dict[str, list[tuple[Site, Linear]]] = {}
+    uses: dict[str, list[tuple[Site, Occurrence]]] = {}
     for site in sites:
         for linear in site.linears:
             uses.setdefault(linear.module, []).append((site, linear))
     return tuple(_point(module, used) for module, used in uses.items())
 
 
-def _point(module: str, uses: Sequence[tuple[Site, Linear]]) -> InjectionPoint:
+def _point(module: str, uses: Sequence[tuple[Site, Occurrence]]) -> InjectionPoint:
     first = uses[0][1]
     product = first.product
     return InjectionPoint(
         module=module,
-        in_features=product.inputs * product.groups,
+        in_features=product.kind.branch_inputs(product.inputs),
         out_features=first.size,
         dtype=first.dtype,
         per_row=all(site.placement.per_row for site, _ in uses),
         sha256=_digest(first),
         parts=tuple({linear.weight.name: _part(linear) for _, linear in uses}.values()),
         kind=product.kind,
-        kernel=product.kernel,
-        groups=product.groups,
         bias=first.has_bias,
         unproven=next((linear.unproven for _, linear in uses if linear.unproven), ""),
     )
 
 
-def _digest(linear: Linear) -> str:
+def _digest(linear: Occurrence) -> str:
     """Of the checkpoint's weight in float32 where the graph's own is rounded, so that every package of one base
     has the same."""
-    if linear.reference is not None and (linear.product.quantised is not None or linear.outputs < linear.size):
+    if linear.reference is not None and (linear.product.quantized is not None or linear.outputs < linear.size):
         return digest(linear.reference().astype(np.float32, copy=False))
     window = linear.window()
     return digest(window if linear.in_out else window.T)
 
 
-def _part(linear: Linear) -> WeightPart:
+def _part(linear: Occurrence) -> WeightPart:
     product = linear.product
-    quantised: tuple[Quantisation, ...] = ()
-    if product.quantised is not None:
-        zero = product.quantised.zero_point
+    quantized: tuple[Quantization, ...] = ()
+    if product.quantized is not None:
+        zero = product.quantized.zero_point
         zeros = () if zero is None else (_named(zero.value),)
-        quantised = (Quantisation(product.quantised.scheme, _named(product.quantised.scale.value), zeros),)
+        quantized = (Quantization(product.quantized.scheme, _named(product.quantized.scale.value), zeros),)
     weight = _named(linear.weight)
     return WeightPart(
         initializer=weight.initializer,
@@ -76,7 +74,7 @@ def _part(linear: Linear) -> WeightPart:
         transposed=product.transposed,
         start=linear.start,
         first=linear.first,
-        quantised=quantised,
+        quantized=quantized,
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.located import Linear
+from onnx_lora.exporter.located import Occurrence
 
 __all__ = ["GenaiNames"]
 
@@ -48,7 +48,7 @@ class GenaiNames:
         except (ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"must be ONNX Runtime GenAI's config, and is not: {error!r}", path=file) from error
 
-    def modules(self, linear: Linear) -> list[Linear] | str:
+    def modules(self, linear: Occurrence) -> list[Occurrence] | str:
         """A linear under transformers' names, a packed one in its pieces; or why that cannot be said."""
         if self.architecture not in _PLAIN:
             return (

@@ -18,6 +18,7 @@ from onnx_lora.exporter.branches import View, broadcast, convolved, looked_up, m
 from onnx_lora.exporter.products import Product, unwrap
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
+from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.points import Branch, Replaceable
 
 __all__ = ["inject"]
@@ -74,9 +75,9 @@ def _view(surgeon: Surgeon, site: Site, label: str) -> View:
 def _delta(surgeon: Surgeon, site: Site, view: View, branch: Branch, inputs: Mapping[str, ir.Value]) -> ir.Value:
     """(x · A) · B, in the view's axes."""
     a, b, product = inputs[branch.lora_a], inputs[branch.lora_b], site.products[0]
-    if product.kind == "embedding":
+    if isinstance(product.kind, Embedding):
         return looked_up(surgeon, view, a, b, branch.name)
-    if product.kind == "conv":
+    if isinstance(product.kind, Conv):
         return convolved(surgeon, view, a, b, branch.name, product, per_row=site.placement.per_row)
     return multiplied(surgeon, view, a, b, branch.name)
 
@@ -152,8 +153,8 @@ def _state(value: ir.Value, like: ir.Value) -> None:
 def _scaled(surgeon: Surgeon, product: Product, view: View, total: ir.Value, scale: ir.Value, label: str) -> ir.Value:
     """`total · scale`, what the node itself added to the product (b) left as it is: `· scale + b · (1 - scale)`. With a
     scale of 1 that is `total`, bit for bit."""
-    if product.kind == "conv":
-        scale = scale_of_channels(surgeon, scale, product, label)
+    if isinstance(product.kind, Conv):
+        scale = scale_of_channels(surgeon, scale, product.kind, label)
     else:
         scale = broadcast(surgeon, scale, view.rank)
     scaled = surgeon.op("Mul", total, scale, name=f"{label}.dora")
@@ -166,8 +167,8 @@ def _scaled(surgeon: Surgeon, product: Product, view: View, total: ir.Value, sca
             f"{label}: its node adds what is no bias to the product, which DoRA's scale must leave out; "
             "make the package without dora"
         )
-    if product.kind == "conv":
-        added = surgeon.unsqueeze(added, list(range(1, 1 + len(product.kernel))), name=f"{label}.bias_channels")
+    if isinstance(product.kind, Conv):
+        added = surgeon.unsqueeze(added, list(range(1, 1 + len(product.kind.kernel))), name=f"{label}.bias_channels")
     one = surgeon.number(1.0, np.dtype(product.dtype))
     rest = surgeon.op("Sub", one, scale, name=f"{label}.dora_rest")
     kept = surgeon.op("Mul", added, rest, name=f"{label}.bias_rest")

@@ -11,15 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.exporter.checkpoint import NEVER_CALLED, Checkpoint, Match, scaled_axis
-from onnx_lora.exporter.located import Linear, Located, Stray, label_of, same_weight
+from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of, same_weight
 from onnx_lora.exporter.products import Operand, Product, Unfit, axes_of, product_of, unwrap
 from onnx_lora.exporter.scopes import path_of, scopes_around
 from onnx_lora.exporter.traces import RULE_NAME
+from onnx_lora.kinds import Conv, Embedding, Linear
 from onnx_lora.points import FLOAT_TYPES, Array
 
 __all__ = ["locate"]
 
-# A weight that kept its torch name, or what a quantiser made of that.
+# A weight that kept its torch name, or what a quantizer made of that.
 _NAMED_WEIGHT = re.compile(r"(?P<module>.+)\.weight(_(Q|quant).*)?")
 
 # A module called a second time gets its scope numbered: `query_1`.
@@ -32,7 +33,7 @@ _WEIGHTED = re.compile(
 )
 
 
-# How far rounding may have moved a quantised weight, relative to its norm, by bits. To 4 bits in blocks of 32 it
+# How far rounding may have moved a quantized weight, relative to its norm, by bits. To 4 bits in blocks of 32 it
 # moves a normal weight by 0.08, to 8 bits with one scale and a far outlier by 0.1; another module's is 1.4 away.
 _ROUNDED = {2: 0.6, 4: 0.3, 8: 0.12}
 
@@ -40,7 +41,7 @@ _ROUNDED = {2: 0.6, 4: 0.3, 8: 0.12}
 def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
     """Find the modules behind the nodes.
 
-    With a checkpoint a node's weight must be one of the checkpoint's (value for value; of a quantised
+    With a checkpoint a node's weight must be one of the checkpoint's (value for value; of a quantized
     one the nearest), and its name decides between equals. Without, the name alone does: dynamo's
     scopes, the node's path, the initializer's name.
     """
@@ -54,7 +55,7 @@ def locate(graph: ir.Graph, checkpoint: Checkpoint | None = None) -> Located:
 
 
 def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:
-    found: list[Linear] = []
+    found: list[Occurrence] = []
     strays: list[Stray] = []
     for node in ir.traversal.RecursiveGraphIterator(graph):
         linear = _candidate(node, named=checkpoint is None)
@@ -67,7 +68,7 @@ def _located(graph: ir.Graph, checkpoint: Checkpoint | None) -> Located:
             found.append(linear)
     if checkpoint is None:
         return Located(tuple(_merge_calls(found)), tuple(strays))
-    placed: list[Linear] = []
+    placed: list[Occurrence] = []
     embedded = _embedded(graph, checkpoint) if checkpoint.heads is None else frozenset[str]()
     for linear in found:
         result = _identify(linear, checkpoint, embedded)
@@ -89,12 +90,12 @@ def _possible(guess: str, checkpoint: Checkpoint | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*guesses, *known]))
 
 
-def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
+def _without_tied(linears: list[Occurrence]) -> tuple[list[Occurrence], list[Stray]]:
     """Of nodes with one module's weight under several names, only those with the module's own name are its."""
     guesses: dict[tuple[str, int], set[str]] = {}
     for linear in linears:
         guesses.setdefault((linear.module, linear.first), set()).add(linear.guess)
-    kept: list[Linear] = []
+    kept: list[Occurrence] = []
     strays: list[Stray] = []
     for linear in linears:
         several = len(guesses[linear.module, linear.first]) > 1
@@ -109,7 +110,7 @@ def _without_tied(linears: list[Linear]) -> tuple[list[Linear], list[Stray]]:
 _FUSED = "a batch norm is multiplied into its weight, or may be: give the checkpoint, and export without fusing them"
 
 
-def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
+def _candidate(node: ir.Node, *, named: bool) -> Occurrence | Stray | None:
     """A product by its form alone (named by its best guess), one that has no place, or None.
 
     `named`: there is no checkpoint, and the name alone tells. A table that is looked up may be anything, and is an
@@ -119,11 +120,11 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
     product = product_of(node)
     if isinstance(product, Product):
         weight = product.weight.value
-        embedding = product.kind == "embedding"
+        embedding = isinstance(product.kind, Embedding)
         guess, nameless = _name(node, weight), named and not _NAMED_WEIGHT.fullmatch(weight.name or "")
         if embedding and nameless:
             return None
-        fused = product.kind == "conv" and named and not _keeps_name(weight, guess)
+        fused = isinstance(product.kind, Conv) and named and not _keeps_name(weight, guess)
         if fused or "FuseBatchNorm" in node.metadata_props.get(RULE_NAME, ""):
             # The node may be called after the norm, and the weight after the module.
             modules = dict.fromkeys([*_possible(guess, None), _NAMED_WEIGHT.sub(r"\g<module>", weight.name or "")])
@@ -133,7 +134,7 @@ def _candidate(node: ir.Node, *, named: bool) -> Linear | Stray | None:
         # A weight that kept its torch name kept torch's layout: Conv1D where it needs no transposing.
         plain = node.op_type == "Gemm" and not product.transposed
         in_out = embedding or (plain and weight.name == f"{guess}.weight")
-        return Linear(product, guess, guess, product.outputs, product.outputs, in_out=in_out)
+        return Occurrence(product, guess, guess, product.outputs, product.outputs, in_out=in_out)
     if isinstance(product, Unfit):
         return Stray(label_of(node), product.reason, _possible(_name(node, product.weight), None))
     weights = [value for value in node.inputs if axes_of(unwrap(value)[0]) not in (None, 0, 1)]
@@ -169,9 +170,9 @@ def _name(node: ir.Node, weight: ir.Value | None) -> str:
     return path
 
 
-def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:
+def _merge_calls(linears: list[Occurrence]) -> Iterator[Occurrence]:
     """Give later calls of a module (`query_1`) the module's own name, if the weight is the same."""
-    first: dict[str, Linear] = {}
+    first: dict[str, Occurrence] = {}
     for linear in linears:
         first.setdefault(linear.module, linear)
     for linear in linears:
@@ -185,12 +186,12 @@ def _merge_calls(linears: list[Linear]) -> Iterator[Linear]:
 
 def _distance(product: Product) -> float:
     """How far a weight may be from the checkpoint's."""
-    return 0.0 if product.quantised is None else _ROUNDED[product.quantised.scheme.bits]
+    return 0.0 if product.quantized is None else _ROUNDED[product.quantized.scheme.bits]
 
 
 def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
     """Modules of the checkpoint that are embeddings: their weight is looked up by a Gather, or is the one a
-    quantised Gather shares with a product."""
+    quantized Gather shares with a product."""
     tables: dict[str, ir.Value] = {}
     names: set[str] = set()
     for node in graph:
@@ -199,9 +200,9 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
             if table is not None and axes_of(table) == 2 and table.const_value is not None and table.name:
                 tables[table.name] = table
         product = product_of(node)
-        if not isinstance(product, Product) or product.kind != "linear":
+        if not isinstance(product, Product) or not isinstance(product.kind, Linear):
             continue
-        if product.quantised is not None and _is_looked_up(product.weight):
+        if product.quantized is not None and _is_looked_up(product.weight):
             names.update(
                 match.module for way in checkpoint.find(product.values(), within=_distance(product)) for match in way
             )
@@ -214,27 +215,27 @@ def _embedded(graph: ir.Graph, checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _is_looked_up(weight: Operand) -> bool:
-    """Whether a quantised Gather reads a weight, as it is or reshaped."""
+    """Whether a quantized Gather reads a weight, as it is or reshaped."""
     users = [use.node for use in weight.value.uses()]
     users += [use.node for node in users if node.op_type == "Reshape" for use in node.outputs[0].uses()]
     return any(node.op_type == "GatherBlockQuantized" for node in users)
 
 
-def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Linear] | str | None:
+def _identify(linear: Occurrence, checkpoint: Checkpoint, embedded: frozenset[str]) -> list[Occurrence] | str | None:
     """The checkpoint's modules that this node computes, why that cannot be said, or None: a table of no module."""
-    kind = linear.product.kind
+    kind = type(linear.product.kind)
     weight, within = np.asarray(linear.product.values()), _distance(linear.product)
     ways = checkpoint.find(weight, kind, within=within)
-    if not ways and kind == "linear":
+    if not ways and kind is Linear:
         ways = checkpoint.find_piece(weight, linear.guess, within=within)
-    own = [way for way in ways if kind != "linear" or not (len(way) == 1 and way[0].module in embedded)]
-    if not own and kind == "embedding" and linear.module not in checkpoint.modules:
+    own = [way for way in ways if kind is not Linear or not (len(way) == 1 and way[0].module in embedded)]
+    if not own and kind is Embedding and linear.module not in checkpoint.modules:
         return None
     if not own:
         if ways and linear.module not in {way[0].module for way in ways}:
             # A head tied to the embeddings: the checkpoint has its values under the other name.
             tied = [replace(linear, reference=ways[0][0].read)]
-            return tied if linear.product.quantised is None else _compared(tied, weight, ways[0])
+            return tied if linear.product.quantized is None else _compared(tied, weight, ways[0])
         if linear.guess in checkpoint.refused:
             return checkpoint.refused[linear.guess]
         if linear.module in checkpoint.modules:
@@ -249,19 +250,19 @@ def _identify(linear: Linear, checkpoint: Checkpoint, embedded: frozenset[str]) 
         twins = [match.module for way in own if way is not named[0] for match in way]
         own = named
     placed = [replace(_placed(linear, match), twins=tuple(twins)) for match in own[0]]
-    return placed if linear.product.quantised is None else _compared(placed, weight, own[0])
+    return placed if linear.product.quantized is None else _compared(placed, weight, own[0])
 
 
-def _compared(placed: list[Linear], weight: Array, way: list[Match]) -> list[Linear] | str:
-    """A quantised product's modules, where its weight is what its quantiser made of theirs; unproven where that
+def _compared(placed: list[Occurrence], weight: Array, way: list[Match]) -> list[Occurrence] | str:
+    """A quantized product's modules, where its weight is what its quantizer made of theirs; unproven where that
     cannot be told, and why not where it is another: the tolerance of rounding hides scales of some percent."""
     product = placed[0].product
     reference = np.concatenate([_by_input(match) for match in way], axis=1)
     if product.is_rounded(reference):
         return placed
     if (scaled := scaled_axis(weight, reference)) is not None:
-        return f"its quantised weight is the checkpoint's with its {scaled} scaled ({_CAUSES[scaled]})"
-    doubt = "its quantised weight is not the checkpoint's rounded to nearest (GPTQ and others round otherwise)"
+        return f"its quantized weight is the checkpoint's with its {scaled} scaled ({_CAUSES[scaled]})"
+    doubt = "its quantized weight is not the checkpoint's rounded to nearest (GPTQ and others round otherwise)"
     return [replace(linear, unproven=doubt) for linear in placed]
 
 
@@ -279,7 +280,7 @@ def _by_input(match: Match) -> Array:
     return matrix[:, match.first : match.first + match.outputs]
 
 
-def _difference(linear: Linear, checkpoint: Checkpoint) -> str:
+def _difference(linear: Occurrence, checkpoint: Checkpoint) -> str:
     """What explains that a weight is not its module's, or nothing."""
     weight = np.asarray(linear.product.values())
     for reference in checkpoint.matrices(linear.module):
@@ -302,7 +303,7 @@ def _agrees(guess: str, module: str) -> bool:
     return any(name == module or module.endswith(f".{name}") or name.endswith(f".{module}") for name in guesses)
 
 
-def _placed(linear: Linear, match: Match) -> Linear:
+def _placed(linear: Occurrence, match: Match) -> Occurrence:
     return replace(
         linear,
         module=match.module,

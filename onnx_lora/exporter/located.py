@@ -13,14 +13,15 @@ import onnx_ir as ir
 from onnx_lora.exporter.checkpoint import Calls
 from onnx_lora.exporter.products import Product, unwrap
 from onnx_lora.exporter.traces import Surroundings, Traces
+from onnx_lora.kinds import Embedding
 from onnx_lora.points import Array, Bias
-from onnx_lora.quantised import Scheme
+from onnx_lora.quantized import Scheme
 
-__all__ = ["Linear", "Located", "Stray", "label_of", "same_weight"]
+__all__ = ["Located", "Occurrence", "Stray", "label_of", "same_weight"]
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Occurrence:
     """What a product computes of one module; `guess` is the name the graph gives it.
 
     The product's outputs `start` to `start + outputs` are the module's: fewer than all in a packed
@@ -93,10 +94,10 @@ class Linear:
     @property
     def has_bias(self) -> Bias:
         """By the checkpoint, else by the graph, where it shows one."""
-        shown = self.product.kind == "embedding" or self.bias is not None
+        shown = isinstance(self.product.kind, Embedding) or self.bias is not None
         if self.known_bias != "unknown" or not shown:
             return self.known_bias
-        return "none" if self.product.kind == "embedding" else "added"
+        return "none" if isinstance(self.product.kind, Embedding) else "added"
 
     @property
     def adds_more(self) -> bool:
@@ -126,7 +127,7 @@ class Stray:
 class Located:
     """What `locate` found in one graph, in its order: linear nodes by module, and nodes without a place."""
 
-    linears: tuple[Linear, ...]
+    linears: tuple[Occurrence, ...]
     strays: tuple[Stray, ...]
 
     def under(self, prefix: str) -> Located:
@@ -148,7 +149,7 @@ class Located:
         names told."""
         surroundings = Surroundings.of(graph, [one.product for one in self.linears])
         placed = {one.module for one in self.linears}
-        doubted: list[Linear] = []
+        doubted: list[Occurrence] = []
         for one in self.linears:
             doubt = traces.of_calls(one.product)
             # Of two modules that compute the same an exporter makes one.
@@ -192,7 +193,7 @@ def label_of(node: ir.Node) -> str:
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
 
 
-def same_weight(one: Linear, other: Linear) -> bool:
+def same_weight(one: Occurrence, other: Occurrence) -> bool:
     """Whether two nodes multiply with the same values for their module."""
     first, second = one.product, other.product
     same = [own.value for own in first.operands] == [own.value for own in second.operands]
@@ -202,4 +203,4 @@ def same_weight(one: Linear, other: Linear) -> bool:
 
 
 def _scheme(product: Product) -> Scheme | None:
-    return None if product.quantised is None else product.quantised.scheme
+    return None if product.quantized is None else product.quantized.scheme

@@ -1,4 +1,4 @@
-"""The forms that a product with a constant weight takes in a graph, plain and quantised: one function a form.
+"""The forms that a product with a constant weight takes in a graph, plain and quantized: one function a form.
 It looks at one node and what stands around it; which module that is, it does not know."""
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.points import FLOAT_TYPES, Array, Kind
-from onnx_lora.quantised import Scheme, dequantise, is_rounded
+from onnx_lora.kinds import EMBEDDING, LINEAR, Conv, Embedding, Kind
+from onnx_lora.points import FLOAT_TYPES, Array
+from onnx_lora.quantized import Scheme, dequantize, is_rounded
 
-__all__ = ["Operand", "Product", "Quantised", "Unfit", "axes_of", "product_of", "unwrap"]
+__all__ = ["Operand", "Product", "Quantized", "Unfit", "axes_of", "product_of", "unwrap"]
 
 _FLOATS = ("FLOAT", "FLOAT16", "DOUBLE")
 _BYTES = ("INT8", "UINT8")
@@ -44,8 +45,8 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
-    """How a weight is quantised, and the initializers beside it."""
+class Quantized:
+    """How a weight is quantized, and the initializers beside it."""
 
     scheme: Scheme
     scale: Operand
@@ -60,7 +61,7 @@ class Quantised:
 class Product:
     """`output = source · W0` (and a bias, in some forms); a lookup of rows, or a convolution, by its `kind`.
 
-    `node` multiplies; `reader` takes in the activation, before anything quantises it; `output` is the product
+    `node` multiplies; `reader` takes in the activation, before anything quantizes it; `output` is the product
     as a float. `weight` is the operand that holds W0; `wrappers` lead from it to the node, nearest to the node
     first. `transposed`: W0 is stored `[out, in]`, of a convolution `[out, channels / groups, *kernel]`. `dtype`: what
     the product is computed in. `inputs`, `outputs`: W0's own; of a convolution in groups, those of one.
@@ -75,22 +76,20 @@ class Product:
     outputs: int
     dtype: str
     wrappers: tuple[ir.Node, ...] = ()
-    quantised: Quantised | None = None
-    kind: Kind = "linear"
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
+    quantized: Quantized | None = None
+    kind: Kind = LINEAR
 
     @property
     def source(self) -> ir.Value:
         """The activation, as the graph has it now; of a lookup the rows' numbers."""
-        value = self.reader.inputs[1 if self.kind == "embedding" else 0]
+        value = self.reader.inputs[1 if isinstance(self.kind, Embedding) else 0]
         assert value is not None  # every form checks it
         return value
 
     @property
     def factor(self) -> int:
         """Which of the node's inputs W0 comes in by."""
-        return 0 if self.kind == "embedding" else 1
+        return 0 if isinstance(self.kind, Embedding) else 1
 
     @property
     def added(self) -> ir.Value | None:
@@ -101,7 +100,7 @@ class Product:
     @property
     def operands(self) -> tuple[Operand, ...]:
         """Every initializer that W0 is made of."""
-        return (self.weight,) if self.quantised is None else (self.weight, *self.quantised.operands)
+        return (self.weight,) if self.quantized is None else (self.weight, *self.quantized.operands)
 
     @property
     def path(self) -> tuple[ir.Node, ...]:
@@ -110,24 +109,24 @@ class Product:
         return self.wrappers if maker is self.node or maker in self.wrappers else (*self.wrappers, maker)
 
     def is_rounded(self, weight: Array) -> bool:
-        """Whether the quantised weight is `weight` `[in, outputs]`, rounded to nearest."""
-        assert self.quantised is not None  # of whom else
-        quantised, zero = self.quantised, self.quantised.zero_point
+        """Whether the quantized weight is `weight` `[in, outputs]`, rounded to nearest."""
+        assert self.quantized is not None  # of whom else
+        quantized, zero = self.quantized, self.quantized.zero_point
         return is_rounded(
-            quantised.scheme,
+            quantized.scheme,
             (weight.T if self.transposed else weight).astype(np.float32, copy=False),
             _numbers(self.weight.value),
-            _numbers(quantised.scale.value),
+            _numbers(quantized.scale.value),
             None if zero is None else _numbers(zero.value),
         )
 
     def values(self) -> Array:
-        """W0 as `[in, outputs]`; of a quantised weight in float32."""
+        """W0 as `[in, outputs]`; of a quantized weight in float32."""
         values = _numbers(self.weight.value)
-        if self.quantised is not None:
-            zero = self.quantised.zero_point
+        if self.quantized is not None:
+            zero = self.quantized.zero_point
             zeros = None if zero is None else _numbers(zero.value)
-            values = dequantise(self.quantised.scheme, values, _numbers(self.quantised.scale.value), zeros)
+            values = dequantize(self.quantized.scheme, values, _numbers(self.quantized.scale.value), zeros)
         matrix = values.reshape(len(values), -1)
         return matrix.T if self.transposed else matrix
 
@@ -153,13 +152,13 @@ def axes_of(value: ir.Value | None) -> int | None:
 
 
 def _plain(node: ir.Node) -> Product | Unfit | None:
-    """MatMul and Gemm, with the weight as it is or dequantised on the way."""
+    """MatMul and Gemm, with the weight as it is or dequantized on the way."""
     source, factor = _input(node, 0), _input(node, 1)
     weight, wrappers = unwrap(factor)
     maker = wrappers[-1].inputs[0] if wrappers else factor
     origin = None if maker is None else maker.producer()
     if weight is None and origin is not None and "Dequantize" in origin.op_type:
-        return _dequantised(node, origin, wrappers)
+        return _dequantized(node, origin, wrappers)
     if weight is None:
         left, _ = unwrap(source)
         return Unfit("the weight is the left factor", left) if axes_of(left) == 2 else None
@@ -171,17 +170,17 @@ def _plain(node: ir.Node) -> Product | Unfit | None:
     return _made(node, operand, wrappers, _computed(weight, wrappers))
 
 
-_FIXED = "activations are rounded to ranges that were fixed without adapters; quantise weights only"
+_FIXED = "activations are rounded to ranges that were fixed without adapters; quantize weights only"
 
 
-def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -> Product | Unfit:
+def _dequantized(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -> Product | Unfit:
     """MatMul over DequantizeLinear: per tensor, per channel, or in blocks."""
     weight, scale, zero = (_input(maker, position) for position in range(3))
     if weight is None or not _is_constant(weight) or not _is_constant(scale):
-        return Unfit("its weight is dequantised by what is not constant", weight)
-    reason = _unfit_gemm(node) or _unfit_quantised(weight, zero, (*_BYTES, *_NIBBLES))
+        return Unfit("its weight is dequantized by what is not constant", weight)
+    reason = _unfit_gemm(node) or _unfit_quantized(weight, zero, (*_BYTES, *_NIBBLES))
     if reason is None and any(wrapper.op_type == "Cast" for wrapper in wrappers):
-        reason = "its weight is cast after it was dequantised"
+        reason = "its weight is cast after it was dequantized"
     if reason is None and _producer(_input(node, 0), "DequantizeLinear") is not None:
         # Ranges measured without an adapter would cut off what it adds, without a word.
         reason = _FIXED
@@ -197,8 +196,8 @@ def _dequantised(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -
     scheme = Scheme("affine", bits, size if axis >= 0 else 0, axis, rows, columns)
     if (reason := _misfit(scheme, weight, scale, zero)) is not None:
         return Unfit(reason, weight)
-    quantised = Quantised(scheme, Operand(maker, 1, scale), None if zero is None else Operand(maker, 2, zero))
-    return _made(node, Operand(maker, 0, weight), wrappers, _type(scale), quantised)
+    quantized = Quantized(scheme, Operand(maker, 1, scale), None if zero is None else Operand(maker, 2, zero))
+    return _made(node, Operand(maker, 0, weight), wrappers, _type(scale), quantized)
 
 
 def _blocks(node: ir.Node) -> Product | Unfit | None:
@@ -223,20 +222,20 @@ def _blocks(node: ir.Node) -> Product | Unfit | None:
     scheme = Scheme("blocks", bits, size, -1, outputs, inputs)
     if (reason := _misfit(scheme, weight, scale, zero)) is not None:
         return Unfit(reason, weight)
-    quantised = Quantised(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
+    quantized = Quantized(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
     operand, dtype = Operand(node, 1, weight), _type(source, scale)
-    return Product(node, node, node.outputs[0], operand, True, inputs, outputs, dtype, quantised=quantised)
+    return Product(node, node, node.outputs[0], operand, True, inputs, outputs, dtype, quantized=quantized)
 
 
 def _misfit(scheme: Scheme, weight: ir.Value, scale: ir.Value, zero: ir.Value | None) -> str | None:
     """Why a weight and what stands beside it are not of one scheme, or None."""
     zeros = [] if zero is None else [(_type(zero), _dims(zero))]
     problem = scheme.problem(_dims(weight), _dims(scale), zeros)
-    return None if problem is None else f"its quantisation contradicts itself: {problem}"
+    return None if problem is None else f"its quantization contradicts itself: {problem}"
 
 
 def _integer(node: ir.Node) -> Product | Unfit | None:
-    """MatMulInteger as ONNX Runtime's dynamic quantisation writes it: the activation quantised before, and its
+    """MatMulInteger as ONNX Runtime's dynamic quantization writes it: the activation quantized before, and its
     scale and the weight's multiplied in behind a Cast."""
     weight, zero = _input(node, 1), _input(node, 3)
     if not _is_constant(weight):
@@ -245,7 +244,7 @@ def _integer(node: ir.Node) -> Product | Unfit | None:
     cast = _only_user(node.outputs[0], "Cast")
     product = None if cast is None else _only_user(cast.outputs[0], "Mul")
     if before is None or cast is None or product is None:
-        return Unfit("it is no MatMulInteger of dynamic quantisation", weight)
+        return Unfit("it is no MatMulInteger of dynamic quantization", weight)
     scales = next((value for value in product.inputs if value is not cast.outputs[0]), None)
     both = _producer(scales, "Mul")
     position = -1 if both is None else next((i for i, value in enumerate(both.inputs) if _is_constant(value)), -1)
@@ -272,7 +271,7 @@ def _dynamic(
     node: ir.Node, reader: ir.Node, output: ir.Value, scale: Operand, zero: ir.Value | None
 ) -> Product | Unfit:
     weight, source = _input(node, 1), _input(reader, 0)
-    reason = _unfit_quantised(weight, zero, _BYTES)
+    reason = _unfit_quantized(weight, zero, _BYTES)
     if reason is not None or source is None or weight is None:
         return Unfit(reason or "it has no input", weight)
     rows, columns = _sizes(weight)
@@ -280,9 +279,9 @@ def _dynamic(
     scheme = Scheme("affine", 8, 0, axis, rows, columns)
     if (reason := _misfit(scheme, weight, scale.value, zero)) is not None:
         return Unfit(reason, weight)
-    quantised = Quantised(scheme, scale, None if zero is None else Operand(node, 3, zero))
+    quantized = Quantized(scheme, scale, None if zero is None else Operand(node, 3, zero))
     operand, dtype = Operand(node, 1, weight), _type(source, scale.value)
-    return Product(node, reader, output, operand, False, rows, columns, dtype, quantised=quantised)
+    return Product(node, reader, output, operand, False, rows, columns, dtype, quantized=quantized)
 
 
 def _lookup(node: ir.Node) -> Product | Unfit | None:
@@ -299,7 +298,7 @@ def _lookup(node: ir.Node) -> Product | Unfit | None:
     operand = Operand(wrappers[-1] if wrappers else node, 0, table)
     rows, columns = reversed(_sizes(table)) if transposed else _sizes(table)
     dtype = _computed(table, wrappers)
-    return Product(node, node, node.outputs[0], operand, transposed, rows, columns, dtype, wrappers, kind="embedding")
+    return Product(node, node, node.outputs[0], operand, transposed, rows, columns, dtype, wrappers, kind=EMBEDDING)
 
 
 def _lookup_in_blocks(node: ir.Node) -> Product | Unfit | None:
@@ -314,7 +313,7 @@ def _lookup_in_blocks(node: ir.Node) -> Product | Unfit | None:
         return Unfit("its scales or zero points are not constant", weight)
     assert scale is not None
     if node.attributes.get_int("gather_axis", 0) != 0 or node.attributes.get_int("quantize_axis", 1) % 2 != 1:
-        return Unfit("it is quantised along its entries", weight)
+        return Unfit("it is quantized along its entries", weight)
     size, kind = node.attributes.get_int("block_size", 128), "" if weight.dtype is None else weight.dtype.name
     if axes_of(scale) != 2 or kind not in ("UINT8", *_NIBBLES):
         return Unfit(f"its table is {kind}, not one of UINT8, {', '.join(_NIBBLES)}", weight)
@@ -325,12 +324,12 @@ def _lookup_in_blocks(node: ir.Node) -> Product | Unfit | None:
         scheme = Scheme("blocks", node.attributes.get_int("bits", 4), size, -1, rows, blocks * size)
     if (reason := _misfit(scheme, weight, scale, zero)) is not None:
         return Unfit(reason, weight)
-    quantised = Quantised(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
+    quantized = Quantized(scheme, Operand(node, 2, scale), None if zero is None else Operand(node, 3, zero))
     operand = Operand(node if reshape is None else reshape, 0, weight)
     return Product(
         *(node, node, node.outputs[0], operand, False, rows, scheme.columns, _type(scale)),
-        quantised=quantised,
-        kind="embedding",
+        quantized=quantized,
+        kind=EMBEDDING,
     )
 
 
@@ -339,8 +338,8 @@ def _convolution(node: ir.Node) -> Product | Unfit | None:
     weight, wrappers = unwrap(_input(node, 1))
     origin = None if _input(node, 1) is None else node.inputs[1].producer()  # type: ignore[union-attr]
     if weight is None:
-        quantised = origin is not None and "Dequantize" in origin.op_type
-        return Unfit("its weight is quantised, which gets no point in a convolution") if quantised else None
+        quantized = origin is not None and "Dequantize" in origin.op_type
+        return Unfit("its weight is quantized, which gets no point in a convolution") if quantized else None
     source, rank = _input(node, 0), axes_of(weight)
     if source is None or rank is None or rank < 3 or weight.shape is None or 0 in weight.shape.numpy():
         return Unfit("the weight is no convolution's", weight)
@@ -361,9 +360,7 @@ def _convolution(node: ir.Node) -> Product | Unfit | None:
         *(node, node, node.outputs[0], operand, True, channels * math.prod(kernel), outputs),
         dtype=_computed(weight, wrappers),
         wrappers=wrappers,
-        kind="conv",
-        kernel=tuple(kernel),
-        groups=groups,
+        kind=Conv(tuple(kernel), groups),
     )
 
 
@@ -397,14 +394,14 @@ def _made(
     weight: Operand,
     wrappers: tuple[ir.Node, ...],
     dtype: str,
-    quantised: Quantised | None = None,
+    quantized: Quantized | None = None,
 ) -> Product:
     """A MatMul's or Gemm's product, with the orientation that wrappers and attributes give its weight."""
     transposes = sum(_swaps(wrapper) for wrapper in wrappers) + node.attributes.get_int("transB", 0)
     transposed = bool(transposes % 2)
     rows, columns = _sizes(weight.value)
     inputs, outputs = (columns, rows) if transposed else (rows, columns)
-    return Product(node, node, node.outputs[0], weight, transposed, inputs, outputs, dtype, wrappers, quantised)
+    return Product(node, node, node.outputs[0], weight, transposed, inputs, outputs, dtype, wrappers, quantized)
 
 
 def _unfit_weight(weight: ir.Value, wrappers: tuple[ir.Node, ...]) -> str | None:
@@ -434,11 +431,11 @@ def _unfit_gemm(node: ir.Node) -> str | None:
     return None if node.attributes.get_float("beta", 1.0) == 1.0 else "a Gemm with beta is no linear module"
 
 
-def _unfit_quantised(weight: ir.Value | None, zero: ir.Value | None, types: tuple[str, ...]) -> str | None:
+def _unfit_quantized(weight: ir.Value | None, zero: ir.Value | None, types: tuple[str, ...]) -> str | None:
     if weight is None or axes_of(weight) != 2 or weight.shape is None or 0 in weight.shape.numpy():
-        return f"the quantised weight has {axes_of(weight)} axes or no numbers"
+        return f"the quantized weight has {axes_of(weight)} axes or no numbers"
     if weight.dtype is None or weight.dtype.name not in types:
-        return f"the quantised weight is {weight.dtype and weight.dtype.name}, not one of {', '.join(types)}"
+        return f"the quantized weight is {weight.dtype and weight.dtype.name}, not one of {', '.join(types)}"
     return None if zero is None or _is_constant(zero) else "its zero points are not constant"
 
 

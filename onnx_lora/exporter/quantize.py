@@ -1,5 +1,5 @@
-"""A quantised package from a float one: ONNX Runtime's own quantisers on the base graph, the points put back where
-they were. It knows packages and quantisers; how a weight is rounded, they know."""
+"""A quantized package from a float one: ONNX Runtime's own quantizers on the base graph, the points put back where
+they were. It knows packages and quantizers; how a weight is rounded, they know."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _WRAPPERS = ("Cast", "Identity", "Transpose")
 @public
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How weights are quantised.
+    """How weights are quantized.
 
     "blocks": MatMulNBits, symmetric, `bits` 4 or 8, a scale for every `block_size` weights;
         `accuracy_level` 4 lets the kernel round activations to 8 bits too, which is the fastest, 0 does not.
@@ -55,7 +55,7 @@ class Method:
             raise ModelError(f"the method must be blocks or dynamic, and is {self.kind!r}")
         allowed = (4, 8) if self.kind == "blocks" else (8,)
         if self.bits not in allowed:
-            raise ModelError(f"{self.kind} quantises to {' or '.join(map(str, allowed))} bits, not {self.bits}")
+            raise ModelError(f"{self.kind} quantizes to {' or '.join(map(str, allowed))} bits, not {self.bits}")
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             raise ModelError(f"the block size must be a power of two from 16 on, and is {self.block_size}")
         if self.accuracy_level not in range(5):
@@ -73,19 +73,19 @@ def quantize(
     method: Method | None = None,
     progress: Progress = lambda *_: None,
 ) -> Package:
-    """Write `out`: the float package with its weights quantised, all points and replaceable weights as they were.
+    """Write `out`: the float package with its weights quantized, all points and replaceable weights as they were.
 
-    Weights that adapters may replace stay in float, and so does what the quantisers leave alone (Gather, Conv).
+    Weights that adapters may replace stay in float, and so does what the quantizers leave alone (Gather, Conv).
     Points keep the digests of the float weights: adapters converted for the one package fit the other.
 
-    Raises ModelError: the package is quantised already, or nothing of it can be. PackageError: it is broken.
+    Raises ModelError: the package is quantized already, or nothing of it can be. PackageError: it is broken.
     OutputExistsError, StorageError, MissingDependencyError.
     """
     whole = package if isinstance(package, Package) else Package.open(package)
     chosen = method or Method()
-    if whole.quantised:
+    if whole.quantized:
         raise ModelError(
-            "must be a float package, and is quantised already; give the one it was made from", path=whole.path
+            "must be a float package, and is quantized already; give the one it was made from", path=whole.path
         )
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         sources: list[Source] = []
@@ -93,20 +93,20 @@ def quantize(
             progress("quantize", index, len(whole.manifest.graphs))
             target = Path(scratch) / str(index) / f"{info.name}.onnx"
             target.parent.mkdir()
-            _quantise(whole, info, target, chosen)
+            _quantize(whole, info, target, chosen)
             sources.append(Source(info.name, target))
         built = build(
             folder,
             sources,
             options=_options(whole),
             checkpoint=Checkpoint.of_package(whole),
-            origin=whole.manifest.source | {"quantised": str(chosen)},
+            origin=whole.manifest.source | {"quantized": str(chosen)},
             companions=companions_of(whole.path),
             scratch=Path(scratch),
             progress=progress,
         )
-        if not built.quantised:
-            raise ModelError("none of its points lies on a weight that the quantisers take", path=whole.path)
+        if not built.quantized:
+            raise ModelError("none of its points lies on a weight that the quantizers take", path=whole.path)
         _restore(built, whole)
     return Package.open(out)
 
@@ -121,7 +121,7 @@ def _options(package: Package) -> Options:
     return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
 
 
-def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
+def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
     with _translated(package.path):
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
@@ -136,7 +136,7 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
         heads = [node for node in model.graph.node if _reaches(makers, node, kept)]
         # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
         excluded = [name for node in heads for name in (node.name, f"{node.name}_MatMul")]
-        # The quantisers take MatMul alone; a head stays what it is, under a name they do not know.
+        # The quantizers take MatMul alone; a head stays what it is, under a name they do not know.
         kinds = [node.op_type for node in heads]
         for node in heads:
             node.op_type = "Head"
@@ -157,19 +157,19 @@ def _quantise(package: Package, info: GraphInfo, target: Path, method: Method) -
                 nodes_to_exclude=excluded,
                 use_external_data_format=True,
             )
-            quantised = ir.load(raw)
+            quantized = ir.load(raw)
         else:
             config = DefaultWeightOnlyQuantConfig(
                 block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
             )
-            quantiser = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
-            quantiser.process()
-            quantised = ir.from_proto(quantiser.model.model)
-        ir.save(quantised, target, external_data=f"{target.name}.data")
+            quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
+            quantizer.process()
+            quantized = ir.from_proto(quantizer.model.model)
+        ir.save(quantized, target, external_data=f"{target.name}.data")
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Quantisers know nodes by their names."""
+    """Quantizers know nodes by their names."""
     for index, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
 
@@ -218,7 +218,7 @@ def _restore(built: Package, source: Package) -> None:
         lost += [weight.name for weight in old.replaceable if weight.name not in weights]
         if lost:
             raise ModelError(
-                f"every point must stay, and {', '.join(lost)} cannot be found in the quantised graph",
+                f"every point must stay, and {', '.join(lost)} cannot be found in the quantized graph",
                 path=source.path,
                 problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
             )
@@ -244,18 +244,18 @@ def _restore(built: Package, source: Package) -> None:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """The quantisers' exceptions as ours, and their notes kept out of the user's terminal: importing them gives the
+    """The quantizers' exceptions as ours, and their notes kept out of the user's terminal: importing them gives the
     root logger a handler and a level."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:
         yield
     except ImportError as error:
-        raise MissingDependencyError(f"quantising needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
+        raise MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
     except (OnnxLoraError, OSError):
         raise
     except Exception as error:
-        raise ExportError(f"ONNX Runtime's quantiser failed: {first_line(error)}", path=path) from error
+        raise ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path) from error
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

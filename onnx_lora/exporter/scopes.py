@@ -13,7 +13,7 @@ __all__ = ["classes_around", "module_around", "path_of", "scopes_around"]
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
 
-# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantisers add
+# TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantizers add
 # `_Q4`, `_matmul_Q4` or `_quant`.
 _NODE_NAME = re.compile(r"/(?P<path>.+)/[A-Za-z]+(_\d+)?(_MatMul)?((_matmul)?_Q\d+|_quant)?")
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.exporter.axes import Form, Shapes
-from onnx_lora.exporter.located import Linear, Located, Stray, label_of, same_weight
+from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of, same_weight
 from onnx_lora.exporter.products import Product
+from onnx_lora.kinds import Embedding
 
 __all__ = ["Placement", "Site", "Sites", "settle"]
 
@@ -29,7 +30,7 @@ class Placement:
     def of(product: Product, shapes: Shapes) -> Placement | None:
         """None: the number of axes is unknown, or less than two."""
         # Of a lookup the output has the axes that count: the rows' numbers, and the features behind them.
-        value = product.output if product.kind == "embedding" else product.source
+        value = product.output if isinstance(product.kind, Embedding) else product.source
         rank = 2 if product.node.op_type == "Gemm" else shapes.rank(value)
         if rank is None or rank < 2:
             return None
@@ -50,7 +51,7 @@ class Site:
     outputs are the modules' outputs: one product with one module, or with several (packed), or several with one
     (cut up)."""
 
-    linears: tuple[Linear, ...]
+    linears: tuple[Occurrence, ...]
     placement: Placement
 
     @property
@@ -101,16 +102,16 @@ class Sites:
         return Sites(tuple(sites), tuple(strays))
 
 
-def _places(linears: Sequence[Linear]) -> tuple[list[list[Linear]], list[Stray]]:
+def _places(linears: Sequence[Occurrence]) -> tuple[list[list[Occurrence]], list[Stray]]:
     """Linears of one node together, and pieces of one module together; strays where pieces are missing."""
-    by_node: dict[ir.Node, list[Linear]] = {}
+    by_node: dict[ir.Node, list[Occurrence]] = {}
     for linear in linears:
         by_node.setdefault(linear.node, []).append(linear)
-    places: dict[object, list[Linear]] = {}
+    places: dict[object, list[Occurrence]] = {}
     for node, own in by_node.items():
         cut = any(linear.outputs < linear.size for linear in own)
         places.setdefault((own[0].module, own[0].product.source) if cut else node, []).extend(own)
-    complete: list[list[Linear]] = []
+    complete: list[list[Occurrence]] = []
     strays: list[Stray] = []
     for found in places.values():
         found.sort(key=lambda linear: (linear.start, linear.first))
@@ -146,7 +147,7 @@ def settle(graphs: Sequence[Sites]) -> list[Sites]:
 
 def _unlike(graphs: Sequence[Sites]) -> dict[str, str]:
     """Modules that are not the same at all of their nodes: a name shared by accident."""
-    first: dict[tuple[str, int], Linear] = {}
+    first: dict[tuple[str, int], Occurrence] = {}
     lost: dict[str, str] = {}
     for linear in (linear for graph in graphs for site in graph.sites for linear in site.linears):
         known = first.setdefault((linear.module, linear.first), linear)

@@ -2,7 +2,7 @@
 calls of modules may have become constants. It reads names and marks; it knows no module's weight.
 
 Decided by trying the tools: ONNX Runtime at every level and its transformers optimiser, onnxsim, onnxslim,
-onnxoptimizer and ONNX Runtime's quantisers, on graphs of torch.onnx (both ways), Optimum and the GenAI builder. Plain
+onnxoptimizer and ONNX Runtime's quantizers, on graphs of torch.onnx (both ways), Optimum and the GenAI builder. Plain
 exports show none of this."""
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.products import Product, unwrap
 from onnx_lora.exporter.scopes import classes_around, module_around, scopes_around
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import KINDS, Conv, Embedding, Linear
+from onnx_lora.points import Array
 
 __all__ = ["RULE_NAME", "Surroundings", "Traces", "find_traces"]
 
@@ -70,12 +71,13 @@ _LONGEST = 32
 
 _BEHIND = "and PEFT adds its delta behind all of that"
 
-_QUANTISED = (
-    "the graph is quantised, and quantisers may move a scale of a weight's inputs into the layer before it (AWQ, "
+_QUANTIZED = (
+    "the graph is quantized, and quantizers may move a scale of a weight's inputs into the layer before it (AWQ, "
     "SmoothQuant)"
 )
 
-_KINDS: tuple[Kind, ...] = ("linear", "embedding", "conv")
+# What torch calls its function that looks rows up, and dynamo its calls.
+_LOOKUP = "embedding"
 
 # Rows of a constant that are looked for in a table.
 _ROWS = 64
@@ -85,27 +87,27 @@ _ROWS = 64
 class Traces:
     """What may be otherwise than the modules say; empty where nothing shows it.
 
-    `rewritten`: who may have put other weights into the graph. `folded`: by kind, what may stand for calls of modules
-    that are not there any more. `constants`: what may be rows of some embedding.
+    `rewritten`: who may have put other weights into the graph. `folded`: by a kind's name, what may stand for calls of
+    modules that are not there any more. `constants`: what may be rows of some embedding.
     """
 
     rewritten: str = ""
-    folded: Mapping[Kind, str] = field(default_factory=dict)
+    folded: Mapping[str, str] = field(default_factory=dict)
     constants: tuple[ir.Value, ...] = ()
     built: bool = False  # by a builder that rounds weights to nearest, and does nothing else to them
-    quantised: bool = False
+    quantized: bool = False
 
     def of_calls(self, product: Product) -> str:
         """Why calls of the module behind a product may be gone, or nothing."""
-        if product.kind in self.folded:
-            return self.folded[product.kind]
-        if product.kind != "embedding" or self.built:
+        if product.kind.name in self.folded:
+            return self.folded[product.kind.name]
+        if not isinstance(product.kind, Embedding) or self.built:
             return ""
         for value in self.constants:
             if _width(value) != product.outputs:
                 continue
-            # The rows of a quantised table are not those that were looked up before.
-            if product.quantised is not None or _has_rows_of(value, product.values()):
+            # The rows of a quantized table are not those that were looked up before.
+            if product.quantized is not None or _has_rows_of(value, product.values()):
                 return f"the constant {value.name} may be what a call of it gave"
         return ""
 
@@ -115,7 +117,7 @@ class Traces:
             return self.rewritten
         if table := next((value.name for value in self.constants if _axes(value) > 1), None):
             return f"the constant {table} may stand for another use of it"
-        return next(iter(self.folded.values()), _QUANTISED if self.quantised else "")
+        return next(iter(self.folded.values()), _QUANTIZED if self.quantized else "")
 
     def of_weight(self, product: Product) -> str:
         """Why a product's weight may be another than its module's, where nothing but names tell; or nothing."""
@@ -127,8 +129,8 @@ class Traces:
         if slimmed or _FUSED_NAME.fullmatch(name) or _folded_node(product.weight.value) is not None:
             return f"its weight {name} was computed by an optimiser"
         # What is looked up has no inputs to scale.
-        scaled = product.quantised is not None and product.kind != "embedding" and not self.built
-        return _QUANTISED if scaled else ""
+        scaled = product.quantized is not None and not isinstance(product.kind, Embedding) and not self.built
+        return _QUANTIZED if scaled else ""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Surroundings:
     def beside(self, product: Product) -> str:
         """What else the module around a product computes, or nothing. Of embeddings PEFT knows of a scale."""
         module = module_around(product.node)
-        if not module or product.kind == "embedding":
+        if not module or isinstance(product.kind, Embedding):
             return ""
         for node in self.nodes.get(module, ()):
             if not self._is_harmless(node):
@@ -211,12 +213,12 @@ def find_traces(model: ir.Model, products: Sequence[Product], known: Collection[
         for value in model.graph.initializers.values()
         if _may_be_a_result(value) and value not in weights and value.name not in known
     ]
-    folded: dict[Kind, str] = {}
+    folded: dict[str, str] = {}
     for kind, reason in (*_named_results(model.graph, constants, saved_by_ort=bool(who)), *_missing_calls(model.graph)):
         folded.setdefault(kind, reason)
-    quantised = any(product.quantised is not None and product.kind != "embedding" for product in products)
+    quantized = any(product.quantized is not None and not isinstance(product.kind, Embedding) for product in products)
     lookups = tuple(value for value in constants if not _is_called_parameter(value))
-    return Traces(who, folded, lookups, model.producer_name in _BUILDERS, quantised)
+    return Traces(who, folded, lookups, model.producer_name in _BUILDERS, quantized)
 
 
 def _rewriter(model: ir.Model) -> str:
@@ -229,7 +231,7 @@ def _rewriter(model: ir.Model) -> str:
     return ""
 
 
-def _named_results(graph: ir.Graph, constants: Sequence[ir.Value], *, saved_by_ort: bool) -> Iterator[tuple[Kind, str]]:
+def _named_results(graph: ir.Graph, constants: Sequence[ir.Value], *, saved_by_ort: bool) -> Iterator[tuple[str, str]]:
     """Constants whose name says that they stand for a call of a module, or may."""
     by_dynamo = any((node.name or "").startswith(_DYNAMO_NODE) for node in graph)
     for value in constants:
@@ -238,28 +240,28 @@ def _named_results(graph: ir.Graph, constants: Sequence[ir.Value], *, saved_by_o
         table = saved_by_ort and _axes(value) > 1 and not _is_called_parameter(value, anonymous=True)
         if call is not None:
             # What a lookup gave is known by its rows.
-            if _kind_of_call(call["function"]) != "embedding":
-                yield _kind_of_call(call["function"]), reason
+            if _kind_of_call(call["function"]) is not Embedding:
+                yield _kind_of_call(call["function"]).name, reason
         elif table or _folded_node(value) is not None:
-            yield from ((kind, reason) for kind in _KINDS)
+            yield from ((kind, reason) for kind in KINDS)
 
 
-def _missing_calls(graph: ir.Graph) -> Iterator[tuple[Kind, str]]:
+def _missing_calls(graph: ir.Graph) -> Iterator[tuple[str, str]]:
     """The numbers that are left out where dynamo counted the calls of torch's functions: more of them than calls that
     it fused with a norm. What a lookup gave keeps its name."""
     counts: dict[str, set[int]] = {}
-    fused: Counter[Kind] = Counter()
+    fused: Counter[str] = Counter()
     for node in ir.traversal.RecursiveGraphIterator(graph):
         if "FuseBatchNorm" in node.metadata_props.get(RULE_NAME, ""):
-            fused["conv" if node.op_type.startswith("Conv") else "linear"] += 1
+            fused[(Conv if node.op_type.startswith("Conv") else Linear).name] += 1
         for name in _call_names(node):
             if match := _CALL.fullmatch(name):
                 counts.setdefault(match["function"], set()).add(int(match["count"] or 0))
     for name in graph.initializers:
-        if (match := _CALL.fullmatch(name)) and match["function"] == "embedding":
-            counts.setdefault("embedding", set()).add(int(match["count"] or 0))
+        if (match := _CALL.fullmatch(name)) and match["function"] == _LOOKUP:
+            counts.setdefault(_LOOKUP, set()).add(int(match["count"] or 0))
     for function, seen in counts.items():
-        kind = _kind_of_call(function)
+        kind = _kind_of_call(function).name
         missing = [count for count in range(max(seen)) if count not in seen]
         if len(missing) > fused[kind]:
             name = f"{function}_{missing[-1]}" if missing[-1] else function
@@ -280,10 +282,10 @@ def _folded_node(value: ir.Value) -> str | None:
     return None if match is None or match["kind"] == "Constant" else (match[1] or "").rstrip("/")
 
 
-def _kind_of_call(function: str) -> Kind:
-    if function == "embedding":
-        return "embedding"
-    return "conv" if function.startswith("conv") else "linear"
+def _kind_of_call(function: str) -> type[Linear] | type[Embedding] | type[Conv]:
+    if function == _LOOKUP:
+        return Embedding
+    return Conv if function.startswith("conv") else Linear
 
 
 def _has_rows_of(value: ir.Value, table: Array) -> bool:

@@ -29,8 +29,9 @@ from onnx_lora.exporter.frontends.source import Reference
 from onnx_lora.exporter.frontends.torch_module import reference
 from onnx_lora.exporter.load import load
 from onnx_lora.exporter.locate import locate
-from onnx_lora.exporter.oracle import adopt_quantised, in_floats
-from onnx_lora.exporter.trial import open_graph, run_graph
+from onnx_lora.exporter.ort_check import open_graph, run_graph
+from onnx_lora.exporter.quantized_reference import adopt_quantized, in_floats
+from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 # through some dozens of layers; float16 keeps three digits.
 _ALLOWED = {"float32": 1e-4, "float16": 3e-2, "float64": 1e-9}
 
-# The same for a graph as it is, where its quantised products multiply in int8. Measured against float32 on the
+# The same for a graph as it is, where its quantized products multiply in int8. Measured against float32 on the
 # same weights: 0.003 to 0.018 after two layers, 0.024 after thirty; what is wrong is off by the whole output.
 _ALLOWED_INT8 = 0.25
 
@@ -126,7 +127,7 @@ def verify(
     with _peft_errors():
         import peft
 
-        adopt_quantised(package, model)
+        adopt_quantized(package, model)
         cases = _cases(package, model, task, None)
         bases = [_run(package, case, {}) for case in cases]
         comparisons = [
@@ -142,7 +143,7 @@ def verify(
 def verify_module(package: Package, model: nn.Module, task: str | None, example_inputs: Any) -> list[Comparison]:
     """Compare a package with the live torch model: base, random adapter, and a different adapter per row.
 
-    The model is as it was afterwards; where the package quantised its weights, it keeps them as they are there.
+    The model is as it was afterwards; where the package quantized its weights, it keeps them as they are there.
 
     Raises VerificationError: they differ by more than rounding.
     """
@@ -154,7 +155,7 @@ def _try_all(
 ) -> tuple[list[Comparison], frozenset[str]]:
     """The comparisons, and the modules and parameters that were changed and seen to move an output of every graph that
     has them."""
-    adopt_quantised(package, model)
+    adopt_quantized(package, model)
     cases = _cases(package, model, task, example_inputs)
     comparisons: list[Comparison] = []
     bases: list[dict[str, Array]] = []
@@ -379,7 +380,7 @@ def _random_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
     modules = list(package.points)
     # Whole names: PEFT takes a plain name for a suffix, and every pattern for a regular expression.
     ranks = {
-        f"^{re.escape(name)}": _RANKS[index % len(_RANKS)] * package.points[name].groups
+        f"^{re.escape(name)}": _RANKS[index % len(_RANKS)] * _groups(package.points[name])
         for index, name in enumerate(modules)
     }
     config = peft.LoraConfig(
@@ -409,17 +410,21 @@ def _random_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
         tuned.unload()
 
 
+def _groups(point: InjectionPoint) -> int:
+    return point.kind.groups if isinstance(point.kind, Conv) else 1
+
+
 def _tensors_of(layer: Any, point: InjectionPoint) -> dict[str, Array]:
     """A layer of PEFT's as graph inputs, written down anew: nothing here is shared with what reads adapters."""
-    if point.kind == "embedding":
+    if isinstance(point.kind, Embedding):
         a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
     else:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     a, b = (factor.detach().double().flatten(1).numpy() for factor in (a, b))
-    if point.groups > 1:
-        outputs, rank = len(b) // point.groups, b.shape[1]
-        blocks = np.zeros((len(b), rank * point.groups))
-        for group in range(point.groups):
+    if (groups := _groups(point)) > 1:
+        outputs, rank = len(b) // groups, b.shape[1]
+        blocks = np.zeros((len(b), rank * groups))
+        for group in range(groups):
             rows = slice(group * outputs, (group + 1) * outputs)
             blocks[rows, group * rank : (group + 1) * rank] = b[rows]
         b = blocks
@@ -428,7 +433,7 @@ def _tensors_of(layer: Any, point: InjectionPoint) -> dict[str, Array]:
     if "default" in layer.lora_magnitude_vector:
         magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().numpy().reshape(-1)
         weight = layer.get_base_layer().weight.detach().double().flatten(1).numpy()
-        by_output = weight.T if point.kind == "embedding" or getattr(layer, "fan_in_fan_out", False) else weight
+        by_output = weight.T if isinstance(point.kind, Embedding) or getattr(layer, "fan_in_fan_out", False) else weight
         tensors[point.dora_scale] = (magnitude / np.linalg.norm(by_output + b @ a, axis=1))[None, None]
     return {name: np.ascontiguousarray(value).astype(point.dtype) for name, value in tensors.items()}
 

@@ -101,15 +101,15 @@ class Edit:
     lows: tuple[Low | Changed, ...]
 
     @property
-    def quantised(self) -> bool:
-        return any(low.part.quantised for low in self.lows)
+    def quantized(self) -> bool:
+        return any(low.part.quantized for low in self.lows)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every initializer that changes: of a quantised weight its scales and zero points too."""
+        """Every initializer that changes: of a quantized weight its scales and zero points too."""
         places = {self.initializer: self.stored}
-        for quantised in (quantised for low in self.lows for quantised in low.part.quantised):
-            beside = (quantised.scale, *quantised.zero_point)
+        for quantized in (quantized for low in self.lows for quantized in low.part.quantized):
+            beside = (quantized.scale, *quantized.zero_point)
             places.update((tensor.initializer, tensor.stored) for tensor in beside)
         return places
 
@@ -148,9 +148,9 @@ def _of_point(point: InjectionPoint, adapter: BoundAdapter) -> Iterator[Low | Ch
     scale, b = adapter.tensors.get(point.dora_scale), adapter.tensors.get(point.lora_b)
     if scale is None and (b is None or not np.any(b)):
         return
-    if point.groups > 1:
+    if not point.kind.foldable:
         raise BindError(
-            f"{point.module}: LoRA on a convolution in {point.groups} groups reads all channels, which no weight of "
+            f"{point.module}: LoRA on {point.kind.noun} reads all channels, which no weight of "
             "it does: it cannot be folded, in PEFT neither; run it unfolded"
         )
     a = np.zeros((point.in_features, 0), np.float32) if b is None else adapter.tensors[point.lora_a][0]

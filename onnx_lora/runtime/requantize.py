@@ -1,4 +1,4 @@
-"""Folding into quantised weights: the change is added to floats and the sum is rounded again, with leave and with
+"""Folding into quantized weights: the change is added to floats and the sum is rounded again, with leave and with
 the error measured. It knows arithmetic; it knows neither ONNX nor sessions."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, WeightPart
-from onnx_lora.quantised import Scheme, dequantise, quantise
+from onnx_lora.quantized import Scheme, dequantize, quantize
 from onnx_lora.runtime.merge import Changed, Edit, Low, folded
 
 __all__ = ["Requantize", "Rounding", "merged"]
@@ -33,22 +33,22 @@ class Rounding:
 @public
 @dataclass
 class Requantize:
-    """Leave to fold into quantised weights; `rounding` says afterwards what that cost, by module.
+    """Leave to fold into quantized weights; `rounding` says afterwards what that cost, by module.
 
-    source: the float package that the quantised one was made from: its weights plus the change are
-        quantised. Without it the quantised weights are taken for exact, and rounded a second time.
+    source: the float package that the quantized one was made from: its weights plus the change are
+        quantized. Without it the quantized weights are taken for exact, and rounded a second time.
     """
 
     source: Package | None = None
     rounding: dict[str, Rounding] = field(default_factory=dict)
 
-    def weight(self, module: str, quantised: Package) -> Array | None:
+    def weight(self, module: str, quantized: Package) -> Array | None:
         """The source's weight `[in, out]`, if there is a source. Raises BindError: it is another base's."""
         if self.source is None:
             return None
-        if self.source.quantised:
-            raise BindError("the source must be a float package, and is quantised itself", path=self.source.path)
-        own, point = quantised.points[module], self.source.points.get(module)
+        if self.source.quantized:
+            raise BindError("the source must be a float package, and is quantized itself", path=self.source.path)
+        own, point = quantized.points[module], self.source.points.get(module)
         if point is None or point.sha256 != own.sha256:
             found = "no point there" if point is None else f"the digest {point.sha256[:12]} there"
             raise BindError(
@@ -62,14 +62,14 @@ class Requantize:
 def merged(edit: Edit, package: Package, requantize: Requantize | None) -> Mapping[str, Array]:
     """The new values of every initializer that an edit changes; 4-bit numbers as 8-bit ones.
 
-    Raises BindError: as `folded`, or a weight is quantised and nobody gave leave.
+    Raises BindError: as `folded`, or a weight is quantized and nobody gave leave.
     """
-    if not edit.quantised:
+    if not edit.quantized:
         return {edit.initializer: folded(edit, package)}
     if requantize is None:
         modules = ", ".join(dict.fromkeys(low.module for low in edit.lows))
         raise BindError(
-            f"{modules}: the weight is quantised, and folding would round it again; run the adapter unfolded, which "
+            f"{modules}: the weight is quantized, and folding would round it again; run the adapter unfolded, which "
             "is exact, or allow it: requantize=Requantize(), on the command line --requantize"
         )
     return _rounded(edit, package, requantize)
@@ -77,8 +77,8 @@ def merged(edit: Edit, package: Package, requantize: Requantize | None) -> Mappi
 
 def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, Array]:
     part = edit.lows[0].part
-    quantisation, old = part.quantised[0], _tensors(part, package)
-    scheme = quantisation.scheme
+    quantization, old = part.quantized[0], _tensors(part, package)
+    scheme = quantization.scheme
     base = np.array(package.weight(part), np.float32)
     start = base.copy()
     for low in edit.lows:
@@ -91,7 +91,7 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
     if len(old) == 2 and old[0].dtype == np.uint8 and scheme.layout == "affine" and wanted.min() < 0:
         raise BindError(f"{edit.lows[0].module}: unsigned weights without a zero point hold no negative numbers")
     made = [
-        tensor for tensor in quantise(scheme, wanted, old[0], old[2] if len(old) > 2 else None) if tensor is not None
+        tensor for tensor in quantize(scheme, wanted, old[0], old[2] if len(old) > 2 else None) if tensor is not None
     ]
     with np.errstate(over="ignore"):
         made = [np.asarray(new, was.dtype).reshape(was.shape) for new, was in zip(made, old, strict=True)]
@@ -101,7 +101,7 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
     for low in edit.lows:
         touched[low.part.start : low.part.start + low.part.outputs] = True
     made = [_kept(new, was, touched, scheme, part) for new, was in zip(made, old, strict=True)]
-    got = dequantise(scheme, made[0], made[1], made[2] if len(made) > 2 else None)
+    got = dequantize(scheme, made[0], made[1], made[2] if len(made) > 2 else None)
     for low in edit.lows:
         rounding = _rounding(low, base, start, wanted, got)
         worst = requantize.rounding.get(low.module, rounding)  # of a module in several initializers
@@ -111,8 +111,8 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
 
 def _tensors(part: WeightPart, package: Package) -> list[Array]:
     """Values, scale, and the zero point where there is one."""
-    quantisation = part.quantised[0]
-    beside = [quantisation.scale, *quantisation.zero_point]
+    quantization = part.quantized[0]
+    beside = [quantization.scale, *quantization.zero_point]
     return [np.asarray(package.read(stored)) for stored in (part.stored, *(tensor.stored for tensor in beside))]
 
 

@@ -9,15 +9,15 @@ from types import MappingProxyType
 from typing import Any
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.adapters.bases import base_problem
-from onnx_lora.adapters.model import refuse_fold_only
-from onnx_lora.adapters.unknown import explain_doubts
+from onnx_lora.adapters.explain import explain_doubts
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.package import GraphInfo, Package
 from onnx_lora.runtime._ort import Device, Options, Providers, fed_value, running, start
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, as_bound, opened
-from onnx_lora.runtime.held import Held
+from onnx_lora.runtime.lease import Held
 from onnx_lora.runtime.selection import AdapterChoice, Selection, parse
 from onnx_lora.runtime.signature import Signature
 from onnx_lora.runtime.store import Store, Values, key_of

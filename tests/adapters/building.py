@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from onnx_lora import Adapter, BoundAdapter, Package, bind
 from onnx_lora.adapters import Delta, Origin, Replacement
+from onnx_lora.kinds import EMBEDDING
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
 from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
 
@@ -83,7 +84,7 @@ class PackageBuilder:
         """An embedding's point."""
         values = numbers(entries, features, seed=seed, dtype=self.dtype)
         part = self._store(f"{module}.w", values)
-        point = InjectionPoint(module, entries, features, self.dtype, True, digest(values), (part,), "embedding")
+        point = InjectionPoint(module, entries, features, self.dtype, True, digest(values), (part,), EMBEDDING)
         self.points.append(point)
         return self
 

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters import Adapter, Change, Delta
+from onnx_lora.adapters import Adapter, Change, Delta, MatrixDelta
 from onnx_lora.errors import OnnxLoraError
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import EMBEDDING, LINEAR, Conv, Embedding, Kind
+from onnx_lora.points import Array
 from tests.adapters.building import BASE_CONFIG, peft_folder
 from tests.support.numbers import assert_close
 
@@ -85,15 +86,16 @@ def saved(peft_model: Any, folder: Path) -> Adapter:
     return read_adapter(folder)
 
 
-def applied(weight: Array, delta: Delta) -> Array:
+def applied(weight: Array, delta: Delta | MatrixDelta, kind: Kind = LINEAR) -> Array:
     """A weight in torch's layout with a delta, in float64."""
-    kind, groups = ("any" if delta.in_graph_layout else delta.kind), len(delta.a) // delta.b.shape[1]
+    is_table = isinstance(delta.kind if isinstance(delta, Delta) else kind, Embedding)
+    groups = len(delta.a) // delta.b.shape[1]
     assert groups == 1, "of a convolution in groups there is no sum"
     product = delta.b.astype(np.float64) @ delta.a.astype(np.float64).reshape(len(delta.a), -1) * delta.scale
-    total = weight.astype(np.float64) + (product.T if kind == "embedding" else product).reshape(weight.shape)
+    total = weight.astype(np.float64) + (product.T if is_table else product).reshape(weight.shape)
     if delta.magnitude is None:
         return total
-    axes = (0,) if kind == "embedding" else tuple(range(1, weight.ndim))
+    axes = (0,) if is_table else tuple(range(1, weight.ndim))
     norms = np.sqrt((total**2).sum(axis=axes, keepdims=True))
     return total * delta.magnitude.astype(np.float64).reshape(norms.shape) / norms
 
@@ -108,7 +110,7 @@ def changed(weight: Array, change: Change, kind: Kind) -> Array:
     delta, scale = change.delta(weight), change.output_scale()
     if delta is not None:
         assert len(delta.a) * (weight.size // len(weight) + len(weight)) <= weight.size
-        assert_close(applied(weight, delta), merged)
+        assert_close(applied(weight, delta, kind), merged)
     if scale is not None:
         assert_close(weight * scale.reshape(-1, *(1,) * (weight.ndim - 1)), merged)
     return merged
@@ -116,8 +118,8 @@ def changed(weight: Array, change: Change, kind: Kind) -> Array:
 
 def kind_of(module: Any) -> Kind:
     if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    return "linear" if isinstance(module, (torch.nn.Linear, Conv1D)) else "conv"
+        return EMBEDDING
+    return LINEAR if isinstance(module, (torch.nn.Linear, Conv1D)) else Conv(tuple(module.kernel_size), module.groups)
 
 
 def weights_with(model: Any, adapter: Adapter) -> dict[str, Array]:
@@ -171,7 +173,7 @@ def assert_refuses_other_shapes(adapter: Adapter, model: Any) -> None:
             text = change.problem(wrong, kind_of(module))
             assert text is not None, name
             assert str(wrong) in text, text
-        assert change.problem(tuple(module.weight.shape), "conv" if kind_of(module) == "embedding" else "embedding")
+        assert change.problem(tuple(module.weight.shape), Conv() if kind_of(module) == EMBEDDING else EMBEDDING)
 
 
 def assert_no_tensor_is_ignored(folder: Path, unread: str = "nothing") -> None:

@@ -16,9 +16,10 @@ import safetensors.numpy
 
 from onnx_lora import read_adapter
 from onnx_lora.adapters import Adapter, Delta
-from onnx_lora.adapters.formats.diffusers import METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers import METADATA
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import Array
 from tests.adapters.building import adapter, delta, numbers
 from tests.adapters.merging import applied, torch
@@ -108,7 +109,7 @@ def test_half_of_a_peft_folder_is_not_taken_for_diffusers(tmp_path: Path, module
 
 def test_a_convolution_keeps_its_kernel(tmp_path: Path) -> None:
     own = read(tmp_path, pair("unet.conv_in", numbers(2, 4, 3, 3), numbers(6, 2, 1, 1))).deltas["unet.conv_in"]
-    assert (own.kind, own.a.shape, own.b.shape) == ("conv", (2, 4, 3, 3), (6, 2))
+    assert (own.kind, own.a.shape, own.b.shape) == (Conv((3, 3)), (2, 4, 3, 3), (6, 2))
 
 
 # --- scales ------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_what_is_known_and_not_applied_is_refused_by_name(
 # --- writing -----------------------------------------------------------------------------------
 
 DELTAS = {
-    "unet.mid_block.attentions.0.proj_in": Delta(numbers(2, 32, 1, 1), numbers(32, 2), 0.5, "conv"),
+    "unet.mid_block.attentions.0.proj_in": Delta(numbers(2, 32, 1, 1), numbers(32, 2), 0.5, Conv((1, 1))),
     f"unet.{BLOCK}.attn1.to_q": Delta(numbers(3, 32), numbers(32, 3), 0.25),
     f"unet.{BLOCK}.ff.net.2": Delta(numbers(2, 128), numbers(32, 2), 2.0),
 }
@@ -263,7 +264,7 @@ def test_diffusers_runs_what_is_written_with_the_same_outputs(tmp_path: Path, do
     [
         (adapter({"unet.a": delta(4, 6)}, {"unet.b.weight": numbers(4)}), "unet.b.weight: is a whole weight"),
         (adapter({"model.a": delta(4, 6)}), "model.a: must be of a part of a pipeline"),
-        (adapter({"unet.a": Delta(numbers(2, 9), numbers(4, 2), 1.0, "embedding")}), "unet.a: is an embedding"),
+        (adapter({"unet.a": Delta(numbers(2, 9), numbers(4, 2), 1.0, EMBEDDING)}), "unet.a: is an embedding"),
         (
             adapter({"unet.a": replace(delta(4, 6), magnitude=numbers(6)), "unet.b": delta(4, 6)}),
             "has no DoRA, and a has",

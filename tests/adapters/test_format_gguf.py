@@ -13,10 +13,11 @@ import pytest
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, Delta
-from onnx_lora.adapters.formats.gguf import rows_interleaved, rows_of_halves
-from onnx_lora.adapters.formats.gguf_names import ARCHITECTURES, MODEL_TYPES
+from onnx_lora.adapters.formats.gguf.names import ARCHITECTURES, MODEL_TYPES
+from onnx_lora.adapters.formats.gguf.reader import rows_interleaved, rows_of_halves
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING
 from onnx_lora.points import Array
 from tests.adapters.building import PackageBuilder, adapter, delta, numbers
 from tests.adapters.merging import applied
@@ -34,7 +35,7 @@ def file(
     arch: str = "qwen2",
     alpha: float | None = 4.0,
     fields: Mapping[str, Any] | None = None,
-    quantised: str | None = None,
+    quantized: str | None = None,
 ) -> Path:
     """As `convert_lora_to_gguf.py` writes one."""
     writer = gguf.GGUFWriter(str(path), arch)
@@ -49,10 +50,10 @@ def file(
     if alpha is not None:
         writer.add_float32("adapter.lora.alpha", alpha)
     for name, values in tensors.items():
-        if quantised is None:
+        if quantized is None:
             writer.add_tensor(name, np.ascontiguousarray(values))
         else:
-            kind = gguf.GGMLQuantizationType[quantised]
+            kind = gguf.GGMLQuantizationType[quantized]
             writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -105,7 +106,7 @@ def test_the_scale_is_alpha_over_rank_and_1_without_alpha(tmp_path: Path, alpha:
 
 def test_the_table_of_tokens_has_its_a_the_other_way_round(tmp_path: Path) -> None:
     own = read_adapter(file(tmp_path / "x", pair("token_embd", a=numbers(9, 2)))).deltas["model.embed_tokens"]
-    assert (own.kind, own.a.shape, own.b.shape) == ("embedding", (2, 9), (8, 2))
+    assert (own.kind, own.a.shape, own.b.shape) == (EMBEDDING, (2, 9), (8, 2))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -115,9 +116,9 @@ def test_floats_stay_what_they_are(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("kind, tolerance", [("Q8_0", 0.03), ("Q4_0", 0.5), ("BF16", 0.02)])
-def test_quantised_factors_are_dequantised(tmp_path: Path, kind: str, tolerance: float) -> None:
+def test_quantized_factors_are_dequantized(tmp_path: Path, kind: str, tolerance: float) -> None:
     a, b = numbers(32, 64), numbers(8, 32)
-    own = read_adapter(file(tmp_path / "x", pair("output", a, b), quantised=kind)).deltas["lm_head"]
+    own = read_adapter(file(tmp_path / "x", pair("output", a, b), quantized=kind)).deltas["lm_head"]
     assert own.a.dtype == np.float32
     assert np.abs(own.a - a).max() < tolerance
 

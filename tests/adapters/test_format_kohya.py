@@ -11,10 +11,11 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters import Adapter, Delta, Replacement
-from onnx_lora.adapters.formats.sgm import from_sgm, to_sgm
+from onnx_lora.adapters import Adapter, Delta, MatrixDelta, Replacement
+from onnx_lora.adapters.formats.diffusion.sgm import from_sgm, to_sgm
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING, LINEAR, Conv
 from onnx_lora.points import Array
 from tests.adapters.building import adapter, delta, numbers
 from tests.adapters.merging import applied, changed, torch
@@ -89,7 +90,7 @@ def test_parts_of_a_pipeline_have_their_prefixes(tmp_path: Path) -> None:
 def test_a_convolution_keeps_its_kernel(tmp_path: Path) -> None:
     down, up = numbers(2, 4, 3, 3), numbers(6, 2, 1, 1, seed=1)
     own = read(tmp_path, {"lora_down.weight": down, "lora_up.weight": up, "alpha": np.array(1, "f4")}).deltas[NAME]
-    assert (own.kind, own.a.shape, own.b.shape, own.scale) == ("conv", (2, 4, 3, 3), (6, 2), 0.5)
+    assert (own.kind, own.a.shape, own.b.shape, own.scale) == (Conv((3, 3)), (2, 4, 3, 3), (6, 2), 0.5)
     image = torch.randn(1, 4, 5, 5)
     expected = torch.conv2d(torch.conv2d(image, torch.tensor(down)), torch.tensor(up)) * 0.5
     weight = torch.tensor(applied(np.zeros((6, 4, 3, 3)), own), dtype=torch.float32)
@@ -99,7 +100,7 @@ def test_a_convolution_keeps_its_kernel(tmp_path: Path) -> None:
 def test_a_kernel_of_1_fits_linear_modules_too(tmp_path: Path) -> None:
     kernel = {"lora_down.weight": DOWN[..., None, None], "lora_up.weight": UP[..., None, None]}
     own = read(tmp_path, kernel).deltas[NAME]
-    assert own.in_graph_layout
+    assert isinstance(own, MatrixDelta)
     assert_same_bits(effect(own), PRODUCT.astype("f8"))
 
 
@@ -149,8 +150,8 @@ def test_dora_by_inputs_folds(tmp_path: Path, kernel: tuple[int, ...]) -> None:
     adapter = read(tmp_path, {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": m})
     total = base + (up.reshape(6, 2) @ down.reshape(2, -1)).reshape(base.shape)
     assert adapter.changes[NAME].method == "DoRA by inputs of LoRA"
-    assert_close(changed(base, adapter.changes[NAME], "conv" if kernel else "linear"), decomposed(total, m))
-    assert "must fit" in str(adapter.changes[NAME].problem((6, 5, *kernel), "conv" if kernel else "linear"))
+    assert_close(changed(base, adapter.changes[NAME], Conv(kernel) if kernel else LINEAR), decomposed(total, m))
+    assert "must fit" in str(adapter.changes[NAME].problem((6, 5, *kernel), Conv(kernel) if kernel else LINEAR))
 
 
 # --- LyCORIS -----------------------------------------------------------------------------------
@@ -170,14 +171,12 @@ def test_loha_is_a_product_of_products(tmp_path: Path, dora: tuple[int, int] | N
     first = tensors["hada_w1_a"] @ tensors["hada_w1_b"]
     total = base + first * (tensors["hada_w2_a"] @ tensors["hada_w2_b"]) * 0.5
     expected = total if dora is None else decomposed(total, more["dora_scale"])
-    assert_close(changed(base, adapter.changes[NAME], "linear"), expected)
+    assert_close(changed(base, adapter.changes[NAME], LINEAR), expected)
 
 
 def test_a_magnitude_of_another_size_is_named(tmp_path: Path) -> None:
     own = read(tmp_path, {**hada(2, 6, 4), "dora_scale": numbers(1, 5)}).changes[NAME]
-    assert (
-        own.problem((6, 4), "linear") == "dora_scale must have one value for each of the weight's 4 inputs, and has 5"
-    )
+    assert own.problem((6, 4), LINEAR) == "dora_scale must have one value for each of the weight's 4 inputs, and has 5"
 
 
 def test_loha_of_a_kernel_by_modes(tmp_path: Path) -> None:
@@ -191,7 +190,7 @@ def test_loha_of_a_kernel_by_modes(tmp_path: Path) -> None:
         for n in (1, 2)
     )
     own = read(tmp_path, tensors).changes[NAME]
-    assert_close(changed(base, own, "conv"), base + left * right)
+    assert_close(changed(base, own, Conv(base.shape[2:])), base + left * right)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_lokr_is_a_kronecker_product(
         tensors[f"lokr_w{n}"] if f"lokr_w{n}" in tensors else tensors[f"lokr_w{n}_a"] @ tensors[f"lokr_w{n}_b"]
         for n in (1, 2)
     )
-    assert_close(changed(base, own, "linear"), base + np.kron(first, second) * times)
+    assert_close(changed(base, own, LINEAR), base + np.kron(first, second) * times)
 
 
 def test_lokr_of_a_convolution(tmp_path: Path) -> None:
@@ -221,15 +220,15 @@ def test_lokr_of_a_convolution(tmp_path: Path) -> None:
     second = (tensors["lokr_w2_a"] @ tensors["lokr_w2_b"]).reshape(3, 2, 3, 3)
     base = numbers(6, 4, 3, 3, seed=9)
     expected = base + np.kron(tensors["lokr_w1"][..., None, None], second)
-    assert_close(changed(base, read(tmp_path, tensors).changes[NAME], "conv"), expected)
+    assert_close(changed(base, read(tmp_path, tensors).changes[NAME], Conv(base.shape[2:])), expected)
 
 
 def test_differences_are_added(tmp_path: Path) -> None:
     own = read(tmp_path, {"diff": numbers(6, 4), "diff_b": numbers(6, seed=1)})
     base = numbers(6, 4, seed=9)
-    assert_close(changed(base, own.changes[NAME], "linear"), base + numbers(6, 4))
+    assert_close(changed(base, own.changes[NAME], LINEAR), base + numbers(6, 4))
     assert own.replacements[f"{NAME}.bias"] == Replacement(own.replacements[f"{NAME}.bias"].value, operation="add")
-    assert "must have the weight's shape" in str(own.changes[NAME].problem((4, 6), "linear"))
+    assert "must have the weight's shape" in str(own.changes[NAME].problem((4, 6), LINEAR))
 
 
 def test_norms_are_added(tmp_path: Path) -> None:
@@ -354,7 +353,7 @@ def keys(file: Path) -> set[str]:
 def test_what_is_written_has_kohyas_names_and_the_same_effect(tmp_path: Path) -> None:
     deltas: dict[str, Delta] = {
         "unet.down_blocks.0.attentions.0.proj_in": Delta(numbers(2, 4), numbers(6, 2), 0.25),
-        "unet.conv_in": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 3.0, "conv"),
+        "unet.conv_in": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 3.0, Conv((3, 3))),
         "text_encoder.text_model.encoder.layers.0.mlp.fc1": delta(4, 6),
         "model.layers.0.q": Delta(numbers(2, 4), numbers(6, 2), 1.0, magnitude=numbers(6)),
     }
@@ -409,7 +408,7 @@ def test_differences_of_norms_and_biases_are_written(tmp_path: Path) -> None:
     "own, words",
     [
         (adapter({}, {"unet.norm.weight": numbers(4)}), "unet.norm.weight: is a whole weight"),
-        (adapter({"unet.e": Delta(numbers(2, 9), numbers(4, 2), 1.0, "embedding")}), "unet.e: is an embedding"),
+        (adapter({"unet.e": Delta(numbers(2, 9), numbers(4, 2), 1.0, EMBEDDING)}), "unet.e: is an embedding"),
         (adapter({"unet.a.b": delta(4, 6), "unet.a_b": delta(4, 6)}), "has the flat name lora_unet_a_b"),
     ],
 )

@@ -18,6 +18,7 @@ from onnx_lora import read_adapter
 from onnx_lora.adapters import Adapter, Delta
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING, LINEAR, Conv
 from onnx_lora.points import Array
 from tests.adapters.building import adapter, delta, numbers
 from tests.adapters.merging import applied
@@ -80,7 +81,7 @@ def test_dora_is_a_magnitude(tmp_path: Path) -> None:
     total = base + PRODUCT * 0.5
     assert_close(applied(base, own), m[:, None] * total / np.linalg.norm(total, axis=1, keepdims=True))
     # MLX has one for each row of an embedding; a delta of this kind is refused there.
-    assert (own.kind, own.in_graph_layout) == ("linear", False)
+    assert own.kind == LINEAR
 
 
 def test_full_fine_tuning_is_whole_weights(tmp_path: Path) -> None:
@@ -190,12 +191,12 @@ DELTAS: dict[str, Delta] = {
     "model.layers.0.self_attn.q_proj": Delta(numbers(2, 4), numbers(6, 2), 0.5),
     "model.layers.1.self_attn.q_proj": Delta(numbers(3, 4), numbers(6, 3), 0.5),
     "lm_head": Delta(numbers(2, 4), numbers(6, 2), 2.0),
-    "model.embed_tokens": Delta(numbers(2, 9), numbers(4, 2), 0.5, "embedding"),
+    "model.embed_tokens": Delta(numbers(2, 9), numbers(4, 2), 0.5, EMBEDDING),
 }
 
 
 def test_what_is_written_has_one_rank_and_one_scale_and_the_same_effect(tmp_path: Path) -> None:
-    linear = {name: own for name, own in DELTAS.items() if own.kind != "embedding"}
+    linear = {name: own for name, own in DELTAS.items() if own.kind != EMBEDDING}
     out = write_adapter(adapter(linear), tmp_path / "out", format="mlx")
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["lora_parameters"] == {
@@ -224,7 +225,7 @@ def test_dora_is_written(tmp_path: Path) -> None:
     "own, words",
     [
         (adapter({"q": delta(4, 6)}, {"n.weight": numbers(4)}), "n.weight: is a whole weight"),
-        (adapter({"c": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 1.0, "conv")}), "c: is a convolution"),
+        (adapter({"c": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 1.0, Conv((3, 3)))}), "c: is a convolution"),
         (adapter({"e": replace(DELTAS["model.embed_tokens"], magnitude=numbers(4))}), "e: is a table, whose change"),
         (adapter({"q": replace(delta(4, 6), magnitude=numbers(6)), "v": delta(4, 6)}), "v (and 0 more): has no DoRA"),
     ],

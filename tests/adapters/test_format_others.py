@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from onnx_lora import bind, read_adapter
 from onnx_lora.adapters import Adapter
-from onnx_lora.adapters.formats.merged_linear import merged_linear
+from onnx_lora.adapters.formats.peft.merged_linear import merged_linear
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.points import Array
 from tests.adapters.building import PackageBuilder, numbers
@@ -181,10 +181,10 @@ def test_olives_factors_are_ours_without_rows(tmp_path: Path, prefix: str) -> No
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["q.lora_A.quant.weight", "q.lora_A.quant.scale"], "Olive quantised to 4 bits"),
+        (["q.lora_A.quant.weight", "q.lora_A.quant.scale"], "Olive quantized to 4 bits"),
         (["base_model.model.q.lora_A.weight", "q.lora_A.weight"], "with and without PEFT's prefix"),
     ],
 )
-def test_what_olive_quantised_or_named_twice_is_refused(tmp_path: Path, names: list[str], words: str) -> None:
+def test_what_olive_quantized_or_named_twice_is_refused(tmp_path: Path, names: list[str], words: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=words):
         read_adapter(onnx_adapter(tmp_path / "x.onnx_adapter", {name: numbers(4, 2) for name in names}))

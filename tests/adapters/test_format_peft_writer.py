@@ -103,7 +103,6 @@ DORA = Delta(numbers(2, 4), numbers(6, 2), 1.0, magnitude=numbers(6))
     "own, words",
     [
         (adapter({"q": DORA, "v": delta(4, 6)}), "v (and 0 more): has no DoRA, and q has"),
-        (adapter({"q": Delta(numbers(2, 4), numbers(6, 2), 1.0, dora_scale=numbers(6))}), "no magnitude of DoRA"),
         (adapter({}, {"n.weight": Replacement(numbers(4), operation="add")}), "n.weight: is added to the base's own"),
         (adapter({}, {"n.bias": Replacement(numbers(4), operation="multiply")}), "n.bias: is multiplied with"),
         (adapter({"q": delta(4, 6)}, {"q.weight": numbers(6, 4)}), "q.weight: its module has factors too"),

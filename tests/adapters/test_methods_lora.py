@@ -11,6 +11,7 @@ import pytest
 
 from onnx_lora import read_adapter
 from onnx_lora.errors import UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING, Conv, Linear
 from tests.adapters import merging
 from tests.adapters.merging import assert_is_peft, inputs, net, peft, saved, torch, wrapped
 from tests.support.numbers import assert_close, assert_same_bits
@@ -80,7 +81,7 @@ def test_a_convolution_in_groups_has_a_grouped_b(tmp_path: Path) -> None:
     """PEFT merges none of it: its unmerged outputs are those of A on all channels, then B in groups."""
     model = wrapped(peft.LoraConfig(r=4, lora_alpha=3, target_modules=["grouped"], init_lora_weights=False))
     delta = saved(model, tmp_path).deltas["grouped"]
-    assert (delta.a.shape, delta.b.shape, delta.kind) == ((4, 4, 3, 3), (6, 2), "conv")
+    assert (delta.a.shape, delta.b.shape, delta.kind) == ((4, 4, 3, 3), (6, 2), Conv((3, 3), 2))
     image = inputs()[3]
     with torch.no_grad():
         expected, base = model(*inputs())[9], net().grouped(image)
@@ -128,7 +129,7 @@ def test_qalora_pools_the_inputs_of_gptqs_modules(tmp_path: Path) -> None:
     rows, base = inputs()[1], net().lin
     with torch.no_grad():
         expected = QALoraLinearVariant.forward(layer, "default", rows, base(rows))
-        weight = torch.from_numpy(merging.changed(base.weight.numpy(), change, "linear"))
+        weight = torch.from_numpy(merging.changed(base.weight.numpy(), change, Linear()))
         assert_close((rows @ weight.T + base.bias).numpy(), expected.numpy())
 
 
@@ -140,7 +141,7 @@ def test_qalora_on_other_modules_is_plain(tmp_path: Path) -> None:
 
 def test_qalora_in_groups_of_one_is_ambiguous(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["lin"], use_qalora=True, qalora_group_size=1, init_lora_weights=False)
-    assert "does not tell" in (saved(wrapped(config), tmp_path).changes["lin"].problem((8, 12), "linear") or "")
+    assert "does not tell" in (saved(wrapped(config), tmp_path).changes["lin"].problem((8, 12), Linear()) or "")
 
 
 # --- bare parameters -------------------------------------------------------------------------------
@@ -209,8 +210,8 @@ def test_lora_on_parameters_is_what_peft_merges(
         change = adapter.changes.get(name.removesuffix(".weight"))
         weight = state[name]
         if change is not None:
-            weight = merging.changed(weight, change, "linear")
-            assert str((9, 9)) in (change.problem((9, 9), "linear") or "")
+            weight = merging.changed(weight, change, Linear())
+            assert str((9, 9)) in (change.problem((9, 9), Linear()) or "")
         assert_close(weight, value.numpy())
 
 
@@ -219,7 +220,7 @@ def test_experts_of_equal_sides_are_ambiguous(tmp_path: Path) -> None:
         r=2, target_modules=[], target_parameters=["experts.gate_up_proj"], init_lora_weights=False
     )
     change = saved(wrapped(config, model=Mixture(False, hidden=10)), tmp_path).changes["experts.gate_up_proj"]
-    problem = change.problem((3, 10, 10), "linear") or ""
+    problem = change.problem((3, 10, 10), Linear()) or ""
     assert "(3, 10, 10)" in problem
     assert "nothing in the file tells which axis" in problem
 
@@ -251,7 +252,7 @@ def test_trained_tokens_are_what_peft_merges(tmp_path: Path, alone: bool) -> Non
     change = adapter.changes["emb"]
     assert change.delta(net().emb.weight.detach().numpy()).a.shape == (2, 11)
     for shape in ((10, 12), (11, 13), (11, 12, 1)):
-        assert str(shape) in (change.problem(shape, "embedding") or "")
+        assert str(shape) in (change.problem(shape, EMBEDDING) or "")
 
 
 def test_more_tokens_than_pay_fold_only(tmp_path: Path) -> None:
@@ -268,8 +269,8 @@ def test_trained_tokens_of_a_tied_table_are_those_of_the_head_too(tmp_path: Path
     change, reference = adapter.changes["model.embed_tokens"], merged_llama(model)
     assert not adapter.replacements
     table = base["model.embed_tokens.weight"]
-    assert_close(merging.changed(table, change, "embedding"), reference["model.embed_tokens.weight"])
-    assert_close(merging.changed(table, change.of_kind("linear"), "linear"), reference["lm_head.weight"])
+    assert_close(merging.changed(table, change, EMBEDDING), reference["model.embed_tokens.weight"])
+    assert_close(merging.changed(table, change.of_kind(Linear()), Linear()), reference["lm_head.weight"])
 
 
 def test_tokens_of_several_modules_are_their_own(tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def prepared(init: str) -> Any:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_with_its_initial_state_it_is_exact_on_the_published_base(tmp_path: Path, init: str, use_rslora: bool) -> None:
-    from onnx_lora.adapters.formats.peft import read_peft
+    from onnx_lora.adapters.formats.peft.reader import read_peft
 
     targets = LINEAR if init.startswith("pissa") else ["lin", "wide"]
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": targets, "use_rslora": use_rslora}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters.formats.peft_patterns import Endings, Patterns
+from onnx_lora.adapters.formats.peft.patterns import Endings, Patterns
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.expressions import ExpressionError
 from onnx_lora.points import matches, matching

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from onnx_lora import Package, bind, read_adapter
-from onnx_lora.adapters import Adapter, BoundAdapter, Delta
+from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
 from onnx_lora.adapters.compose import blended
-from onnx_lora.adapters.formats.converted import write_bound
+from onnx_lora.adapters.formats.converted.files import write_bound
 from onnx_lora.adapters.methods.ia3 import IA3
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.errors import BindError, InputError, OutputExistsError, StorageError, UnsupportedAdapterError
+from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import InjectionPoint, digest
 from tests.adapters.building import PackageBuilder, adapter, delta, effect, lora, numbers, peft_folder
 from tests.support.numbers import assert_close, assert_same_bits
@@ -30,9 +31,7 @@ def add_conv(builder: PackageBuilder, module: str, shape: tuple[int, ...], *, gr
     part = replace(builder._store(f"{module}.w", weight), outputs=shape[0], transposed=True)
     inputs, kernel = math.prod(shape[1:]) * groups, shape[2:]
     own = digest(weight)
-    builder.points.append(
-        InjectionPoint(module, inputs, shape[0], "float32", True, own, (part,), "conv", kernel, groups)
-    )
+    builder.points.append(InjectionPoint(module, inputs, shape[0], "float32", True, own, (part,), Conv(kernel, groups)))
 
 
 def add_table(builder: PackageBuilder, module: str, rows: int, features: int) -> None:
@@ -40,7 +39,7 @@ def add_table(builder: PackageBuilder, module: str, rows: int, features: int) ->
     weight = numbers(rows, features, seed=51)
     part = builder._store(f"{module}.w", weight)
     own = digest(weight)
-    builder.points.append(InjectionPoint(module, rows, features, "float32", True, own, (part,), "embedding"))
+    builder.points.append(InjectionPoint(module, rows, features, "float32", True, own, (part,), EMBEDDING))
 
 
 @pytest.fixture
@@ -55,8 +54,8 @@ def package(tmp_path: Path) -> Package:
 
 LINEAR = {"unet.q": Delta(numbers(2, 4), numbers(6, 2), 0.3), "unet.v": Delta(numbers(3, 4), numbers(6, 3), 0.7)}
 KINDS = LINEAR | {
-    "unet.conv": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 0.5, "conv"),
-    "unet.table": Delta(numbers(2, 9), numbers(5, 2), 0.5, "embedding"),
+    "unet.conv": Delta(numbers(2, 4, 3, 3), numbers(6, 2), 0.5, Conv((3, 3))),
+    "unet.table": Delta(numbers(2, 9), numbers(5, 2), 0.5, EMBEDDING),
 }
 
 
@@ -100,7 +99,7 @@ def test_a_convolution_in_groups_goes_through_our_file_too(tmp_path: Path) -> No
     builder = PackageBuilder(tmp_path / "package")
     add_conv(builder, "conv", (6, 2, 3, 3), groups=2)
     package = builder.open()
-    own = adapter({"conv": Delta(numbers(4, 4, 3, 3), numbers(6, 2), 0.5, "conv")})
+    own = adapter({"conv": Delta(numbers(4, 4, 3, 3), numbers(6, 2), 0.5, Conv((3, 3), 2))})
     ours = write_bound(bind(own, package), tmp_path / "ours.safetensors")
     folder = write_adapter(read_adapter(ours), tmp_path / "peft", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), bind(own, package))
@@ -124,7 +123,7 @@ def test_a_change_that_this_base_makes_factors_of_is_written_as_them(tmp_path: P
 
 FLAT = adapter({"unet_q": delta(4, 6)}, flat_names=True)
 CHANGED = adapter({}, changes={"unet.q": IA3(numbers(6), False)})
-OURS = adapter({"unet.q": Delta(numbers(2, 4), numbers(6, 2), 1.0, in_graph_layout=True)})
+OURS = adapter({"unet.q": MatrixDelta(numbers(2, 4), numbers(6, 2), 1.0)})
 
 
 @pytest.mark.parametrize(

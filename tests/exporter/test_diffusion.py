@@ -32,6 +32,7 @@ from onnx_lora.errors import (
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.frontends.diffusion import load_pipeline
 from onnx_lora.exporter.verify import verify
+from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import Array
 from tests.support.diffusion import (
     make_pipeline,
@@ -88,8 +89,8 @@ def test_every_network_becomes_a_graph_under_its_own_name(package: Package) -> N
         **{"made_by": "optimum", "from": "small", "task": "text-to-image", "precision": "fp32"},
         "pipeline": "StableDiffusionPipeline",
     }
-    assert package.points["unet.conv_in"].kind == "conv"
-    assert package.points["text_encoder.text_model.embeddings.token_embedding"].kind == "embedding"
+    assert package.points["unet.conv_in"].kind == Conv((3, 3))
+    assert package.points["text_encoder.text_model.embeddings.token_embedding"].kind == EMBEDDING
     assert all(point.per_row for point in graphs["unet"].points)
     assert not any(graph.unplaced or graph.untargeted for graph in graphs.values())
 

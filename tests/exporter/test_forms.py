@@ -210,7 +210,7 @@ def test_default_rank_one_is_a_zero_column(tmp_path: Path) -> None:
     assert {arg.name: arg.shape for arg in session.get_overridable_initializers()}["m.q.lora_A.weight"][1] == 8
 
 
-def test_a_weight_dequantised_by_a_number_that_is_fed_is_listed(tmp_path: Path) -> None:
+def test_a_weight_dequantized_by_a_number_that_is_fed_is_listed(tmp_path: Path) -> None:
     nodes = [
         node("ReduceMean", ["x"], ["scale"], keepdims=0),
         node("DequantizeLinear", ["codes", "scale"], ["w"]),

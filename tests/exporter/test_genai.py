@@ -211,7 +211,7 @@ def test_attach_keeps_the_files_of_a_genai_folder(built: Callable[[str], Package
     assert names >= {"genai_config.json", "tokenizer.json", "decoder.onnx"}, "the config names the graph"
 
 
-def test_the_command_quantises_and_verifies_and_says_nothing_else(wide: Make, tmp_path: Path) -> None:
+def test_the_command_quantizes_and_verifies_and_says_nothing_else(wide: Make, tmp_path: Path) -> None:
     """A tied model: one 4-bit weight serves head and embedding."""
     command = [sys.executable, "-m", "onnx_lora", "export", str(wide("llama_tied")), "out", "--via", "genai"]
     done = subprocess.run(
@@ -225,8 +225,8 @@ def test_the_command_quantises_and_verifies_and_says_nothing_else(wide: Make, tm
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_wrong_quantised_weight_is_seen(wide: Make, tmp_path: Path) -> None:
-    """int8, tied: the head's weight is quantised, the embedding's is not. One weight emptied must be found."""
+def test_a_wrong_quantized_weight_is_seen(wide: Make, tmp_path: Path) -> None:
+    """int8, tied: the head's weight is quantized, the embedding's is not. One weight emptied must be found."""
     package = export(wide("llama_tied"), tmp_path / "out", via="genai", precision="int8", block_size=64)
     cases = verify(package, wide("llama_tied"))
     assert {entry.case for entry in cases} == {"base", "int8", "adapter", "rows"}
@@ -421,5 +421,5 @@ def test_progress_follows_the_builder(wide: Make, tmp_path: Path, monkeypatch: p
         ("build layers", 1, 2),
         ("build layers", 2, 2),
         ("save weights", 1, 2),
-        ("quantise layers", 2, 2),
+        ("quantize layers", 2, 2),
     ]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from onnx_lora import AdapterSession, bind, fold, read_adapter
 from onnx_lora.exporter import export
+from onnx_lora.kinds import EMBEDDING, LINEAR
 from onnx_lora.runtime import Requantize
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
@@ -36,7 +37,7 @@ def test_tied_embeddings_and_head_get_points_of_their_own(precision: str, tmp_pa
     make_tokenizer(tmp_path / "base")
     # Verified on the way: PEFT's layers on all three, and rows.
     package = export(tmp_path / "base", tmp_path / "out", via="genai", precision=precision, targets=TARGETS)
-    assert {package.points[name].kind for name in ("model.embed_tokens", "lm_head")} == {"embedding", "linear"}
+    assert {package.points[name].kind for name in ("model.embed_tokens", "lm_head")} == {EMBEDDING, LINEAR}
     tuned = _model()
     folder = make_adapter(tuned, tmp_path / "a", r=3, target_modules=TARGETS)
     bound = bind(read_adapter(folder), package)

@@ -21,7 +21,7 @@ from torch import nn
 from onnx_lora.errors import ExportError, ModelError
 from onnx_lora.exporter import attach, export, intake, load
 from onnx_lora.exporter.foreign import foreign
-from onnx_lora.exporter.trial import blamed_on_damage
+from onnx_lora.exporter.ort_check import blamed_on_damage
 from tests.support.graphs import random, save
 from tests.support.numbers import assert_close
 

@@ -23,7 +23,7 @@ from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.verify import verify
 from onnx_lora.package import MANIFEST
-from onnx_lora.quantised import Scheme, is_rounded, quantise
+from onnx_lora.quantized import Scheme, is_rounded, quantize
 from tests.support.numbers import assert_close
 
 Net = Callable[[], nn.Module]
@@ -346,19 +346,19 @@ def _smoothed(spread: float) -> Net:
 def _in_four_bits(file: Path) -> Path:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantiser = MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=32, is_symmetric=True)
-    quantiser.process()
-    target = file.with_name("quantised.onnx")
-    quantiser.model.save_model_to_file(str(target))
+    quantizer = MatMulNBitsQuantizer(onnx.load(file), bits=4, block_size=32, is_symmetric=True)
+    quantizer.process()
+    target = file.with_name("quantized.onnx")
+    quantizer.model.save_model_to_file(str(target))
     return target
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int4"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int4"])
 @pytest.mark.parametrize("spread", [0.15, 1.0])
-def test_a_weight_whose_inputs_were_scaled_gets_no_point(spread: float, quantised: bool, tmp_path: Path) -> None:
+def test_a_weight_whose_inputs_were_scaled_gets_no_point(spread: float, quantized: bool, tmp_path: Path) -> None:
     rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
     file = _graph(_smoothed(spread), tmp_path / "m.onnx", dynamo=False, x=rows)
-    file = _in_four_bits(file) if quantised else file
+    file = _in_four_bits(file) if quantized else file
     with pytest.raises(ModelError) as caught:
         attach(file, tmp_path / "out", checkpoint=_checkpoint(Normed, tmp_path / "checkpoint"))
     if spread < 1:
@@ -372,10 +372,10 @@ def test_a_scale_too_small_to_be_told_from_rounding_is_a_doubt(tmp_path: Path) -
     assert "not the checkpoint's rounded to nearest" in package.unproven["q_proj"]
 
 
-def test_a_quantised_weight_is_proven_by_its_checkpoint_alone(tmp_path: Path) -> None:
+def test_a_quantized_weight_is_proven_by_its_checkpoint_alone(tmp_path: Path) -> None:
     rows = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3))
     file = _in_four_bits(_graph(Normed, tmp_path / "m.onnx", dynamo=False, x=rows))
-    assert "quantisers may move a scale of" in attach(file, tmp_path / "named").unproven["q_proj"]
+    assert "quantizers may move a scale of" in attach(file, tmp_path / "named").unproven["q_proj"]
     package = attach(file, tmp_path / "proven", checkpoint=_checkpoint(Normed, tmp_path / "checkpoint"))
     assert not package.unproven
     adapter = _adapter(Normed, tmp_path / "adapter", "q_proj")
@@ -399,7 +399,7 @@ def test_what_rounding_to_nearest_gives_is_known_from_what_it_does_not(scheme: s
         "a tensor": (Scheme("affine", 8, 0, -1, 8, 64), int8, None),
         "channels": (Scheme("affine", 8, 0, 0, 8, 64), int8, None),
     }[scheme]
-    values, scale, zero_point = quantise(layout, weight, sample, zeros)
+    values, scale, zero_point = quantize(layout, weight, sample, zeros)
     assert is_rounded(layout, weight, values, scale, zero_point)
     assert not is_rounded(layout, weight * np.float32(1.01), values, scale, zero_point)
     assert not is_rounded(layout, weight * np.linspace(0.98, 1.02, 64, dtype=np.float32), values, scale, zero_point)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lora import bind, write_bound
 from onnx_lora.adapters import Delta
-from onnx_lora.adapters.formats.diffusers import METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers import METADATA
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.exporter import attach
 from onnx_lora.exporter.quantize import Method, quantize
@@ -194,7 +194,7 @@ def ggufs(folder: Path) -> None:
     gguf_file(folder / "list" / "x.gguf", tensors, arch="qwen2", fields={"general.numbers": [1, 2]})
     blocks = {"output.weight.lora_a": numbers(32, 32), "output.weight.lora_b": numbers(8, 32)}
     for kind in ("Q4_0", "Q8_0"):
-        gguf_file(folder / kind / "x.gguf", blocks, quantised=kind)
+        gguf_file(folder / kind / "x.gguf", blocks, quantized=kind)
 
 
 def converted(folder: Path) -> None:
@@ -318,14 +318,14 @@ def graphs(folder: Path) -> None:
     _function(folder / "function")
     _decoder(folder / "decoder")
     manifest_free = attach(folder / "inline" / "m.onnx", folder / "package")
-    quantised = quantize(manifest_free, folder / "quantised package", method=Method(bits=8, block_size=16))
+    quantized = quantize(manifest_free, folder / "quantized package", method=Method(bits=8, block_size=16))
     dynamic = quantize(manifest_free, folder / "dynamic package", method=Method("dynamic", 8))
-    for name, package in (("blocks", quantised), ("dynamic", dynamic)):
+    for name, package in (("blocks", quantized), ("dynamic", dynamic)):
         (folder / name).mkdir()
         shutil.copyfile(package.path / package.graph().base_file, folder / name / "m.onnx")
         for data in package.path.glob("*.data"):
             shutil.copyfile(data, folder / name / data.name)
-    for made in ("package", "quantised package", "dynamic package"):
+    for made in ("package", "quantized package", "dynamic package"):
         shutil.rmtree(folder / made)
 
 

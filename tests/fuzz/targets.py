@@ -33,6 +33,7 @@ from onnx_lora.adapters import Delta, Origin
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.quantize import quantize
+from onnx_lora.kinds import Linear
 from onnx_lora.runtime.generation import Chat, TextGenerator
 from onnx_lora.runtime.generation.chat import ChatTemplate
 from onnx_lora.runtime.generation.settings import Settings
@@ -137,7 +138,7 @@ def _use(folder: Path, out: Path) -> None:
         run,
         lambda: fold(package, _delta(package), sess_options=_quiet(), providers=["CPUExecutionProvider"]),
         lambda: fold_to(package, _delta(package), out / "folded"),
-        lambda: quantize(package, out / "quantised"),
+        lambda: quantize(package, out / "quantized"),
     )
 
 
@@ -146,7 +147,7 @@ def _delta(package: Package) -> Any:
     deltas = {
         module: Delta(np.ones((2, point.in_features), np.float32), np.ones((point.out_features, 2), np.float32), 1.0)
         for module, point in package.points.items()
-        if point.kind == "linear" and point.in_features * point.out_features < 2**20
+        if isinstance(point.kind, Linear) and point.in_features * point.out_features < 2**20
     }
     return Adapter("a", dict(list(deltas.items())[:1]), {}, Origin("memory", "", "", "", ""))
 

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lora.adapters import BoundAdapter
-from onnx_lora.adapters.model import Coverage, Origin
+from onnx_lora.adapters.adapter import Coverage, Origin
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
 from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
 

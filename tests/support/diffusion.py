@@ -14,8 +14,9 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
+from onnx_lora.kinds import LINEAR, Conv, Kind
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
-from onnx_lora.points import Branch, InjectionPoint, Kind, StoredTensor, WeightPart
+from onnx_lora.points import Branch, InjectionPoint, StoredTensor, WeightPart
 
 __all__ = [
     "make_pipeline",
@@ -206,7 +207,7 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
 
 def _point(module: str, layer: nn.Linear | nn.Conv2d, offset: int) -> InjectionPoint:
     shape = tuple(layer.weight.shape)
-    kind: Kind = "conv" if isinstance(layer, nn.Conv2d) else "linear"
+    kind: Kind = Conv(shape[2:]) if isinstance(layer, nn.Conv2d) else LINEAR
     stored = StoredTensor("model.onnx.data", offset, shape, "float32")
     return InjectionPoint(
         module=module,
@@ -217,6 +218,5 @@ def _point(module: str, layer: nn.Linear | nn.Conv2d, offset: int) -> InjectionP
         sha256="0" * 64,
         parts=(WeightPart(f"{module}.weight", stored, shape[0], transposed=True),),
         kind=kind,
-        kernel=shape[2:],
         bias="none" if layer.bias is None else "added",
     )

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["BDLoRA"]
 
@@ -28,7 +29,7 @@ class BDLoRA:
         return "BD-LoRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear":
+        if not isinstance(kind, Linear):
             return not_for("BD-LoRA", "linear modules", shape, kind)
         inputs = self.a.shape[1] * (self.blocks if self.in_a else 1)
         return kernel_unlike("BD-LoRA", (len(self.b), inputs), shape)
@@ -37,7 +38,7 @@ class BDLoRA:
         a, b = self._factors()
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors()) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

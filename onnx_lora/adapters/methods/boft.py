@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.cayley import cayley, rotated
 from onnx_lora.adapters.methods.shapes import flat, kernel_unlike, not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["BOFT"]
 
@@ -27,7 +28,7 @@ class BOFT:
         return "BOFT"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "embedding":
+        if isinstance(kind, Embedding):
             return not_for("BOFT", "linear modules and convolutions", shape, kind)
         factors, blocks, size, _ = self.blocks.shape
         if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
@@ -49,7 +50,7 @@ class BOFT:
             matrix = mixed[:, order]
         return (matrix * wide(self.scale)[:, None]).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["C3A"]
 
@@ -24,7 +25,7 @@ class C3A:
         return "C3A"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear":
+        if not isinstance(kind, Linear):
             return not_for("C3A", "linear modules", shape, kind)
         rows, columns, size = self.kernels.shape
         return kernel_unlike("C3A", (rows * size, columns * size), shape)
@@ -36,7 +37,7 @@ class C3A:
         dense: Floats = circles.transpose(0, 2, 1, 3).reshape(rows * size, columns * size)
         return wide(weight) + dense / np.float32(weight.shape[1])
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

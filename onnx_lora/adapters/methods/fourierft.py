@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["FourierFT"]
 
@@ -31,7 +32,7 @@ class FourierFT:
         return "FourierFT"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) != 2:
+        if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("FourierFT", "linear modules", shape, kind)
         if self.spectrum.size > shape[0] * shape[1]:
             return f"FourierFT has {self.spectrum.size} frequencies, and a weight of shape {shape} has fewer places"
@@ -45,7 +46,7 @@ class FourierFT:
         dense.reshape(-1)[_first_of_permutation(self.seed, weight.size, spectrum.size)] = spectrum
         return wide(weight) + np.fft.ifft2(dense).real.astype(spectrum.dtype) * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["GraLoRA"]
 
@@ -28,7 +29,7 @@ class GraLoRA:
         return "GraLoRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear":
+        if not isinstance(kind, Linear):
             return not_for("GraLoRA", "linear modules", shape, kind)
         return kernel_unlike("GraLoRA", (len(self.b) * self.b.shape[2], len(self.a) * self.a.shape[1]), shape)
 
@@ -40,7 +41,7 @@ class GraLoRA:
             change = change + wide(self.general[1]) @ wide(self.general[0])
         return wide(weight) + change * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """One column for each input block, output block and rank of theirs."""
         n, part = len(self.a), self.a.shape[2]
         hybrid = len(self.general[0]) if self.general else 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["HiRA"]
 
@@ -24,7 +25,7 @@ class HiRA:
         return "HiRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if (kind == "embedding") != self.on_embedding:
+        if isinstance(kind, Embedding) != self.on_embedding:
             return not_for("HiRA of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
         sizes = (len(self.b), self.a.shape[1])
         return kernel_unlike("HiRA", sizes[::-1] if self.on_embedding else sizes, shape)
@@ -33,7 +34,7 @@ class HiRA:
         own, share = wide(weight), wide(self.b) @ wide(self.a)
         return own + own * (share.T if self.on_embedding else share).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, flat, kernel_unlike, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["HRA"]
 
@@ -28,7 +29,7 @@ class HRA:
         return "HRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "embedding":
+        if isinstance(kind, Embedding):
             return not_for("HRA", "linear modules and convolutions", shape, kind)
         return kernel_unlike("HRA", (shape[0] if shape else 0, len(self.columns)), shape)
 
@@ -36,7 +37,7 @@ class HRA:
         a, b = self._factors(weight)
         return wide(weight) + (b @ a).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """Each reflection takes twice the part along its column away: r of them are of rank r."""
         return pair(*self._factors(weight)) if pays(self.columns.shape[1], weight.shape) else None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Conv, Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["IA3"]
 
@@ -23,14 +24,14 @@ class IA3:
         return "IA3"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "embedding" or len(shape) < 2:
+        if isinstance(kind, Embedding) or len(shape) < 2:
             return not_for("IA3", "linear modules and convolutions", shape, kind)
         size = self.vector.size
         if not self.feedforward:
             wanted, fits = "outputs", size == shape[0]
         else:
             groups = size // shape[1] if shape[1] and size % shape[1] == 0 else 0
-            wanted, fits = "inputs", groups == 1 or (kind == "conv" and groups > 1 and shape[0] % groups == 0)
+            wanted, fits = "inputs", groups == 1 or (isinstance(kind, Conv) and groups > 1 and shape[0] % groups == 0)
         return None if fits else f"IA3 must meet a weight of {size} {wanted}, and this one has shape {shape}"
 
     def merged(self, weight: Array) -> Array:
@@ -41,7 +42,7 @@ class IA3:
         by_group = vector.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
         return wide(weight) * by_group.reshape(*weight.shape[:2], *kernel)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, columns, kernel_unlike, not_for, pair, pays, rows, thin, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["LoHa"]
 
@@ -26,7 +27,7 @@ class LoHa:
         return "LoHa"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "embedding":
+        if isinstance(kind, Embedding):
             return not_for("LoHa", "linear modules and convolutions", shape, kind)
         return kernel_unlike("LoHa", (rows(self.left), columns(self.left)), shape)
 
@@ -35,7 +36,7 @@ class LoHa:
         change: Floats = (b1 @ a1) * (b2 @ a2) * np.float32(self.scale)
         return wide(weight) + change.reshape(weight.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """Of the product of both ranks: every column of one with every column of the other."""
         rank = len(self.left[-1]) * len(self.right[-1])
         if not pays(rank, weight.shape):

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, columns, kernel_unlike, not_for, pair, pays, rows, thin, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["LoKr"]
 
@@ -40,7 +41,7 @@ class LoKr:
         return len(self.second) == 1 and self.second[0].ndim == 3
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "embedding":
+        if isinstance(kind, Embedding):
             return not_for("LoKr", "linear modules and convolutions", shape, kind)
         if self._is_conv1d and shape[2:] != self.second[0].shape[2:]:
             return f"LoKr must meet a kernel of shape {self.second[0].shape[2:]}, and this weight has shape {shape}"
@@ -53,7 +54,7 @@ class LoKr:
             product = np.kron(_product(self.first), _product(self.second))
         return wide(weight) + product.reshape(weight.shape) * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """(L1 · R1) ⊗ (L2 · R2) = (L1 ⊗ L2) · (R1 ⊗ R2)."""
         if self._is_conv1d:
             return None

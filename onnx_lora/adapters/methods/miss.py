@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["MiSS"]
 
@@ -26,7 +27,7 @@ class MiSS:
         return "MiSS"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) != 2:
+        if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("MiSS", "linear modules", shape, kind)
         block, (outputs, inputs) = self.block.shape, shape
         if self.form == "bat":
@@ -47,7 +48,7 @@ class MiSS:
         changed = tiles @ wide(self.block) + wide(self.block)
         return own + changed.transpose(1, 2, 0, 3).reshape(own.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         if self.form == "bat" or not pays(len(self.block), weight.shape):
             return None
         return pair(*self._factors(weight.shape))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.cayley import cayley, rotated
 from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["OFT"]
 
@@ -39,7 +40,7 @@ class OFT:
         return (1 + math.isqrt(1 + 8 * self.angles.shape[1])) // 2
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if (kind == "embedding") != self.on_embedding:
+        if isinstance(kind, Embedding) != self.on_embedding:
             return not_for("OFT of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
         if math.prod(shape[2:]) != 1:
             return (
@@ -62,7 +63,7 @@ class OFT:
             blocks = blocks.swapaxes(1, 2)
         return rotated(matrix, blocks).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["ParameterLora"]
 
@@ -31,7 +32,7 @@ class ParameterLora:
         return "LoRA on a parameter"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) not in (2, 3):
+        if not isinstance(kind, Linear) or len(shape) not in (2, 3):
             return f"LoRA on a parameter must meet a matrix or one for each expert, not a {kind} of shape {shape}"
         found = len(self._fitting(shape))
         if found == 1 and shape[-1] != shape[-2]:
@@ -56,7 +57,7 @@ class ParameterLora:
             product = product.swapaxes(-1, -2)
         return wide(weight) + product * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         if weight.ndim != 2 or not pays(self.rank, weight.shape):
             return None
         a, b = self._fitting(weight.shape)[0]

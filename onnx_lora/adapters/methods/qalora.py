@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["QALoRA"]
 
@@ -28,7 +29,7 @@ class QALoRA:
         return "QA-LoRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear":
+        if not isinstance(kind, Linear):
             return not_for("QA-LoRA", "linear modules", shape, kind)
         plain = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1]), shape)
         pooled = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1] * self.group), shape)
@@ -40,7 +41,7 @@ class QALoRA:
         a, b = self._factors(weight.shape)
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["RandLoRA"]
 
@@ -27,7 +28,7 @@ class RandLoRA:
         return "RandLoRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) != 2:
+        if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("RandLoRA", "linear modules", shape, kind)
         small, bases = min(shape), self.by_rank.shape[1]
         if self.by_small.shape != (bases, small) or small > self.a.shape[2]:
@@ -47,7 +48,7 @@ class RandLoRA:
         product = shared.reshape(large, -1) @ own.reshape(-1, small) * wide(self.a).dtype.type(self.scale)
         return wide(weight) + (product if small == weight.shape[1] else product.T)
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """Its rank is the weight's own."""
         del weight
         return None

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.kinds import Kind
+from onnx_lora.points import Array
 
 __all__ = ["Floats", "columns", "flat", "kernel_unlike", "not_for", "pair", "pays", "rows", "thin", "wide"]
 
@@ -32,17 +33,14 @@ def pays(rank: int, shape: tuple[int, ...]) -> bool:
     return rank * (inputs + outputs) <= inputs * outputs
 
 
-def pair(a: Array, b: Array) -> Delta:
+def pair(a: Array, b: Array) -> MatrixDelta:
     """`a` `[r, in]`, the axes of a kernel counted as inputs, and `b` `[out, r]`, whatever kind the module is of."""
-    return Delta(a, b, 1.0, in_graph_layout=True)
-
-
-_OF = {"linear": "a linear module's", "embedding": "an embedding's", "conv": "a convolution's"}
+    return MatrixDelta(a, b, 1.0)
 
 
 def not_for(method: str, what: str, shape: tuple[int, ...], kind: Kind) -> str:
     """What to say where PEFT has the method for other kinds of modules."""
-    return f"{method} is for {what}, and this weight of shape {shape} is {_OF[kind]}"
+    return f"{method} is for {what}, and this weight of shape {shape} is {kind.noun}'s"
 
 
 def kernel_unlike(method: str, wanted: tuple[int, int], shape: tuple[int, ...]) -> str | None:

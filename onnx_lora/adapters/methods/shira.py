@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import not_for, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["SHiRA"]
 
@@ -25,7 +26,7 @@ class SHiRA:
         return "SHiRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) != 2:
+        if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("SHiRA", "linear modules", shape, kind)
         places = self.places.astype(np.int64)
         if places.size and (places.min() < 0 or (places.max(axis=1) >= shape).any()):
@@ -39,7 +40,7 @@ class SHiRA:
         np.add.at(merged, (outputs, inputs), wide(self.values))
         return merged
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

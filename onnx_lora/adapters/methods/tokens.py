@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
+from onnx_lora.points import Array
 
 __all__ = ["TokenRows"]
 
@@ -23,7 +24,7 @@ class TokenRows:
 
     indices: tuple[int, ...]
     rows: Array
-    kind: Kind = "embedding"
+    kind: Kind = EMBEDDING
 
     @property
     def method(self) -> str:
@@ -33,7 +34,7 @@ class TokenRows:
         return replace(self, kind=kind)
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind == "conv" or len(shape) != 2 or shape[1] != self.rows.shape[1]:
+        if isinstance(kind, Conv) or len(shape) != 2 or shape[1] != self.rows.shape[1]:
             return f"trained tokens of shape {self.rows.shape} must meet a table as wide, and this has shape {shape}"
         if self.indices and max(self.indices) >= shape[0]:
             return f"token {max(self.indices)} is trained, and the table has shape {shape}; export the resized base"
@@ -44,7 +45,7 @@ class TokenRows:
         merged[list(self.indices)] = wide(self.rows)
         return merged
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         """One column a token, chosen by its row: no larger than the table while there are few of them."""
         count, (rows, features) = len(self.indices), weight.shape
         if not count or count * (rows + features) > rows * features:
@@ -52,9 +53,9 @@ class TokenRows:
         change: Floats = wide(self.rows) - wide(weight)[list(self.indices)]
         chosen = np.zeros((count, rows), change.dtype)
         chosen[np.arange(count), list(self.indices)] = 1
-        if self.kind == "embedding":
-            return Delta(chosen, change.T, 1.0, kind="embedding")
-        return Delta(change, chosen.T, 1.0)
+        if isinstance(self.kind, Embedding):
+            return MatrixDelta(chosen, change.T, 1.0)
+        return MatrixDelta(change, chosen.T, 1.0)
 
     def output_scale(self) -> Array | None:
         return None

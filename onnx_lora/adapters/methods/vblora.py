@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["VBLoRA"]
 
@@ -29,7 +30,7 @@ class VBLoRA:
         return "VB-LoRA"
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear":
+        if not isinstance(kind, Linear):
             return not_for("VB-LoRA", "linear modules", shape, kind)
         length = self.bank.shape[1]
         return kernel_unlike("VB-LoRA", (len(self.chosen_b) * length, self.chosen_a.shape[1] * length), shape)
@@ -38,7 +39,7 @@ class VBLoRA:
         a, b = self._factors()
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors()) if pays(len(self.chosen_a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, pair, pays, wide
-from onnx_lora.adapters.model import Delta
-from onnx_lora.points import Array, Kind
+from onnx_lora.kinds import Kind, Linear
+from onnx_lora.points import Array
 
 __all__ = ["VeRA"]
 
@@ -29,7 +30,7 @@ class VeRA:
         return self.name
 
     def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if kind != "linear" or len(shape) != 2:
+        if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for(self.name, "linear modules", shape, kind)
         most = (len(self.b), self.a.shape[1])
         if shape[0] != self.by_output.size or shape[0] > most[0] or shape[1] > most[1]:
@@ -43,7 +44,7 @@ class VeRA:
         a, b = self._factors(weight.shape)
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> Delta | None:
+    def delta(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

@@ -48,17 +48,17 @@ def choose(
     model: str | os.PathLike[str], *, via: str | None, task: str | None, precision: Precision
 ) -> Via | Literal["diffusion"]:
     """The GenAI builder for the causal language models it is right for, where it is installed, and for every
-    quantised one; else Optimum, which takes the networks of a diffusion pipeline one by one.
+    quantized one; else Optimum, which takes the networks of a diffusion pipeline one by one.
 
     Raises ModelError: `via` is none of the two, or cannot do what is asked. MissingDependencyError: the
     builder is needed, and not installed.
     """
     if is_pipeline(model):
-        if via not in (None, "optimum") or precision.quantised:
+        if via not in (None, "optimum") or precision.quantized:
             raise ModelError("a pipeline is exported via Optimum, in fp32 or fp16", path=model)
         return "diffusion"
-    if via == "optimum" or (via is None and not precision.quantised):
-        if precision.quantised:
+    if via == "optimum" or (via is None and not precision.quantized):
+        if precision.quantized:
             raise ModelError(f"Optimum writes no {precision.name}: the GenAI builder does, with via='genai'")
         return "optimum" if via == "optimum" or not _goes_to_builder(model, task) else "genai"
     if via not in (None, "genai"):
@@ -84,7 +84,7 @@ def _goes_to_builder(model: str | os.PathLike[str], task: str | None) -> bool:
     except ModelError:
         return False  # Optimum says what is wrong with it
     names = config.get("architectures") or [""]
-    # Weights that are quantised already are unpacked by the builder, and by nobody here to compare with.
+    # Weights that are quantized already are unpacked by the builder, and by nobody here to compare with.
     return names[0] in MEASURED and "quantization_config" not in config and _unfit_heads(config) is None
 
 

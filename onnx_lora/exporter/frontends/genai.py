@@ -54,7 +54,7 @@ def build_checkpoint(
     """Let the builder write the graph of a local folder or a hub id into `folder`; the torch model beside it.
 
     Weights of 4 and 8 bits are symmetric, in blocks of `precision.block_size` along the inputs.
-    `accuracy_level` 4 multiplies them in int8: activations are quantised as well, block by block, as they come.
+    `accuracy_level` 4 multiplies them in int8: activations are quantized as well, block by block, as they come.
 
     Raises ModelError: no such checkpoint, or the builder does not know its architecture. ExportError: the
     builder failed. StorageError, MissingDependencyError.
@@ -82,7 +82,7 @@ def build_checkpoint(
         "precision": precision.name,
         "builder": f"onnxruntime-genai {builder_version()}",
     } | base_of(model)
-    if precision.quantised:
+    if precision.quantized:
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
     with translated(model, "run"):
         calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
@@ -91,7 +91,7 @@ def build_checkpoint(
 
 
 def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Module:
-    """The torch model that the builder would export; weights that it quantises are as they were before.
+    """The torch model that the builder would export; weights that it quantizes are as they were before.
 
     Raises ModelError: no such checkpoint. MissingDependencyError: torch or transformers is not installed.
     """

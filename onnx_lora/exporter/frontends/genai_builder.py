@@ -33,7 +33,7 @@ _KEPT_LINES = 200  # of the child's, for its last words
 _LAST_WORDS = 2  # lines of an exception's message: of some the second says what is wrong
 
 _LAYER = re.compile(r"Reading layer (\d+)")
-_QUANTISED = re.compile(r"complete quantization of \S*?/layers\.(\d+)/")
+_QUANTIZED = re.compile(r"complete quantization of \S*?/layers\.(\d+)/")
 _SAVED = re.compile(r"Saving .*\| (\d+)/(\d+) \[")
 
 # Foreign exceptions that say the checkpoint's files are missing, damaged or of another shape.
@@ -114,11 +114,11 @@ def _command(wish: Wish, scratch: Path) -> list[str]:
     source = ["-i", str(Path(wish.read).resolve())] if wish.is_local else ["-m", str(wish.read)]
     name = wish.precision.name
     options = ["hf_remote=false"]  # no code out of a checkpoint is run
-    if wish.precision.quantised:
+    if wish.precision.quantized:
         options += [f"block_size={wish.precision.block_size}", f"accuracy_level={wish.precision.accuracy_level}"]
         options += ["is_symmetric=true"]
     if name == "int8":
-        # The builder ties a quantised embedding to the head by the name of a 4-bit weight: no valid graph.
+        # The builder ties a quantized embedding to the head by the name of a 4-bit weight: no valid graph.
         options += ["shared_embeddings=false"]
     if not _has_token():
         options += ["hf_token=false"]  # else public models are refused without one
@@ -151,8 +151,8 @@ def _hub_cache() -> str:
 def _report(line: str, layers: int, progress: Progress) -> None:
     if match := _LAYER.match(line):
         progress("build layers", int(match[1]) + 1, layers)
-    elif match := _QUANTISED.search(line):
-        progress("quantise layers", int(match[1]) + 1, layers)
+    elif match := _QUANTIZED.search(line):
+        progress("quantize layers", int(match[1]) + 1, layers)
     elif match := _SAVED.match(line):
         progress("save weights", int(match[1]), int(match[2]))
 

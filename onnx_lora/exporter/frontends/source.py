@@ -33,12 +33,12 @@ COMPANIONS = (
 _NOT_COMPANIONS = ("onnx_lora.json", "adapter_config.json", "trainer_state.json", "model.safetensors.index.json")
 
 
-# What weights may be kept in, best first. The last two are quantised in blocks, each with a scale.
+# What weights may be kept in, best first. The last two are quantized in blocks, each with a scale.
 _PRECISIONS = ("fp32", "fp16", "int8", "int4")
-_QUANTISED = ("int8", "int4")
+_QUANTIZED = ("int8", "int4")
 
 # What MatMulNBits of ONNX Runtime knows: weights in a block, and the type it multiplies in (1 float32, 2
-# float16, 3 bfloat16, 4 int8: the activations are quantised too).
+# float16, 3 bfloat16, 4 int8: the activations are quantized too).
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _ACCURACY_LEVELS = (1, 2, 3, 4)
 
@@ -53,13 +53,13 @@ class Precision:
 
     @staticmethod
     def of(name: str, *, block_size: int | None = None, accuracy_level: int | None = None) -> Precision:
-        """Quantised ones get blocks of 32 and int8 arithmetic by default: the fastest on CPUs.
+        """Quantized ones get blocks of 32 and int8 arithmetic by default: the fastest on CPUs.
 
         Raises ModelError: there is no such precision, or it has no such blocks.
         """
         if name not in _PRECISIONS:
             raise ModelError(f"precision must be one of {', '.join(_PRECISIONS)}, and is {name!r}")
-        if name not in _QUANTISED:
+        if name not in _QUANTIZED:
             if block_size is not None or accuracy_level is not None:
                 raise ModelError(
                     f"block_size and accuracy_level are for precision int4 and int8, and precision is {name!r}"
@@ -73,8 +73,8 @@ class Precision:
         return precision
 
     @property
-    def quantised(self) -> bool:
-        return self.name in _QUANTISED
+    def quantized(self) -> bool:
+        return self.name in _QUANTIZED
 
 
 @dataclass(frozen=True, slots=True)

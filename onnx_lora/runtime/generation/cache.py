@@ -9,7 +9,7 @@ from weakref import ref
 
 from onnx_lora.errors import CacheError
 from onnx_lora.runtime.generation.decoder import Memory
-from onnx_lora.runtime.held import Identity
+from onnx_lora.runtime.lease import Identity
 from onnx_lora.runtime.session import AdapterSession
 
 __all__ = ["Cache"]

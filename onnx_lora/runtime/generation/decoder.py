@@ -11,7 +11,7 @@ import numpy as np
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import CPU, Device, ort, running
 from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
-from onnx_lora.runtime.held import Held
+from onnx_lora.runtime.lease import Held
 
 __all__ = ["Decoder", "Memory"]
 

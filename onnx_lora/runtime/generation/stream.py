@@ -14,7 +14,7 @@ from onnx_lora.runtime.generation.decoder import Decoder, Memory
 from onnx_lora.runtime.generation.graph import DecoderGraph
 from onnx_lora.runtime.generation.pieces import RunningText, StopFilter
 from onnx_lora.runtime.generation.sampling import Chooser, Sampling
-from onnx_lora.runtime.held import Held
+from onnx_lora.runtime.lease import Held
 from onnx_lora.runtime.session import AdapterSession
 
 __all__ = ["Generation", "Piece", "Reason", "Row", "Stream", "Work"]

@@ -1,0 +1,212 @@
+"""What an adapter is before and after it was bound to a package. It knows no file and no format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from onnx_lora.errors import BindError
+from onnx_lora.kinds import LINEAR, Kind
+from onnx_lora.package import GraphInfo
+from onnx_lora.points import Array
+
+__all__ = [
+    "NO_SCALE",
+    "Adapter",
+    "BoundAdapter",
+    "Change",
+    "Coverage",
+    "Delta",
+    "MatrixDelta",
+    "Origin",
+    "PortableAdapter",
+    "Replacement",
+    "refuse_fold_only",
+]
+
+# Why an adapter with a factor for each output folds only.
+NO_SCALE = "the package takes no scale of its outputs: export again with --dora"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A pair of factors as PyTorch keeps them, of a module of a known kind: `W = W0 + scale · b · a`.
+
+    kind        a                           b
+    Linear      `[r, in]`                   `[out, r]`
+    Embedding   `[r, rows of the table]`    `[out, r]`
+    Conv        `[r, channels, *kernel]`    `[out, r / groups]`
+
+    `magnitude` `[out]` is DoRA's m: then each output's weights get this norm.
+    """
+
+    a: Array
+    b: Array
+    scale: float
+    kind: Kind = LINEAR
+    magnitude: Array | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+@dataclass(frozen=True)
+class MatrixDelta:
+    """A pair of factors as matrices, whatever kind the module is of: `a` `[r, in]`, `b` `[out, r]`, where the axes of a
+    kernel count as inputs and the groups of a convolution stand in b as blocks of a diagonal.
+
+    `magnitude` as in `Delta`. `output_scale` `[out]` is the factor that gives the weights that norm, already computed
+    for the base that the adapter was bound to.
+    """
+
+    a: Array
+    b: Array
+    scale: float
+    magnitude: Array | None = None
+    output_scale: Array | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+class Change(Protocol):
+    """What no pair of factors says by itself: a new weight as a function of the base's. One class a method.
+
+    Weights are float32 (float64 for a base of that), in `InjectionPoint.torch_shape`: `[out, in]`,
+    `[rows of the table, features]`, `[out, channels / groups, *kernel]`.
+    """
+
+    @property
+    def method(self) -> str:
+        """By the name that messages use: "IA3"."""
+
+    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        """Why it cannot be a change of a weight of this shape, with both shapes; or None."""
+
+    def merged(self, weight: Array) -> Array:
+        """The new weight; `weight` stays as it is. Exactly what PEFT's merge gives, but for rounding."""
+
+    def delta(self, weight: Array) -> MatrixDelta | None:
+        """The change of this weight as a pair of factors no larger than the weight, or None: folding only."""
+
+    def output_scale(self) -> Array | None:
+        """`[out]` where the change is nothing but a factor for each output, or None."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A whole parameter. `in_graph_layout`: already as the graph input takes it, rows included.
+
+    `in_place`: PEFT writes it over the base's own parameter, and so over every other parameter that
+    shares its storage; a module of `modules_to_save` has storage of its own. `operation`: what is done to the
+    base's own value with this one; "multiply" does nothing where the base has no such parameter (a bias).
+    """
+
+    value: Array
+    in_graph_layout: bool = False
+    in_place: bool = False
+    operation: Literal["set", "add", "multiply"] = "set"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an adapter came from."""
+
+    path: str
+    sha256: str  # of the weight file
+    format: str  # "peft", "safetensors" or "onnx_adapter", or a foreign format's name
+    method: str  # "LoRA", "rsLoRA", ...
+    base_model: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was trained, tied to no graph: deltas and other changes by module, whole weights by torch parameter name.
+
+    `base_digests`: the SHA-256 of the base weights it was bound to, by module or parameter name;
+    empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
+    PEFT cannot load it otherwise. `notes`: what a reader should know and cannot see in the tensors.
+    `made_of`: for modules whose tensors were made from the base's weights, `Package.mark` of those.
+    `base_number`: what an `.onnx_adapter` says of those weights, see `bases.py`.
+    `with_tied_heads`: embeddings whose change its tool applies to an output head tied to the table, too.
+    `flat_names`: modules are written with `_` for `.`; which those are, only a package's own modules tell.
+    """
+
+    name: str
+    deltas: Mapping[str, Delta | MatrixDelta]
+    replacements: Mapping[str, Replacement]
+    origin: Origin
+    base_digests: Mapping[str, str] = field(default_factory=dict)
+    saved_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    flat_names: bool = False
+    with_tied_heads: frozenset[str] = frozenset()
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    base_number: int | None = None
+
+
+@dataclass(frozen=True)
+class PortableAdapter:
+    """An adapter as foreign formats can hold one: pairs of factors as PyTorch keeps them, and whole weights."""
+
+    name: str
+    deltas: Mapping[str, Delta]
+    replacements: Mapping[str, Replacement]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a bound adapter does to a package, module by module."""
+
+    applied: tuple[str, ...]  # modules
+    replaced: tuple[str, ...]  # parameters
+    at_base: tuple[str, ...]  # modules with a point that the adapter does not touch
+    silent: tuple[str, ...]  # applied, and without effect: every B is zero
+    ranks: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    fold_only: Mapping[str, str] = field(default_factory=dict)  # modules, and why they cannot run unfolded
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """An adapter checked against one package, laid out by point and parameter: nothing left to check.
+
+    `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, `M.dora_scale` `[1, 1, out]`,
+    replaced weights as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
+    what the adapter touches. `graphs`: the package's, for `graph_inputs`. `changes`: by module, what only folding
+    can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own. `made_of` as in
+    `Adapter`. `base_names`: the package's, of the model that it was made from.
+    """
+
+    name: str
+    tensors: Mapping[str, Array]
+    coverage: Coverage
+    origin: Origin
+    base_digests: Mapping[str, str]
+    graphs: tuple[GraphInfo, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    magnitudes: Mapping[str, Array] = field(default_factory=dict)
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    base_names: tuple[str, ...] = ()
+
+    @property
+    def graph_inputs(self) -> dict[str, Array]:
+        """What to feed the package's graphs: as `tensors`, the modules of packed projections put together."""
+        inputs = [graph.inputs(self.tensors) for graph in self.graphs]
+        return {name: value for one in inputs for name, value in one.items()} if inputs else dict(self.tensors)
+
+
+def refuse_fold_only(bound: BoundAdapter, modules: Collection[str]) -> None:
+    """Raises BindError: `modules`, which only folding can change, are any."""
+    if modules:
+        raise BindError(
+            f"adapter {bound.name!r} can be folded into this package, and not run or written apart from it: "
+            "use fold or fold_to (`onnx-lora fold`)",
+            path=bound.origin.path,
+            problems=[f"{module}: {bound.coverage.fold_only[module]}" for module in modules],
+        )

@@ -1,0 +1,1 @@
+"""Bound adapters as files: ours and ONNX Runtime's."""

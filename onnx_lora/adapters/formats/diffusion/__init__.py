@@ -1,0 +1,1 @@
+"""The formats of image models: diffusers', kohya's with LyCORIS', cloneofsimo's."""

@@ -1,0 +1,209 @@
+"""PEFT's `adapter_config.json`: its fields, checked, as rules. It knows no tensor.
+
+The references are `LoraConfig` of PEFT 0.21, and the configs of its other methods, where their fields mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onnx_lora.adapters.formats.files.reading import read_json, shown
+from onnx_lora.adapters.formats.peft.method import Method
+from onnx_lora.adapters.formats.peft.methods import METHODS
+from onnx_lora.adapters.formats.peft.patterns import Patterns
+from onnx_lora.adapters.formats.peft.refused import check_method, refusals
+from onnx_lora.adapters.formats.peft.rules import (
+    Choice,
+    Everything,
+    Layers,
+    Named,
+    PeftConfig,
+    Ranks,
+    Table,
+    Targets,
+    Whole,
+)
+from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.expressions import Expression, ExpressionError, Work
+
+__all__ = ["CONFIG", "parse_config", "read_config"]
+
+T = TypeVar("T")
+
+CONFIG = "adapter_config.json"
+
+# peft_model.py: the heads that a task adds to modules_to_save.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+# What LoRA is called by people when a field is set; the first that is counts.
+_NAMES = (
+    ("use_dora", "DoRA"),
+    ("use_bdlora", "BD-LoRA"),
+    ("use_qalora", "QA-LoRA"),
+    ("use_rslora", "rsLoRA"),
+)
+
+
+def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
+    """Read and check `adapter_config.json`. `with_initial`: the adapter's initial state is there too.
+
+    Raises AdapterFileError: damaged, or not PEFT's. UnsupportedAdapterError: PEFT's, and refused,
+    every reason named.
+    """
+    return parse_config(read_json(path), path, with_initial=with_initial)
+
+
+def parse_config(config: dict[str, Any], path: Path, *, with_initial: bool = False) -> PeftConfig:
+    """As `read_config`, of a config's fields."""
+    method = check_method(config, METHODS, path)
+    if problems := refusals(config, method, with_initial=with_initial):
+        raise UnsupportedAdapterError("says what cannot be applied exactly", path=path, problems=problems)
+    reader = _Reader(config)
+    rules = reader.config_of(method)
+    if reader.problems:
+        raise AdapterFileError("is no config that PEFT would load", path=path, problems=reader.problems)
+    return rules
+
+
+class _Reader:
+    """Takes fields out of a config and collects what is wrong with them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.work = Work()
+        self.problems: list[str] = []
+
+    def config_of(self, method: Method) -> PeftConfig:
+        task = self.config.get("task_type")
+        return PeftConfig(
+            peft_type=str(self.config["peft_type"]),
+            method=next((name for field, name in _NAMES if self.config.get(field)), method.name),
+            base_model=self.base_model(),
+            bias=self.bias(),
+            task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
+            targets=self.targets(),
+            ranks=self.ranks(method),
+            fields=self.config,
+        )
+
+    def targets(self) -> Targets:
+        target = self.names("target_modules") if self.config.get("target_modules") is not None else None
+        layers, saved = self.layers(), self.name_list("modules_to_save")
+        if isinstance(target, str) and self.config.get("layers_to_transform") is not None:
+            self.problems.append("layers_to_transform cannot go with a target_modules that is one string")
+        if self.config.get("layers_pattern") and layers is None:
+            self.problems.append("layers_pattern needs layers_to_transform")
+        return Targets(
+            chosen=None if target is None else self.choice("target_modules", target),
+            excluded=self.choice("exclude_modules", self.names("exclude_modules") or ()),
+            saved=self.made("modules_to_save", lambda: Patterns(saved, "around", self.work), Patterns((), "around")),
+            saved_names=saved,
+            named=frozenset() if target is None or isinstance(target, str) else frozenset(target),
+            layers=self.in_layers(layers or ()),
+        )
+
+    def choice(self, key: str, names: str | tuple[str, ...]) -> Choice:
+        """One regular expression, or names."""
+        if not isinstance(names, str):
+            return Named(frozenset(names))
+        if key == "target_modules" and names.lower() == "all-linear":
+            return Everything()
+        everything: Choice = Everything()
+        return self.made(key, lambda: Whole(Expression(names, self.work)), everything)
+
+    def in_layers(self, numbers: tuple[int, ...]) -> Layers | None:
+        patterns = self.name_list("layers_pattern", one=True)
+        made = self.made("layers_pattern", lambda: Layers.of(numbers, patterns, self.work), Layers(frozenset()))
+        return made if numbers else None
+
+    def ranks(self, method: Method) -> Ranks:
+        ranks = {key: self.rank(f"rank_pattern[{key!r}]", value) for key, value in self.table("rank_pattern", method)}
+        alphas = {
+            key: self.number(f"alpha_pattern[{key!r}]", value) for key, value in self.table("alpha_pattern", method)
+        }
+        return Ranks(
+            rank=self.rank(method.rank, self.config.get(method.rank)) if method.rank else 1,
+            alpha=self.number(method.alpha, self.config.get(method.alpha)) if method.alpha else 1.0,
+            rslora=bool(self.config.get("use_rslora")),
+            rank_pattern=self.made("rank_pattern", lambda: Table(ranks, self.work), Table({})),
+            alpha_pattern=self.made("alpha_pattern", lambda: Table(alphas, self.work), Table({})),
+        )
+
+    def made(self, key: str, make: Callable[[], T], otherwise: T) -> T:
+        """What `make` gives, which reads expressions; one that is none is a problem of the field `key`."""
+        try:
+            return make()
+        except ExpressionError as error:
+            self.problems.append(f"{key}: {error}")
+            return otherwise
+
+    def rank(self, key: str, value: object) -> int:
+        if type(value) is int and value > 0:
+            return value
+        self.problems.append(f"{key} must be a rank of at least 1, and is {shown(value)}")
+        return 1
+
+    def number(self, key: str, value: object) -> float:
+        # No default for a missing alpha: PEFT's own was none once, and is 8 now.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
+            return float(value)
+        self.problems.append(f"{key} must be a finite number, and is {shown(value)}")
+        return 0.0
+
+    def bias(self) -> str:
+        value = self.config.get("bias") or "none"
+        # Each method has an own word for its modules only: lora_only, MiSS_only.
+        if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
+            self.problems.append(f"bias must be none, all or lora_only, and is {shown(value)}")
+            return "none"
+        return str(value)
+
+    def base_model(self) -> str:
+        value = self.config.get("base_model_name_or_path") or ""
+        if isinstance(value, str):
+            return value
+        self.problems.append(f"base_model_name_or_path must be a name, and is {shown(value)}")
+        return ""
+
+    def table(self, key: str, method: Method) -> list[tuple[str, object]]:
+        value = (self.config.get(key) or {}) if method.patterns else {}
+        if not isinstance(value, dict):
+            self.problems.append(f"{key} must map module names to numbers, and is {shown(value)}")
+            return []
+        return list(value.items())
+
+    def names(self, key: str) -> str | tuple[str, ...]:
+        """A regular expression, or a list of names."""
+        value = self.config.get(key)
+        if isinstance(value, str):
+            return value
+        if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return tuple(value or ())
+        self.problems.append(f"{key} must be a list of module names or one string, and is {shown(value)}")
+        return ()
+
+    def name_list(self, key: str, *, one: bool = False) -> tuple[str, ...]:
+        """A list of regular expressions; with `one` a single string is a list of one."""
+        value = self.names(key)
+        if not isinstance(value, str):
+            return value
+        if not one:
+            self.problems.append(f"{key} must be a list of module names, and is {shown(value)}")
+            return ()
+        return (value,) if value else ()
+
+    def layers(self) -> tuple[int, ...] | None:
+        value = self.config.get("layers_to_transform")
+        if value is None:
+            return None
+        layers = value if isinstance(value, list) else [value]
+        if all(type(layer) is int for layer in layers):
+            return tuple(layers)
+        self.problems.append(f"layers_to_transform must be layer numbers, and is {shown(value)}")
+        return None

@@ -1,0 +1,102 @@
+"""A PEFT folder as an adapter: `adapter_config.json` and one weight file. What PEFT would load is
+read, what it would ignore or read otherwise is refused by name. It knows no package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx_lora.adapters.adapter import Adapter, Origin
+from onnx_lora.adapters.formats.files.reading import opened
+from onnx_lora.adapters.formats.files.safetensors import read_safetensors
+from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
+from onnx_lora.adapters.formats.peft.config import CONFIG, read_config
+from onnx_lora.adapters.formats.peft.initial import without_initial
+from onnx_lora.adapters.formats.peft.methods import METHODS
+from onnx_lora.adapters.formats.peft.refused import MERGE
+from onnx_lora.adapters.formats.peft.sorter import Sorter
+from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+
+__all__ = ["read_peft"]
+
+_SAFETENSORS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+
+
+def read_peft(folder: Path, name: str, initial: Path | None = None) -> Adapter:
+    """Read a PEFT folder.
+
+    `initial`: the folder of the same adapter before its training, saved with `init_lora_weights=True`. What PiSSA,
+    OLoRA, CorDA and LoRA-GA took out of the base's weights before training is known from it.
+
+    Raises AdapterFileError: a file is missing or damaged, its tensors and its config disagree, or the two adapters do.
+    UnsupportedAdapterError: a method, or a tensor of one, that is refused.
+    """
+    trained = _read(folder, name, with_initial=initial is not None)
+    return trained if initial is None else without_initial(trained, _read(initial, initial.name, with_initial=True))
+
+
+def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
+    present = _list(folder)
+    if CONFIG not in present:
+        raise AdapterFileError(
+            f"must hold {CONFIG} and does not; found {_without_config(folder, present)}", path=folder
+        )
+    config = read_config(folder / CONFIG, with_initial=with_initial)
+    weights = [folder / name for name in (_SAFETENSORS, _PICKLE) if name in present]
+    if not weights:
+        raise AdapterFileError(
+            f"must hold {_SAFETENSORS} (or {_PICKLE}); found {_without_weights(present)}", path=folder
+        )
+    sorter = Sorter(config, METHODS[config.peft_type])
+    if len(weights) > 1:
+        sorter.notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+    with opened(weights[0]) as file:
+        content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
+    sorter.take(content.tensors)
+    sorter.judge()
+    _raise(sorter, weights[0])
+    return Adapter(
+        name=name,
+        deltas=sorter.deltas,
+        replacements=sorter.replacements(),
+        origin=Origin(str(folder), content.sha256, "peft", config.method, config.base_model),
+        saved_modules=(*config.targets.saved_names, *config.task_heads),
+        notes=tuple(dict.fromkeys(sorter.notes)),
+        changes=sorter.changes,
+    )
+
+
+def _raise(sorter: Sorter, weights: Path) -> None:
+    if sorter.unsupported:
+        problems = [*sorter.unsupported, *sorter.problems]
+        raise UnsupportedAdapterError(f"holds what cannot be applied exactly; {MERGE}", path=weights, problems=problems)
+    if sorter.problems:
+        raise AdapterFileError(
+            f"its tensors must be what {CONFIG} says, and are not", path=weights, problems=sorter.problems
+        )
+
+
+def _list(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise AdapterFileError(f"cannot be read: {error}", path=folder) from error
+
+
+def _without_config(folder: Path, present: list[str]) -> str:
+    """What there is instead of a config, and what to do."""
+    found = ", ".join(present[:12]) or "nothing"
+    below = [entry for entry in present if (folder / entry / CONFIG).is_file()]
+    if below:
+        return f"{found}; {', '.join(below[:5])} has one: give that folder"
+    if "onnx_lora.json" in present:
+        return f"{found}: it is a package of onnx-lora, not an adapter"
+    if _SAFETENSORS in present or _PICKLE in present:
+        return f"{found}; without the config the scale is unknown: get it from where the adapter was trained"
+    return f"{found}; give the folder that PEFT's save_pretrained wrote"
+
+
+def _without_weights(present: list[str]) -> str:
+    likely = [name for name in present if name.endswith((".safetensors", ".bin"))]
+    cure = f"; if {likely[0]!r} holds the adapter, rename it to {_SAFETENSORS}" if len(likely) == 1 else ""
+    return ", ".join(present[:12]) + (cure or "; get the whole folder")

@@ -1,0 +1,273 @@
+"""Quantized weights: how their numbers stand for floats, both ways. It knows arrays; it knows neither
+graphs nor files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Scheme", "dequantize", "is_rounded", "quantize"]
+
+# Numbers of any type: mypy knows no arithmetic of `np.generic`.
+Array = NDArray[Any]
+
+# Half a step is what rounding to nearest moves a number. Above it: float32's own rounding, and that of scales kept in
+# float16, which moves a number by so much of its distance from zero.
+_NEAREST = 0.5 + 1e-3  # steps
+_OF_FLOAT16 = 2.0**-10  # steps a step
+
+# How far beyond the ends of its range a quantizer lets numbers lie for the sake of the others.
+_CUT = 4.0  # steps
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a quantized weight `[first axis, second axis]` is kept: `w = (value - zero point) · scale`.
+
+    layout      values                                    scale
+    "blocks"    uint8 `[out, blocks, bytes]`, packed      `[out, blocks]`
+    "affine"    int8, uint8, int4, uint4, as the weight   one, one per index along `axis`, or one per
+                                                          `block_size` along it
+
+    Zero points are as the scales, for "blocks" packed like the values or float; without them zero is 0, or
+    the middle of the range for "blocks".
+
+    "blocks" is MatMulNBits' of ONNX Runtime: `bits` each, low bits first, blocks of `block_size` along
+    `in`, the last one padded. "affine" is DequantizeLinear's of ONNX; `axis` is -1 for one scale.
+    `rows`, `columns`: of the weight as stored (`[out, in]` for "blocks").
+    """
+
+    layout: Literal["blocks", "affine"]
+    bits: int
+    block_size: int
+    axis: int
+    rows: int
+    columns: int
+
+    def problem(
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_points: Sequence[tuple[str, tuple[int, ...]]]
+    ) -> str | None:
+        """Why tensors of these shapes (and types, of zero points) are none of this scheme's, or None."""
+        if self.rows < 1 or self.columns < 1 or self.block_size < 0:
+            return "impossible sizes"
+        if self.layout == "blocks":
+            if self.bits not in (2, 4, 8) or self.block_size < 1:
+                return f"{self.bits} bits in blocks of {self.block_size}"
+            scales, size = self.rows * self.blocks, self.blocks * self.block_size * self.bits // 8
+            packed = self.rows * -(-self.blocks * self.bits // 8)
+            fits = math.prod(values) == self.rows * size and math.prod(scale) == scales
+            fits = fits and all(
+                math.prod(shape) == (packed if dtype == "uint8" else scales) for dtype, shape in zero_points
+            )
+            return None if fits else "scales or zero points of another size than the weight's"
+        needless = self.axis < 0 and self.block_size > 0
+        if needless or self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
+            return "another shape than the scheme's"
+        if self.axis < 0:
+            expected = 1
+        elif self.block_size:
+            along, other = (self.rows, self.columns) if self.axis == 0 else (self.columns, self.rows)
+            expected = -(-along // self.block_size) * other
+        else:
+            expected = values[self.axis]
+        fits = all(math.prod(shape) == expected for shape in (scale, *(shape for _, shape in zero_points)))
+        return None if fits else "scales or zero points of another size than the weight's"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a row, for the layout "blocks"."""
+        return -(-self.columns // self.block_size)
+
+
+def dequantize(scheme: Scheme, values: Array, scale: Array, zero_point: Array | None) -> Array:
+    """The weight in float32, `[rows, columns]`."""
+    if scheme.layout == "blocks":
+        return _from_blocks(scheme, values, scale, zero_point)
+    zeros: Any = 0.0 if zero_point is None else _spread(zero_point.astype(np.float32), scheme)
+    weight: Array = (values.astype(np.float32) - zeros) * _spread(scale.astype(np.float32), scheme)
+    return weight
+
+
+def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_point: Array | None) -> bool:
+    """Whether the `values` are what rounding `weight` `[rows, columns]` to nearest gives, number by number.
+
+    True for every quantizer that rounds to nearest, whatever scales it chose; numbers beyond the ends of the range are
+    cut off to them. False for those that spread an error over other numbers (GPTQ), and for another weight: one whose
+    inputs or outputs were scaled above all.
+    """
+    steps = _spread_scale(scheme, scale)
+    ends = _range(scheme, values)
+    zeros: Any = _spread_zeros(scheme, zero_point)
+    numbers: Any = _spread_numbers(scheme, values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact = weight / steps
+    exact = np.where(steps == 0, np.where(weight == 0, numbers - zeros, np.inf), exact) + zeros
+    off = exact - numbers
+    allowed = _NEAREST + np.abs(numbers - zeros) * _OF_FLOAT16
+    cut = ((numbers <= ends[0]) & (off < 0)) | ((numbers >= ends[1]) & (off > 0))
+    return bool((np.abs(off) <= np.where(cut, _CUT, allowed)).all())
+
+
+def quantize(
+    scheme: Scheme, weight: Array, values: Array, zero_point: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """A weight `[rows, columns]` as values, float32 scale and zero point, in the scheme of the weight whose
+    `values` and `zero_point` are given: with a zero point where that has one, over the range that it uses.
+    """
+    if scheme.layout == "blocks":
+        return _to_blocks(scheme, weight, zero_point)
+    return _to_affine(scheme, weight, values, zero_point)
+
+
+def _from_blocks(scheme: Scheme, values: Array, scale: Array, zero_point: Array | None) -> Array:
+    rows, blocks = scheme.rows, scheme.blocks
+    numbers = _unpacked(values.reshape(rows, blocks, -1), scheme.bits).astype(np.float32)
+    numbers -= _block_zeros(scheme, zero_point)
+    numbers *= scale.reshape(rows, blocks, 1).astype(np.float32)
+    return numbers.reshape(rows, -1)[:, : scheme.columns]
+
+
+def _block_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
+    """The zero points of the layout "blocks", `[rows, blocks, 1]`, or the one number that all have."""
+    if zero_point is None:
+        return np.float32(2.0 ** (scheme.bits - 1))
+    if zero_point.dtype == np.uint8:
+        unpacked = _unpacked(zero_point.reshape(scheme.rows, -1), scheme.bits)
+        return unpacked[:, : scheme.blocks, None].astype(np.float32)
+    return zero_point.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
+
+
+def _to_blocks(scheme: Scheme, weight: Array, zero_point: Array | None) -> tuple[Array, Array, Array | None]:
+    """ONNX Runtime's own rule (MLAS, `BlockedQuantization`): symmetric, the value furthest from zero becomes the
+    lowest number; else the range from the least to the greatest value, which always holds zero."""
+    padded = np.zeros((scheme.rows, scheme.blocks * scheme.block_size), np.float32)
+    padded[:, : scheme.columns] = weight
+    blocks = padded.reshape(scheme.rows, scheme.blocks, scheme.block_size)
+    top = float(2**scheme.bits - 1)
+    low, high = blocks.min(axis=2).clip(max=0.0), blocks.max(axis=2).clip(min=0.0)
+    zeros: Array | None = None
+    if zero_point is None:
+        middle: Any = 2.0 ** (scheme.bits - 1)
+        scale = np.where(np.abs(high) > np.abs(low), high, low) / -middle
+    elif zero_point.dtype == np.uint8:
+        scale = (high - low) / top
+        middle = np.rint(-low / np.where(scale == 0, 1, scale)).clip(0, top)[:, :, None]
+        zeros = _packed(_even(middle[:, :, 0], scheme.bits), scheme.bits).reshape(zero_point.shape)
+    else:
+        scale = (high - low) / top
+        zeros = (-low / np.where(scale == 0, 1, scale)).astype(zero_point.dtype).reshape(zero_point.shape)
+        middle = zeros.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
+    numbers = np.rint(blocks / np.where(scale == 0, 1, scale)[:, :, None] + middle).clip(0, top)
+    return _packed(numbers, scheme.bits), scale.astype(np.float32), zeros
+
+
+def _to_affine(
+    scheme: Scheme, weight: Array, values: Array, zero_point: Array | None
+) -> tuple[Array, Array, Array | None]:
+    lowest, highest = _range(scheme, values)
+    low, high = _ends(scheme, weight)
+    symmetric = zero_point is None or (lowest < 0 and not zero_point.astype(np.int16).any())
+    if symmetric:
+        scale = np.maximum(-low, high) / min(highest, -lowest) if lowest < 0 else high / highest
+        zeros: Any = np.zeros_like(scale)
+    else:
+        scale = (high - low) / (highest - lowest)
+        zeros = np.rint(lowest - low / np.where(scale == 0, 1, scale)).clip(lowest, highest)
+    scale = np.where(scale == 0, 1, scale).astype(np.float32)
+    numbers = np.rint(weight / _spread(scale, scheme) + _spread(zeros.astype(np.float32), scheme))
+    kept = None if zero_point is None else zeros.astype(zero_point.dtype).reshape(zero_point.shape)
+    return numbers.clip(lowest, highest).astype(values.dtype), scale, kept
+
+
+def _spread_numbers(scheme: Scheme, values: Array) -> Array:
+    """The stored numbers as float32 `[rows, columns]`."""
+    if scheme.layout == "affine":
+        return values.astype(np.float32)
+    numbers = _unpacked(values.reshape(scheme.rows, scheme.blocks, -1), scheme.bits)
+    return numbers.reshape(scheme.rows, -1)[:, : scheme.columns].astype(np.float32)
+
+
+def _spread_scale(scheme: Scheme, scale: Array) -> Array:
+    """Scales in float32, so that they meet the weight element by element."""
+    if scheme.layout == "affine":
+        return _spread(scale.astype(np.float32), scheme)
+    blocks = scale.reshape(scheme.rows, scheme.blocks).astype(np.float32)
+    return np.repeat(blocks, scheme.block_size, axis=1)[:, : scheme.columns]
+
+
+def _spread_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
+    """Zero points in float32, so that they meet the weight element by element."""
+    if scheme.layout == "affine":
+        return np.float32(0) if zero_point is None else _spread(zero_point.astype(np.float32), scheme)
+    zeros = np.broadcast_to(_block_zeros(scheme, zero_point), (scheme.rows, scheme.blocks, 1))[:, :, 0]
+    return np.repeat(zeros, scheme.block_size, axis=1)[:, : scheme.columns]
+
+
+def _range(scheme: Scheme, values: Array) -> tuple[int, int]:
+    """The numbers a weight's own quantizer used: 7 of 8 bits where it reduced the range (old AVX2 machines)."""
+    if scheme.layout == "blocks":
+        return 0, 2**scheme.bits - 1
+    if values.astype(np.int16).min(initial=0) >= 0 and values.dtype.name.startswith("u"):
+        return 0, 2**scheme.bits - 1
+    reach = 2 ** (scheme.bits - 1)
+    used = int(np.abs(values.astype(np.int16)).max(initial=0))
+    half = reach // 2
+    return (-half, half) if 0 < used <= half else (-reach, reach - 1)
+
+
+def _ends(scheme: Scheme, weight: Array) -> tuple[Array, Array]:
+    """Least and greatest value for every scale, zero among them."""
+    if scheme.axis < 0:
+        low, high = weight.min(), weight.max()
+    elif scheme.block_size:
+        along = np.moveaxis(weight, scheme.axis, -1)
+        count = -(-along.shape[1] // scheme.block_size)
+        padded = np.zeros((along.shape[0], count * scheme.block_size), np.float32)
+        padded[:, : along.shape[1]] = along
+        cut = padded.reshape(along.shape[0], count, scheme.block_size)
+        low, high = (np.moveaxis(ends, -1, scheme.axis) for ends in (cut.min(axis=2), cut.max(axis=2)))
+    else:
+        low, high = weight.min(axis=1 - scheme.axis), weight.max(axis=1 - scheme.axis)
+    return np.minimum(low, 0.0), np.maximum(high, 0.0)
+
+
+def _spread(numbers: Array, scheme: Scheme) -> Array:
+    """Scales or zero points so that they meet the weight element by element."""
+    if scheme.axis < 0 or numbers.size == 1:
+        return numbers.reshape(())
+    if scheme.block_size:
+        length = (scheme.rows, scheme.columns)[scheme.axis]
+        repeated = np.repeat(numbers, scheme.block_size, axis=scheme.axis)
+        return repeated[:length] if scheme.axis == 0 else repeated[:, :length]
+    return numbers.reshape((-1, 1) if scheme.axis == 0 else (1, -1))
+
+
+def _unpacked(data: Array, bits: int) -> Array:
+    """Bytes `[..., n]` as numbers `[..., n · 8 / bits]`, low bits first."""
+    if bits == 8:
+        return data
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers: Array = (data[..., None] >> shifts) & np.uint8(2**bits - 1)
+    return numbers.reshape(*data.shape[:-1], -1)
+
+
+def _packed(numbers: Array, bits: int) -> Array:
+    """Numbers `[..., n]` as bytes, low bits first; `n` must fill whole bytes."""
+    small = numbers.astype(np.uint8)
+    if bits == 8:
+        return small
+    per_byte = 8 // bits
+    groups = small.reshape(*small.shape[:-1], -1, per_byte)
+    packed: Array = np.bitwise_or.reduce(groups << np.arange(0, 8, bits, dtype=np.uint8), axis=-1)
+    return packed
+
+
+def _even(numbers: Array, bits: int) -> Array:
+    """Padded with zeros so that the last axis fills whole bytes."""
+    missing = -numbers.shape[-1] % (8 // bits)
+    return np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, missing)])
