@@ -6,7 +6,7 @@ runtime's need onnxruntime.
 
 from __future__ import annotations
 
-from importlib import import_module
+from onnx_lora.lazy import lazy_names
 
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
@@ -34,22 +34,21 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-
-_HOME = {
-    "onnx_lora.adapters": ("Adapter", "BoundAdapter", "bind", "read_adapter", "write_bound"),
-    "onnx_lora.errors": ("OnnxLoraError",),
-    "onnx_lora.package": ("Package",),
-    "onnx_lora.runtime": ("AdapterSession", "Chat", "Sampling", "TextGenerator", "fold", "fold_to"),
-}
-
-
-def __getattr__(name: str) -> object:
-    # So that the command `onnx-lora` begins at once, and Ctrl-C finds it where it ends quietly.
-    for module, names in _HOME.items():
-        if name in names:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module 'onnx_lora' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Adapter": "onnx_lora.adapters",
+        "BoundAdapter": "onnx_lora.adapters",
+        "bind": "onnx_lora.adapters",
+        "read_adapter": "onnx_lora.adapters",
+        "write_bound": "onnx_lora.adapters",
+        "OnnxLoraError": "onnx_lora.errors",
+        "Package": "onnx_lora.package",
+        "AdapterSession": "onnx_lora.runtime",
+        "Chat": "onnx_lora.runtime",
+        "Sampling": "onnx_lora.runtime",
+        "TextGenerator": "onnx_lora.runtime",
+        "fold": "onnx_lora.runtime",
+        "fold_to": "onnx_lora.runtime",
+    },
+)

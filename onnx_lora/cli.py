@@ -522,8 +522,8 @@ def quantize(
     \b
     Example:  onnx-lora quantize smollm smollm-int4 --bits 4
     """
-    from onnx_lora.exporter.quantize import Method
-    from onnx_lora.exporter.quantize import quantize as run_quantize
+    from onnx_lora.exporter.quantization import Method
+    from onnx_lora.exporter.quantization import quantize as run_quantize
 
     with report.progress("quantizing") as progress:
         result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
@@ -543,7 +543,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     \b
     Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
     """
-    from onnx_lora.exporter.verify import verify as run_verify
+    from onnx_lora.exporter.verification import verify as run_verify
 
     opened = Package.open(package, allow_unproven=True)
     tensors = None if adapter is None else _verifiable(adapter, opened)

@@ -102,6 +102,7 @@ def measure(files: Mapping[str, Path], folder: str) -> dict[str, float]:
                 nested += len(node.generators) > 1
             if isinstance(node, ast.Compare):
                 compares |= any(_is_kind(part) for part in ast.walk(node))
+        for node in ast.iter_child_nodes(tree):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 functions += 1
                 documented += ast.get_docstring(node) is not None

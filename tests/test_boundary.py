@@ -29,8 +29,8 @@ MODULES = [
     "onnx_lora.adapters",
     "onnx_lora.adapters.write",
     "onnx_lora.exporter",
-    "onnx_lora.exporter.quantize",
-    "onnx_lora.exporter.verify",
+    "onnx_lora.exporter.quantization",
+    "onnx_lora.exporter.verification",
     "onnx_lora.runtime",
 ]
 
@@ -43,6 +43,7 @@ DATA = [
     "Comparison",
     "Coverage",
     "Delta",
+    "MatrixDelta",
     "FORMATS",
     "Generation",
 ]

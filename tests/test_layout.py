@@ -17,6 +17,7 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
+    "lazy": set(),
     "arguments": set(),
     "boundary": {"errors", "arguments"},
     "staging": {"errors", "boundary"},
@@ -26,8 +27,9 @@ ALLOWED = {
     "kinds": set(),
     "points": {"errors", "kinds", "quantized"},
     "package": {"errors", "boundary", "companions", "kinds", "points", "quantized", "staging"},
-    "adapters": {"errors", "boundary", "staging", "kinds", "points", "package", "expressions"},
+    "adapters": {"lazy", "errors", "boundary", "staging", "kinds", "points", "package", "expressions"},
     "exporter": {
+        "lazy",
         "errors",
         "boundary",
         "staging",
@@ -38,7 +40,18 @@ ALLOWED = {
         "quantized",
         "expressions",
     },
-    "runtime": {"errors", "boundary", "staging", "companions", "kinds", "points", "package", "adapters", "quantized"},
+    "runtime": {
+        "lazy",
+        "errors",
+        "boundary",
+        "staging",
+        "companions",
+        "kinds",
+        "points",
+        "package",
+        "adapters",
+        "quantized",
+    },
     "heat": {"errors"},
     "report": {"heat", "errors", "points", "package", "adapters", "demo", "demo_text", "exporter", "runtime"},
     "demo_text": {"errors", "staging", "points", "package", "adapters", "exporter", "runtime"},

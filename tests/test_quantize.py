@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from onnx_lora import AdapterSession, Package, bind, fold, fold_to, read_adapter, write_bound
 from onnx_lora.cli import cli
 from onnx_lora.errors import BindError, ModelError
-from onnx_lora.exporter.quantize import Method, quantize
+from onnx_lora.exporter.quantization import Method, quantize
 from onnx_lora.points import Array
 from onnx_lora.runtime import Requantize
 from tests.support.models import make_adapter, make_model

@@ -1,15 +1,28 @@
 """Adapter files in, bound adapters out: reading, checking against a package, composing, writing.
 
-Needs numpy and safetensors; ONNX Runtime only for `.onnx_adapter` files.
+Needs numpy and safetensors; ONNX Runtime only for `.onnx_adapter` files. Its names are loaded when they are first used.
 """
 
 from __future__ import annotations
 
-from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Change, Coverage, Delta, MatrixDelta, Origin, Replacement
-from onnx_lora.adapters.bind import bind
-from onnx_lora.adapters.compose import blend, stack_rows
-from onnx_lora.adapters.formats.converted.files import write_bound
-from onnx_lora.adapters.read import read_adapter
+from onnx_lora.lazy import lazy_names
+
+TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
+if TYPE_CHECKING:
+    from onnx_lora.adapters.adapter import (
+        Adapter,
+        BoundAdapter,
+        Change,
+        Coverage,
+        Delta,
+        MatrixDelta,
+        Origin,
+        Replacement,
+    )
+    from onnx_lora.adapters.binding import bind
+    from onnx_lora.adapters.compose import blend, stack_rows
+    from onnx_lora.adapters.formats.converted.files import write_bound
+    from onnx_lora.adapters.read import read_adapter
 
 __all__ = [
     "Adapter",
@@ -26,3 +39,22 @@ __all__ = [
     "stack_rows",
     "write_bound",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Adapter": "onnx_lora.adapters.adapter",
+        "BoundAdapter": "onnx_lora.adapters.adapter",
+        "Change": "onnx_lora.adapters.adapter",
+        "Coverage": "onnx_lora.adapters.adapter",
+        "Delta": "onnx_lora.adapters.adapter",
+        "MatrixDelta": "onnx_lora.adapters.adapter",
+        "Origin": "onnx_lora.adapters.adapter",
+        "Replacement": "onnx_lora.adapters.adapter",
+        "bind": "onnx_lora.adapters.binding",
+        "blend": "onnx_lora.adapters.compose",
+        "stack_rows": "onnx_lora.adapters.compose",
+        "write_bound": "onnx_lora.adapters.formats.converted.files",
+        "read_adapter": "onnx_lora.adapters.read",
+    },
+)

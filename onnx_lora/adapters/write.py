@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
-from onnx_lora.adapters.bind import bind
+from onnx_lora.adapters.binding import bind
 from onnx_lora.adapters.formats.converted.files import write_bound
 from onnx_lora.adapters.formats.diffusion.diffusers_writer import write_diffusers
 from onnx_lora.adapters.formats.diffusion.kohya_writer import write_kohya

@@ -2,15 +2,23 @@
 (`TextGenerator`).
 
 It needs numpy and onnxruntime. Only writing or resizing a graph loads `onnx`, and only then; only text loads
-`tokenizers`, and only a chat `jinja2`."""
+`tokenizers`, and only a chat `jinja2`. Its names are loaded when they are first used."""
 
 from __future__ import annotations
 
-from onnx_lora.runtime.fold import fold
-from onnx_lora.runtime.generation import Cache, Chat, Generation, Piece, Sampling, Stream, TextGenerator
-from onnx_lora.runtime.requantize import Requantize, Rounding
-from onnx_lora.runtime.session import AdapterSession
-from onnx_lora.runtime.standalone import fold_to
+from onnx_lora.lazy import lazy_names
+
+TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
+if TYPE_CHECKING:
+    from onnx_lora.runtime.folding import fold
+    from onnx_lora.runtime.generation.cache import Cache
+    from onnx_lora.runtime.generation.chat import Chat
+    from onnx_lora.runtime.generation.generator import TextGenerator
+    from onnx_lora.runtime.generation.sampling import Sampling
+    from onnx_lora.runtime.generation.stream import Generation, Piece, Stream
+    from onnx_lora.runtime.requantize import Requantize, Rounding
+    from onnx_lora.runtime.session import AdapterSession
+    from onnx_lora.runtime.standalone import fold_to
 
 __all__ = [
     "AdapterSession",
@@ -26,3 +34,21 @@ __all__ = [
     "fold",
     "fold_to",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "fold": "onnx_lora.runtime.folding",
+        "Cache": "onnx_lora.runtime.generation.cache",
+        "Chat": "onnx_lora.runtime.generation.chat",
+        "Generation": "onnx_lora.runtime.generation.stream",
+        "Piece": "onnx_lora.runtime.generation.stream",
+        "Stream": "onnx_lora.runtime.generation.stream",
+        "Sampling": "onnx_lora.runtime.generation.sampling",
+        "TextGenerator": "onnx_lora.runtime.generation.generator",
+        "Requantize": "onnx_lora.runtime.requantize",
+        "Rounding": "onnx_lora.runtime.requantize",
+        "AdapterSession": "onnx_lora.runtime.session",
+        "fold_to": "onnx_lora.runtime.standalone",
+    },
+)

@@ -21,7 +21,7 @@ from onnx_lora.package import MANIFEST, GraphInfo, Package
 from onnx_lora.points import NIBBLES, Array
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
-from onnx_lora.runtime.fold import Progress
+from onnx_lora.runtime.folding import Progress
 from onnx_lora.runtime.merge import Edit, edits
 from onnx_lora.runtime.requantize import Requantize, merged
 from onnx_lora.staging import staged

@@ -16,7 +16,7 @@ from torch import nn
 from onnx_lora import AdapterSession, Package, fold
 from onnx_lora.errors import ExportError, ModelError, VerificationError
 from onnx_lora.exporter import export
-from onnx_lora.exporter.verify import verify_module
+from onnx_lora.exporter.verification import verify_module
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 

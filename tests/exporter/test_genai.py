@@ -35,7 +35,7 @@ from onnx_lora.exporter.frontends import genai_builder
 from onnx_lora.exporter.frontends.choice import MEASURED, choose
 from onnx_lora.exporter.frontends.genai import load_causal_model, references
 from onnx_lora.exporter.frontends.source import Precision
-from onnx_lora.exporter.verify import verify
+from onnx_lora.exporter.verification import verify
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 

@@ -22,7 +22,7 @@ from onnx_lora.exporter import export
 from onnx_lora.exporter.frontends.genai import load_causal_model
 from onnx_lora.exporter.frontends.newer import readable, translated_config
 from onnx_lora.exporter.frontends.optimum import load_model
-from onnx_lora.exporter.verify import verify
+from onnx_lora.exporter.verification import verify
 
 pytestmark = pytest.mark.skipif(not hf.__version__.startswith("4."), reason="the installed transformers is not 4")
 

@@ -17,7 +17,7 @@ from onnx_lora import AdapterSession, Package, bind, fold
 from onnx_lora.adapters import Adapter, Delta, Origin
 from onnx_lora.errors import BindError, ModelError, PackageError
 from onnx_lora.exporter import attach
-from onnx_lora.exporter.quantize import Method, quantize
+from onnx_lora.exporter.quantization import Method, quantize
 from onnx_lora.points import Array
 from onnx_lora.runtime import Requantize
 from tests.support.graphs import random, save

@@ -19,7 +19,7 @@ from onnx_lora.adapters import Delta
 from onnx_lora.adapters.formats.diffusion.diffusers import METADATA
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.exporter import attach
-from onnx_lora.exporter.quantize import Method, quantize
+from onnx_lora.exporter.quantization import Method, quantize
 from onnx_lora.package import Package
 from onnx_lora.points import Array
 from tests.adapters.building import PackageBuilder, adapter, lora, numbers, peft_folder

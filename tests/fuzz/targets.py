@@ -32,9 +32,9 @@ from onnx_lora import (
 from onnx_lora.adapters import Delta, Origin
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.exporter import attach, export
-from onnx_lora.exporter.quantize import quantize
+from onnx_lora.exporter.quantization import quantize
 from onnx_lora.kinds import Linear
-from onnx_lora.runtime.generation import Chat, TextGenerator
+from onnx_lora.runtime import Chat, TextGenerator
 from onnx_lora.runtime.generation.chat import ChatTemplate
 from onnx_lora.runtime.generation.settings import Settings
 from onnx_lora.runtime.generation.text import TextTokenizer
