@@ -31,8 +31,9 @@ from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.exporter.whole_weights import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
 from onnx_lora.kinds import Linear
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import Branch, InjectionPoint, Replaceable
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.package import Package
+from onnx_lora.points import Branch, InjectionPoint, WholeWeight
 
 __all__ = ["Options", "Progress", "Source", "build"]
 
@@ -239,7 +240,7 @@ def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> Mo
 
 def _agreeing(infos: Sequence[GraphInfo], path: Path) -> tuple[GraphInfo, ...]:
     """Raises ModelError: two graphs mean different weights by one replaceable name."""
-    known: dict[str, Replaceable] = {}
+    known: dict[str, WholeWeight] = {}
     for weight in (weight for info in infos for weight in info.replaceable):
         first = known.setdefault(weight.name, weight)
         if (first.role, first.shape, first.dtype, first.sha256) != (
@@ -325,7 +326,7 @@ class _Writing:
         sites: Sequence[Site],
         points: Sequence[InjectionPoint],
         branches: Sequence[Branch],
-        replaceable: Sequence[Replaceable],
+        replaceable: Sequence[WholeWeight],
         exposures: Sequence[Exposure],
     ) -> None:
         by_module = {point.module: point for point in points}
@@ -347,12 +348,12 @@ class _Writing:
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
         by_modules = {branch.modules: branch for branch in branches}
-        replaced: dict[str, dict[str, Replaceable]] = {}
-        for weight in (weight for weight in replaceable if weight.of_linear):
+        replaced: dict[str, dict[str, WholeWeight]] = {}
+        for weight in (weight for weight in replaceable if weight.has_rows):
             replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own_replaced: dict[str, Replaceable] = {}
+            own_replaced: dict[str, WholeWeight] = {}
             for module in site.modules:
                 own_replaced.update(replaced.get(module, {}))
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
@@ -360,20 +361,20 @@ class _Writing:
         assert not unused, f"adapter inputs that nothing reads: {unused}"
 
 
-def _expose(surgeon: Surgeon, weight: Replaceable, exposure: Exposure) -> ir.Value:
+def _expose(surgeon: Surgeon, weight: WholeWeight, exposure: Exposure) -> ir.Value:
     """The optional input of a replaceable weight; a whole one takes its initializer's place at once."""
     assert exposure.value.const_value is not None
     stored = exposure.value.const_value.numpy().astype(weight.dtype, copy=False)
     default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
-    if weight.of_linear:
+    if weight.has_rows:
         symbols[0] = f"{weight.name}.rows"
-    if weight.free_outputs:
-        symbols[0 if weight.role == "table" else -1] = f"{weight.module}.outputs"
+    if None in weight.free_graph_shape:
+        symbols[weight.free_graph_shape.index(None)] = f"{weight.module}.outputs"
     if surgeon.graph.initializers.get(weight.name) is not None:
         surgeon.free_name(surgeon.graph.initializers[weight.name])
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
-    if not weight.of_linear:
+    if not weight.has_rows:
         surgeon.replace(exposure.value, value)
         value.shape = ir.Shape(symbols)  # a table's length is free
         if exposure.value.name in surgeon.graph.initializers:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from onnx_lora.errors import ModelError
 from onnx_lora.kinds import Conv, Embedding, Kind, Linear
 from onnx_lora.package import Package
-from onnx_lora.points import Array, Bias, InjectionPoint, Replaceable
+from onnx_lora.points import Array, Bias, InjectionPoint, WholeWeight
+from onnx_lora.roles import LinearWeight
 
 if TYPE_CHECKING:
     import torch
@@ -190,8 +191,8 @@ class Checkpoint:
             shape = (inputs, outputs) if isinstance(point.kind, Embedding) else (outputs, inputs)
             weights.append(_Weight(name, shape, partial(_read_point, package, point), type(point.kind), point.bias))
         for weight in package.replaceable.values():
-            if weight.role == "linear_weight" and weight.module not in package.points:
-                outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
+            if isinstance(weight.role, LinearWeight) and weight.module not in package.points:
+                _, inputs, outputs = weight.graph_shape
                 read = partial(_read_replaceable, package, weight)
                 weights.append(_Weight(weight.module, (outputs, inputs), read, Linear))
         # Not None: the modules are known to be linear, whatever else reads an equal weight.
@@ -427,7 +428,7 @@ def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slic
     return values
 
 
-def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, slice]) -> Array:
+def _read_replaceable(package: Package, weight: WholeWeight, part: tuple[slice, slice]) -> Array:
     values: Array = package.default(weight)[0].T[part]
     return values
 

@@ -25,7 +25,8 @@ from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.frontends.source import companions_of
 from onnx_lora.exporter.intake import read_proto
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.manifest import MANIFEST, GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]

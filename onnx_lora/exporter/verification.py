@@ -213,7 +213,7 @@ def _check_calls(package: Package, model: nn.Module, task: str | None) -> set[st
                 problems.append(f"graph {info.name}, {module}: {reasons[module]}")
         for weight in info.replaceable:
             called = calls.get(info.name, Calls({})).counts.get(weight.module, 0)
-            if weight.unproven and not weight.of_linear and called != 1:
+            if weight.unproven and not weight.has_rows and called != 1:
                 problems.append(f"graph {info.name}, {weight.name}: torch calls {weight.module} {called} times")
     if problems:
         raise VerificationError(

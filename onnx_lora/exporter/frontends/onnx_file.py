@@ -12,7 +12,7 @@ from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of
 from onnx_lora.exporter.frontends.source import COMPANIONS, Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 
 __all__ = ["load_onnx"]
 
