@@ -27,6 +27,7 @@ ALLOWED = {
     "kinds": set(),
     "roles": set(),
     "codec": set(),
+    "heads": set(),
     "older_manifests": set(),
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
@@ -42,6 +43,7 @@ ALLOWED = {
         "manifest",
         "package",
         "expressions",
+        "heads",
     },
     "exporter": {
         "lazy",
@@ -56,6 +58,7 @@ ALLOWED = {
         "package",
         "quantized",
         "expressions",
+        "heads",
     },
     "runtime": {
         "lazy",
@@ -70,6 +73,7 @@ ALLOWED = {
         "package",
         "adapters",
         "quantized",
+        "heads",
     },
     "heat": {"errors"},
     "report": {

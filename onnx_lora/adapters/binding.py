@@ -25,9 +25,10 @@ from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, e
 from onnx_lora.adapters.factors import as_matrices, column_norms, delta_problems, depends_on_weight, value_problems
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.names import resolved
-from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
+from onnx_lora.adapters.tied import with_tied
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
+from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest, in_memory, matching
