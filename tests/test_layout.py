@@ -25,9 +25,10 @@ ALLOWED = {
     "expressions": set(),
     "quantized": set(),
     "kinds": set(),
+    "heads": set(),
     "points": {"errors", "kinds", "quantized"},
     "package": {"errors", "boundary", "companions", "kinds", "points", "quantized", "staging"},
-    "adapters": {"lazy", "errors", "boundary", "staging", "kinds", "points", "package", "expressions"},
+    "adapters": {"lazy", "errors", "boundary", "staging", "kinds", "points", "package", "expressions", "heads"},
     "exporter": {
         "lazy",
         "errors",
@@ -39,6 +40,7 @@ ALLOWED = {
         "package",
         "quantized",
         "expressions",
+        "heads",
     },
     "runtime": {
         "lazy",
@@ -51,6 +53,7 @@ ALLOWED = {
         "package",
         "adapters",
         "quantized",
+        "heads",
     },
     "heat": {"errors"},
     "report": {"heat", "errors", "points", "package", "adapters", "demo", "demo_text", "exporter", "runtime"},

@@ -25,9 +25,10 @@ from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, e
 from onnx_lora.adapters.factors import as_matrices, column_norms, delta_problems, depends_on_weight, value_problems
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.names import resolved
-from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
+from onnx_lora.adapters.tied import with_tied
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
+from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matching
@@ -233,7 +234,7 @@ class _Binder:
                 self._change_parameter(self.package.replaceable[module], change)
             if point is None or module in self.adapter.deltas:
                 continue
-            wrong = change.problem(point.torch_shape, point.kind)
+            wrong = change.explain_misfit(point.torch_shape, point.kind)
             if wrong is None and not point.kind.foldable and not isinstance(change, OutputScale):
                 wrong = f"{change.method} on {point.kind.noun} is not applied"
             if wrong is not None:
@@ -243,7 +244,7 @@ class _Binder:
             delta = None
             if scale is None:
                 weight = point.to_torch(self.package.module_weight(point))
-                delta = change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+                delta = change.as_factors(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
                 if delta is not None and depends_on_weight(change, delta, point.torch_shape):
                     self.made_of[module] = self.package.mark(point)
             if scale is not None:
@@ -264,13 +265,13 @@ class _Binder:
 
     def _change_parameter(self, weight: Replaceable, change: Change) -> None:
         """A change of a bare parameter: its new value is an input, as any whole weight is."""
-        if (wrong := change.problem(weight.shape, LINEAR)) is not None:
+        if (wrong := change.explain_misfit(weight.shape, LINEAR)) is not None:
             self.problems.append(f"{weight.name}: {wrong}")
             return
         self.digests[weight.name] = weight.sha256
         self.replaced.append(weight.name)
         base = self.package.default(weight)
-        self._put(weight.name, change.merged(base.astype(np.promote_types(base.dtype, np.float32))), weight.dtype)
+        self._put(weight.name, change.apply_to(base.astype(np.promote_types(base.dtype, np.float32))), weight.dtype)
 
     def bind_replacements(self) -> None:
         for name in sorted(self.adapter.replacements):

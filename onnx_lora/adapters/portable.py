@@ -73,13 +73,13 @@ def _as_delta(module: str, change: Change, package: Package | None, problems: li
     point = package.points.get(module) if package is not None else None
     if package is None or point is None:
         if isinstance(change, InterleavedRows):
-            problems.append(f"{module}: {change.problem((), LINEAR)}, and give that package (`--package`)")
+            problems.append(f"{module}: {change.explain_misfit((), LINEAR)}, and give that package (`--package`)")
         else:
             problems.append(f"{module}: {change.method} becomes factors, if at all, with the base's weights; {_GIVE}")
         return None
-    wrong = change.problem(point.torch_shape, point.kind)
+    wrong = change.explain_misfit(point.torch_shape, point.kind)
     weight = point.to_torch(package.module_weight(point))
-    made = None if wrong else change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+    made = None if wrong else change.as_factors(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
     if made is None:
         why = wrong or f"{change.method} changes the weight in a way that no pair of factors expresses"
         problems.append(f"{module}: {why}; fold the adapter into the model instead (`onnx-lora fold`)")

@@ -25,11 +25,12 @@ from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of
 from onnx_lora.exporter.ort_check import check_opens
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
+from onnx_lora.exporter.targets import ALL_LINEAR, select
 from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.exporter.whole_weights import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.heads import OUTPUT_LAYERS
 from onnx_lora.kinds import Linear
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
 from onnx_lora.points import Branch, InjectionPoint, Replaceable
@@ -215,7 +216,7 @@ def _choose(
     if not modules:
         raise _nothing("an injection point needs a node with a weight (MatMul, Gemm, Conv, Gather)", graphs, strays)
     check_names(options.replaceable, exposures, modules)
-    heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
+    heads = OUTPUT_LAYERS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
     linears = [linear for graph in graphs for site in graph.sites.sites for linear in site.linears]
     others = {linear.module for linear in linears if not isinstance(linear.product.kind, Linear)}
     wanted = select(list(before), options.targets, heads=heads, others=others)

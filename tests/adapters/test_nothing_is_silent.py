@@ -48,13 +48,13 @@ class Doubled:
 
     method = "doubling"
 
-    def problem(self, shape: tuple[int, ...], kind: str) -> None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: str) -> None:
         return None
 
-    def merged(self, weight: Any) -> Any:
+    def apply_to(self, weight: Any) -> Any:
         return 2 * weight
 
-    def delta(self, weight: Any) -> None:
+    def as_factors(self, weight: Any) -> None:
         return None
 
     def output_scale(self) -> None:
