@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     )
     from onnx_lora.adapters.binding import bind
     from onnx_lora.adapters.compose import blend, stack_rows
-    from onnx_lora.adapters.formats.converted.files import write_bound
     from onnx_lora.adapters.read import read_adapter
+    from onnx_lora.adapters.write import write_bound
 
 __all__ = [
     "Adapter",
@@ -54,7 +54,7 @@ __getattr__, __dir__ = lazy_names(
         "bind": "onnx_lora.adapters.binding",
         "blend": "onnx_lora.adapters.compose",
         "stack_rows": "onnx_lora.adapters.compose",
-        "write_bound": "onnx_lora.adapters.formats.converted.files",
         "read_adapter": "onnx_lora.adapters.read",
+        "write_bound": "onnx_lora.adapters.write",
     },
 )

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
-from onnx_lora.adapters.formats.diffusion.diffusers import COMPONENTS
-from onnx_lora.adapters.formats.gguf.reader import InterleavedRows
+from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS
+from onnx_lora.adapters.formats.gguf.rows import InterleavedRows
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package

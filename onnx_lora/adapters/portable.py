@@ -7,7 +7,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Change, Delta, MatrixDelta, PortableAdapter, Replacement
 from onnx_lora.adapters.factors import as_torch
-from onnx_lora.adapters.formats.gguf.reader import InterleavedRows
+from onnx_lora.adapters.formats.gguf.rows import InterleavedRows
 from onnx_lora.adapters.names import resolved
 from onnx_lora.adapters.tied import with_tied
 from onnx_lora.errors import UnsupportedAdapterError
