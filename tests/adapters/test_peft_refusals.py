@@ -12,9 +12,9 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters.formats.peft.methods import METHODS
 from onnx_lora.adapters.formats.peft.reader import read_peft
 from onnx_lora.adapters.formats.peft.refused import refusals
+from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from tests.adapters.building import lora, numbers, peft_folder
 from tests.support.numbers import assert_close

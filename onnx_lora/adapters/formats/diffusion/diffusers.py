@@ -14,9 +14,8 @@ from typing import Any
 from onnx_lora.adapters.adapter import Adapter
 from onnx_lora.adapters.formats.collected import Collected, alpha_of, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
+from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import parse_config
-from onnx_lora.adapters.formats.peft.methods import METHODS
-from onnx_lora.adapters.formats.peft.sorter import Sorter
 from onnx_lora.points import Array
 
 __all__ = ["COMPONENTS", "FILE", "METADATA", "PICKLE", "is_diffusers", "read_diffusers"]
@@ -129,23 +128,19 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any
 def _take_with_config(collected: Collected, component: str, part: _Part, fields: dict[str, Any], path: Path) -> None:
     """As PEFT reads them with this config."""
     config = parse_config(fields, path)
-    sorter = Sorter(config, METHODS[config.peft_type])
-    sorter.take(
-        {
-            f"{module}.{tensor}" if "." in tensor else f"{module}.{tensor}.weight": values
-            for module, tensors in part.modules.items()
-            for tensor, values in tensors.items()
-        }
-    )
-    sorter.judge()
-    collected.deltas.update({_join(component, module): delta for module, delta in sorter.deltas.items()})
-    collected.changes.update({_join(component, module): change for module, change in sorter.changes.items()})
-    whole = sorter.replacements()
+    tensors: dict[str, Array] = {}
+    for module, own in part.modules.items():
+        for tensor, values in own.items():
+            tensors[f"{module}.{tensor}" if "." in tensor else f"{module}.{tensor}.weight"] = values
+    builder = build_adapter(tensors, config)
+    collected.deltas.update({_join(component, module): delta for module, delta in builder.deltas.items()})
+    collected.changes.update({_join(component, module): change for module, change in builder.changes.items()})
+    whole = builder.replacements
     collected.replacements.update({_join(component, parameter): value for parameter, value in whole.items()})
-    collected.problems += sorter.problems
-    collected.unsupported += sorter.unsupported
-    collected.notes += sorter.notes
-    collected.methods.add(config.method)
+    collected.problems += builder.problems
+    collected.unsupported += builder.unsupported
+    collected.notes += builder.notes
+    collected.methods |= builder.methods
 
 
 def _take_alone(collected: Collected, component: str, part: _Part) -> None:
