@@ -15,7 +15,7 @@ from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods.lora_fields import LORA_FIELDS, LORA_REFUSED
-from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, Refusal, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, Refusal, bare_parameters
 from onnx_lora.adapters.methods.shapes import wide
 from onnx_lora.adapters.scale import lora_scale
 
@@ -91,7 +91,7 @@ METHOD = Method(
     name="AdaLoRA",
     read=read_adalora,
     docs=(DocsRow("`ADALORA`", "delta; a module pruned to rank 0 stays at the base"),),
-    tensors=parameters("lora_A", "lora_B", "lora_E", "ranknum"),
+    tensors=bare_parameters("lora_A", "lora_B", "lora_E", "ranknum"),
     fields=(LORA_FIELDS - set(_UNUSED))
     | {"beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"},
     refused=LORA_REFUSED | dict.fromkeys(_UNUSED, Refusal("AdaLoRA has none of it in PEFT", "train without it")),

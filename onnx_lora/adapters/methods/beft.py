@@ -7,7 +7,7 @@ A module without a bias gets one in PEFT; here the package says that it has none
 from __future__ import annotations
 
 from onnx_lora.adapters.adapter import Replacement
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 
 __all__ = ["METHOD", "read_beft"]
 
@@ -23,5 +23,5 @@ METHOD = Method(
     name="BEFT",
     read=read_beft,
     docs=(DocsRow("`BEFT`", "added to the module's own bias; the package must have that replaceable"),),
-    tensors=parameters("beft_bias"),
+    tensors=bare_parameters("beft_bias"),
 )

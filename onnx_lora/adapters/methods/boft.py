@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.cayley import cayley, rotated
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import flat, kernel_unlike, not_for, wide
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
@@ -84,6 +84,6 @@ METHOD = Method(
     name="BOFT",
     read=read_boft,
     docs=(DocsRow("`BOFT`", "fold"),),
-    tensors=parameters("boft_R", "boft_s"),
+    tensors=bare_parameters("boft_R", "boft_s"),
     fields=frozenset({"boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor"}),
 )

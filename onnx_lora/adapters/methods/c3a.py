@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -62,6 +62,6 @@ METHOD = Method(
     name="C3A",
     read=read_c3a,
     docs=(DocsRow("`C3A`", "fold"),),
-    tensors=parameters("c3a_kernel"),
+    tensors=bare_parameters("c3a_kernel"),
     fields=frozenset({"block_size", "block_size_pattern"}),
 )

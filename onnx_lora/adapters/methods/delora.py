@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import wide
 
 __all__ = ["METHOD", "read_delora"]
@@ -40,7 +40,7 @@ METHOD = Method(
     name="DeLoRA",
     read=read_delora,
     docs=(DocsRow("`DELORA`", "delta"),),
-    tensors=parameters("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+    tensors=bare_parameters("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
     fields=frozenset({"delora_lambda", "lambda_pattern", "module_dropout", "r", "rank_pattern"}),
     rank="r",
     patterns=True,

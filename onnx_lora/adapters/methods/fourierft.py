@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import not_for, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -96,6 +96,6 @@ METHOD = Method(
             "fold; the places of the frequencies are drawn from `random_loc_seed`, as PyTorch draws them",
         ),
     ),
-    tensors=parameters("fourierft_spectrum"),
+    tensors=bare_parameters("fourierft_spectrum"),
     fields=frozenset({"n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling"}),
 )

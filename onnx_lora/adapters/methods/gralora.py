@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.kinds import Kind, Linear
@@ -98,7 +98,7 @@ METHOD = Method(
     name="GraLoRA",
     read=read_gralora,
     docs=(DocsRow("`GRALORA`", "delta"),),
-    tensors=parameters("gralora_A", "gralora_B")
+    tensors=bare_parameters("gralora_A", "gralora_B")
     | dict.fromkeys(("gralora_A_general", "gralora_B_general"), ("weight",)),
     fields=frozenset({"alpha", "gralora_dropout", "gralora_k", "hybrid_r", "r"}),
     rank="r",

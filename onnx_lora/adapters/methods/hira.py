@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, wide
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
@@ -71,6 +71,6 @@ METHOD = Method(
     name="HiRA",
     read=read_hira,
     docs=(DocsRow("`HIRA`", "fold; on embeddings and convolutions too"),),
-    tensors=parameters("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+    tensors=bare_parameters("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
     fields=frozenset({"hira_dropout", "r", "rank_pattern"}),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, flat, kernel_unlike, not_for, pair, pays, wide
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
@@ -83,7 +83,7 @@ METHOD = Method(
     name="HRA",
     read=read_hra,
     docs=(DocsRow("`HRA`", "delta: r reflections change a weight by a rank of r"),),
-    tensors=parameters("hra_u"),
+    tensors=bare_parameters("hra_u"),
     fields=frozenset({"apply_GS", "r"}),
     rank="r",
 )

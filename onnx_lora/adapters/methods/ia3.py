@@ -12,7 +12,7 @@ from onnx_lora.adapters.adapter import MatrixDelta, Replacement
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods.endings import Endings
-from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import not_for, wide
 from onnx_lora.expressions import Expression
 from onnx_lora.kinds import Conv, Embedding, Kind
@@ -108,6 +108,6 @@ METHOD = Method(
     name="IA3",
     read=read_ia3,
     docs=(DocsRow("`IA3`", "scale of the outputs, and of the bias; of the inputs (feed-forward modules): fold"),),
-    tensors=parameters("ia3_l"),
+    tensors=bare_parameters("ia3_l"),
     fields=frozenset({"feedforward_modules", "init_ia3_weights"}),
 )

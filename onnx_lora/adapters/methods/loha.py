@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, columns, read_product, rows, thin
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
 from onnx_lora.kinds import Embedding, Kind
@@ -76,7 +76,7 @@ METHOD = Method(
     name="LoHa",
     read=read_loha,
     docs=(DocsRow("`LOHA`", "delta, with `use_effective_conv2d` too"),),
-    tensors=parameters("hada_t1", "hada_t2", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    tensors=bare_parameters("hada_t1", "hada_t2", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     fields=LYCORIS_FIELDS,
     rank="r",
     alpha="alpha",

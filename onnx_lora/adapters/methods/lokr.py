@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, columns, read_product, rows, thin
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
 from onnx_lora.kinds import Embedding, Kind
@@ -123,7 +123,7 @@ METHOD = Method(
     name="LoKr",
     read=read_lokr,
     docs=(DocsRow("`LOKR`", "delta, with `use_effective_conv2d` too; a Conv1d's whole `lokr_w2` folds"),),
-    tensors=parameters("lokr_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    tensors=bare_parameters("lokr_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
     fields=LYCORIS_FIELDS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
     rank="r",
     alpha="alpha",

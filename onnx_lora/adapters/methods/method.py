@@ -15,7 +15,7 @@ from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.points import Array
 
-__all__ = ["MERGE", "RETRAIN", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "parameters"]
+__all__ = ["MERGE", "RETRAIN", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "bare_parameters"]
 
 T = TypeVar("T")
 
@@ -150,9 +150,9 @@ class Method:
     `read`: what a module's tensors do; it raises TensorError where they make no sense.
     `docs`: its rows of the table in the documentation.
 
-    Tensors. `tensors`: those of a module by name, each with the endings it may have behind an adapter's name ("weight";
-    a bare parameter has none: `parameters`). `shared`: those that a file has once for all modules. `integers`: those
-    that may hold whole numbers. `unread`: those that no forward pass reads.
+    Tensors. `tensors`: those of a module by name, each with the endings it may have behind an adapter's name: "weight",
+    or none for a bare parameter (`bare_parameters`). `shared`: those that a file has once for all modules. `integers`:
+    those that may hold whole numbers. `unread`: those that no forward pass reads.
 
     Fields of the config. `fields`: those that are understood, because `read` reads them or because they never change
     what a trained adapter computes. `refused`: those that must be empty. Every other field is refused as unknown.
@@ -176,6 +176,6 @@ class Method:
     variants: Mapping[str, str] = field(default_factory=dict)
 
 
-def parameters(*names: str) -> dict[str, Collection[str]]:
+def bare_parameters(*names: str) -> dict[str, Collection[str]]:
     """Tensors that are bare parameters of PEFT's layer: they have no ending behind an adapter's name."""
     return dict.fromkeys(names, ("",))

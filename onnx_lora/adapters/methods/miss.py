@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, not_for, pair, pays, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -96,7 +96,7 @@ METHOD = Method(
     name="MiSS",
     read=read_miss,
     docs=(DocsRow("`MISS`", 'delta; "bat" folds'),),
-    tensors=parameters("miss_block"),
+    tensors=bare_parameters("miss_block"),
     fields=frozenset({"mini_r", "miss_dropout", "r"}),
     rank="r",
 )

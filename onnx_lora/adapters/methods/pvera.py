@@ -6,7 +6,7 @@ half of it, where `sample_at_inference` is not set. The reference is PEFT 0.21: 
 
 from __future__ import annotations
 
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.vera import VeRA
 
 __all__ = ["METHOD", "read_pvera"]
@@ -36,7 +36,7 @@ METHOD = Method(
             "delta; refused without the projections (`save_projection=False`), and with `sample_at_inference`",
         ),
     ),
-    tensors=parameters("pvera_lambda_b", "pvera_lambda_d"),
+    tensors=bare_parameters("pvera_lambda_b", "pvera_lambda_d"),
     shared=("pvera_A", "pvera_B"),
     fields=frozenset(
         {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import not_for, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -93,7 +93,7 @@ METHOD = Method(
     name="RandLoRA",
     read=read_randlora,
     docs=(DocsRow("`RANDLORA`", "fold; refused without the projections (`save_projection=False`)"),),
-    tensors=parameters("randlora_A", "randlora_B", "randlora_gamma", "randlora_lambda"),
+    tensors=bare_parameters("randlora_A", "randlora_B", "randlora_gamma", "randlora_lambda"),
     shared=("randlora_A", "randlora_B"),
     fields=frozenset(
         {

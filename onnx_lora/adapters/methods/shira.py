@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import not_for, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -71,7 +71,7 @@ METHOD = Method(
     name="SHiRA",
     read=read_shira,
     docs=(DocsRow("`SHIRA`", "fold"),),
-    tensors=parameters("shira_indices", "shira_weight"),
+    tensors=bare_parameters("shira_indices", "shira_weight"),
     integers=frozenset({"shira_indices"}),
     fields=frozenset({"mask_type", "r", "random_seed"}),
 )

@@ -16,7 +16,7 @@ from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods.endings import Endings
-from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, wide
 from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
 from onnx_lora.points import Array
@@ -128,7 +128,7 @@ METHOD = Method(
     name="trained tokens",
     read=read_tokens,
     docs=(DocsRow("`TRAINABLE_TOKENS`", "as `trainable_token_indices`"),),
-    tensors=parameters(TOKENS, _TOKENS_BEFORE),
+    tensors=bare_parameters(TOKENS, _TOKENS_BEFORE),
     unread=frozenset({_TOKENS_BEFORE}),
     fields=frozenset({"token_indices"}),
 )

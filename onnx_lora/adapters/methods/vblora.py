@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -131,7 +131,7 @@ METHOD = Method(
     name="VB-LoRA",
     read=read_vblora,
     docs=(DocsRow("`VBLORA`", "delta, from all logits or only the largest"),),
-    tensors=parameters(
+    tensors=bare_parameters(
         "vblora_logits_A",
         "vblora_logits_A_topk_indices",
         "vblora_logits_A_topk_weights",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, parameters
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, pair, pays, wide
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -76,7 +76,7 @@ METHOD = Method(
     name="VeRA",
     read=read_vera,
     docs=(DocsRow("`VERA`", "delta; refused without the projections (`save_projection=False`)"),),
-    tensors=parameters("vera_lambda_b", "vera_lambda_d"),
+    tensors=bare_parameters("vera_lambda_b", "vera_lambda_d"),
     shared=("vera_A", "vera_B"),
     fields=frozenset({"d_initial", "init_vera_weights", "projection_prng_key", "r", "save_projection", "vera_dropout"}),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.methods.method import MERGE, Method
-from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
 __all__ = ["NEEDS_INITIAL", "check_method", "refusals"]
 
@@ -90,7 +90,13 @@ def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: P
         raise AdapterFileError(_not_peft(config), path=path)
     method = config["peft_type"]
     if isinstance(method, str) and method in known:
-        return known[method]
+        found = known[method]
+        if found.peft_type != method:
+            raise PluginError(
+                f"the method {method!r} of another package must have that peft_type, and has "
+                f"{shown(found.peft_type)}; correct the package"
+            )
+        return found
     cure = _CURES.get(method, MERGE) if isinstance(method, str) else MERGE
     raise UnsupportedAdapterError(
         f"peft_type must be one of {', '.join(known)}, and is {shown(method)}: {cure}", path=path
