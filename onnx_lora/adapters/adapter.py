@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from onnx_lora.errors import BindError
 from onnx_lora.kinds import LINEAR, Kind
-from onnx_lora.package import GraphInfo
+from onnx_lora.manifest import GraphInfo
 from onnx_lora.points import Array
 
 __all__ = [

@@ -118,5 +118,5 @@ class _Spread:
 
 def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
     """Whether equal digests mean equal weights, and other digests other ones."""
-    quantized = any(part.quantized for each in (point, table) for part in each.parts)
+    quantized = point.is_quantized or table.is_quantized
     return point.dtype == table.dtype and (not quantized or point.sha256 == table.sha256)

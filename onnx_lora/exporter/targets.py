@@ -6,15 +6,11 @@ from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.errors import ModelError
+from onnx_lora.exporter.options import ALL, ALL_LINEAR
 from onnx_lora.expressions import Expression, ExpressionError
 from onnx_lora.heads import OUTPUT_LAYERS
 
-__all__ = ["ALL", "ALL_LINEAR", "select"]
-
-ALL_LINEAR = "all-linear"
-
-# Ours: every module that can have a point, embeddings, convolutions and output layers too.
-ALL = "all"
+__all__ = ["select"]
 
 
 def select(
