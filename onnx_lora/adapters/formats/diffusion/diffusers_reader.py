@@ -13,9 +13,8 @@ from onnx_lora.adapters.adapter import Adapter, Origin
 from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, alpha_of, two_factors
 from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA, parse_name
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
+from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import parse_config
-from onnx_lora.adapters.formats.peft.methods import METHODS
-from onnx_lora.adapters.formats.peft.sorter import Sorter
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
 
@@ -84,19 +83,7 @@ def _take_with_config(
         for tensor, values in own.items():
             end = "" if "." in tensor else ".weight"
             tensors[f"{module}.{tensor}{end}"] = values
-    sorter = Sorter(config, METHODS[config.peft_type])
-    sorter.take(tensors)
-    sorter.judge()
-    part = AdapterBuilder(
-        deltas=sorter.deltas,
-        changes=sorter.changes,
-        replacements=sorter.replacements(),
-        methods={config.method},
-        problems=sorter.problems,
-        unsupported=sorter.unsupported,
-        notes=sorter.notes,
-    )
-    builder.absorb(part, prefix=_join(component, ""))
+    builder.absorb(build_adapter(tensors, config), prefix=_join(component, ""))
 
 
 def _take_alone(builder: AdapterBuilder, component: str, modules: _Modules) -> None:

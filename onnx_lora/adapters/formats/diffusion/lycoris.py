@@ -11,7 +11,7 @@ from onnx_lora.adapters.formats.builder import TensorError, as_matrix
 from onnx_lora.adapters.formats.diffusion.lycoris_changes import Decomposed
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.methods.lokr import LoKr
-from onnx_lora.adapters.methods.shapes import columns, rows
+from onnx_lora.adapters.methods.products import columns, rows
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
 
