@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -18,9 +17,8 @@ from onnx_lora.adapters.formats.gguf.writer import write_gguf
 from onnx_lora.adapters.formats.mlx.writer import write_mlx
 from onnx_lora.adapters.formats.peft.writer import write_peft
 from onnx_lora.adapters.model_config import config_of
-from onnx_lora.adapters.names import modules_of
-from onnx_lora.adapters.portable import plain, unbound
-from onnx_lora.adapters.rebound import rebound
+from onnx_lora.adapters.module_names import KnownModules
+from onnx_lora.adapters.portable import make_portable
 from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
 from onnx_lora.package import Package
@@ -36,7 +34,7 @@ def _gguf(adapter: PortableAdapter, place: Path, package: Package | None) -> Non
 
 
 def _kohya(adapter: PortableAdapter, place: Path, package: Package | None) -> None:
-    write_kohya(adapter, place, () if package is None else modules_of(package))
+    write_kohya(adapter, place, () if package is None else KnownModules.of(package).parts)
 
 
 # Writers of adapters that are tied to no graph.
@@ -47,9 +45,6 @@ _WRITERS: Mapping[str, Callable[[PortableAdapter, Path, Package | None], None]] 
     "mlx": lambda adapter, place, _: write_mlx(adapter, place),
     "gguf": _gguf,
 }
-
-# Formats whose tensors are graph inputs already.
-_BOUND = ("safetensors", "onnx_adapter")
 
 # Every format, by what the names of its files end with; a folder has nothing. The first of an ending is meant where
 # nothing else is said.
@@ -74,8 +69,8 @@ def write_adapter(
 ) -> Path:
     """Write an adapter, or a bound one (a blend), to `out`, whole or not at all.
 
-    `package`: needed for "safetensors", "onnx_adapter" and "gguf", for a bound adapter, for flat names, and for what
-    is no pair of factors by itself.
+    `package`: needed for "safetensors", "onnx_adapter" and "gguf", for a bound adapter, for flat names, and for changes
+    that are a pair of factors, if they are one, only together with the base's weights.
 
     Raises OutputExistsError: `out` exists. StorageError: it cannot be written. UnsupportedAdapterError: the format
     cannot hold it, or only a package could tell how. BindError: it does not fit `package`. MissingDependencyError:
@@ -89,25 +84,8 @@ def write_adapter(
             raise InputError(
                 f"{format} holds the inputs of a package's graphs: give that package (--package)", path=target
             )
-        own = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
-        return write_bound(own, target, format=format)
-    plainly = _own(adapter, package, target)
+        return write_bound(bind(adapter, package), target, format=format)
+    portable = make_portable(adapter, package)
     with staged_place(target) as place:
-        _WRITERS[format](plainly, place, package)
+        _WRITERS[format](portable, place, package)
     return target
-
-
-def _own(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> PortableAdapter:
-    """What foreign formats can hold of it, checked against the package where there is one."""
-    if isinstance(adapter, Adapter) and adapter.origin.format not in _BOUND:
-        own = plain(adapter, package)
-        if package is None:
-            return own
-        # PEFT saves the base's own embeddings beside a change of them.
-        kept = bind(adapter, package).coverage.replaced
-        return replace(own, replacements={name: each for name, each in own.replacements.items() if name in kept})
-    if package is None:
-        raise InputError(
-            "a bound adapter, and a file of one, need the package that it is bound to (--package)", path=target
-        )
-    return unbound(rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package), package)

@@ -130,8 +130,8 @@ OURS = adapter({"unet.q": MatrixDelta(numbers(2, 4), numbers(6, 2), 1.0)})
     "own, words",
     [
         (FLAT, "its names have `_` for `.`"),
-        (CHANGED, "unet.q: IA3 becomes factors, if at all, with the base's weights"),
-        (OURS, "unet.q: whether it is a linear module, a convolution or an embedding only a package tells"),
+        (CHANGED, "unet.q: whether IA3 is a pair of factors depends on the base's weights"),
+        (OURS, "unet.q: only a package says whether it is a linear module, a convolution or an embedding"),
     ],
 )
 def test_what_only_a_package_can_tell_asks_for_it(tmp_path: Path, own: Adapter, words: str) -> None:

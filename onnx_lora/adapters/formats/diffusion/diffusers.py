@@ -17,6 +17,7 @@ from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
 from onnx_lora.adapters.formats.peft.config import parse_config
 from onnx_lora.adapters.formats.peft.methods import METHODS
 from onnx_lora.adapters.formats.peft.sorter import Sorter
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
 from onnx_lora.points import Array
 
 __all__ = ["COMPONENTS", "FILE", "METADATA", "PICKLE", "is_diffusers", "read_diffusers"]
@@ -27,8 +28,8 @@ PICKLE = "pytorch_lora_weights.bin"
 # Of the header: the PEFT configs of all parts in one JSON object, their fields behind the part's name.
 METADATA = "lora_adapter_metadata"
 
-# The parts of a pipeline that adapters are for. A file may also be of one part, and name none.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
+# A file may also be of one part, and name none.
+COMPONENTS = PIPELINE_PARTS
 
 # Ends of names, by what they are in PEFT's words; the first that matches counts. `processor` stands where attention
 # had its factors apart from the modules.

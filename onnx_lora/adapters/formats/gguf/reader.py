@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta
 from onnx_lora.adapters.formats.builder import Collected
@@ -30,7 +31,7 @@ _ENDS = {".lora_a": "a", ".lora_b": "b"}
 class InterleavedRows:
     """A delta whose B has its rows in llama.cpp's order, as long as nobody knows the number of heads.
 
-    `heads`: the field of Hugging Face's config that says it. `names.py` looks into the package's.
+    `heads`: the field of Hugging Face's config that says it. The package's config completes it (`NeedsConfig`).
     """
 
     interleaved: Delta
@@ -56,6 +57,13 @@ class InterleavedRows:
 
     def output_scale(self) -> Array | None:
         return None
+
+    def with_config(self, config: Mapping[str, Any]) -> Delta | InterleavedRows:
+        """The delta in PyTorch's order; itself where the config does not say the number of heads."""
+        # Keys and values have as many heads as queries where the config does not say.
+        count = config.get(self.heads, config.get("num_attention_heads"))
+        ordered = self.with_heads(count) if type(count) is int else None
+        return ordered if ordered is not None else self
 
     def with_heads(self, count: int) -> Delta | None:
         """In PyTorch's order; None: the outputs are no such number of heads."""
