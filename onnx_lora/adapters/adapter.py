@@ -11,7 +11,7 @@ from onnx_lora.kinds import LINEAR, Kind
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
-    from onnx_lora.package import GraphInfo
+    from onnx_lora.manifest import GraphInfo
 
 __all__ = [
     "NO_SCALE",

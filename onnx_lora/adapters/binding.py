@@ -197,13 +197,9 @@ def _is_replaced(parameter: str, adapter: Adapter, package: Package) -> bool:
 
 def _saved_module_problems(adapter: Adapter, package: Package) -> list[str]:
     """Modules that the adapter must bring whole, the model has, and the file lacks."""
-    modules = set(package.points)
-    modules.update(weight.module for weight in package.replaceable.values())
-    for graph in package.manifest.graphs:
-        modules.update(graph.untargeted)
     names = dict.fromkeys(adapter.saved_modules)
     brought = matching(names, {name.rpartition(".")[0] for name in adapter.replacements})
-    in_model = matching(names, modules)
+    in_model = matching(names, package.modules)
     problems: list[str] = []
     for name in names:
         if name in in_model and name not in brought:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
 from onnx_lora.errors import BindError
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.package import Package
 
 __all__ = [
     "PIPELINE_PARTS",
@@ -52,7 +52,7 @@ class KnownModules:
     def of(package: Package) -> KnownModules:
         parts: dict[str, str] = {}
         for graph in package.manifest.graphs:
-            modules = _modules_of_graph(graph)
+            modules = sorted(graph.modules)
             part = _part_of(graph.name, modules)
             parts.update(dict.fromkeys(modules, part))
         return KnownModules(parts)
@@ -70,14 +70,6 @@ class KnownModules:
         for module in self.parts:
             found.setdefault(flat_name(module), []).append(module)
         return found
-
-
-def _modules_of_graph(graph: GraphInfo) -> list[str]:
-    """Every module that a graph names, sorted."""
-    modules = {point.module for point in graph.points}
-    modules.update(graph.untargeted)
-    modules.update(weight.module for weight in graph.replaceable)
-    return sorted(modules)
 
 
 def _part_of(graph_name: str, modules: Sequence[str]) -> str:

@@ -92,8 +92,7 @@ class PointLayout:
 
     def _is_known_weight(self, point: InjectionPoint) -> bool:
         """Whether the adapter was bound to the very weight that the point has here."""
-        is_quantized = any(part.quantized for part in point.parts)
-        return not is_quantized and self.base_digests.get(point.module) == point.sha256
+        return not point.is_quantized and self.base_digests.get(point.module) == point.sha256
 
     def _dora_scale(self, point: InjectionPoint, magnitude: Array) -> Array | None:
         """From this package's own W0; None, and a problem, where a norm is zero."""

@@ -12,7 +12,7 @@ from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, Replaceable
+from onnx_lora.points import Array
 
 __all__ = ["rebind"]
 
@@ -83,17 +83,8 @@ def _inputs(package: Package) -> dict[str, _Input]:
         inputs[point.lora_b] = _Input(point.dtype, (1, None, point.out_features))
         inputs[point.dora_scale] = _Input(point.dtype, (1, 1, point.out_features))
     for weight in package.replaceable.values():
-        inputs[weight.name] = _Input(weight.dtype, weight.free(_graph_shape(weight)))
+        inputs[weight.name] = _Input(weight.dtype, weight.free_graph_shape)
     return inputs
-
-
-def _graph_shape(weight: Replaceable) -> tuple[int, ...]:
-    """The shape of a replaceable weight's graph input with one row."""
-    if weight.role == "linear_bias":
-        return (1, 1, *weight.shape)
-    if weight.role == "linear_weight":
-        return (1, *(weight.shape if weight.in_out else reversed(weight.shape)))
-    return weight.shape
 
 
 def _input_problems(tensors: Mapping[str, Array], package: Package) -> list[str]:

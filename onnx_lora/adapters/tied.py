@@ -10,22 +10,12 @@ from functools import cached_property
 from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, OfTable
 from onnx_lora.adapters.factors import as_matrices
 from onnx_lora.adapters.model_config import config_of
+from onnx_lora.heads import TIED_OUTPUT_LAYERS
 from onnx_lora.kinds import Embedding
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 
-__all__ = ["OFTEN_TIED", "SpreadAdapter", "spread_to_tied_heads"]
-
-# What transformers ties to its input embeddings (`_tied_weights_keys`), by the last part of a module's name.
-_HEADS = frozenset(
-    {
-        *("decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output_layer", "output_projection"),
-        *("pred_layer", "proj_out", "vocab_projector"),
-    }
-)
-
-# Modules whose weight is often one storage with another's: tables and output heads.
-OFTEN_TIED = _HEADS | {"embed_in", "embed_tokens", "shared", "word_embeddings", "wte"}
+__all__ = ["SpreadAdapter", "spread_to_tied_heads"]
 
 _UNTIE = '"tie_word_embeddings": false in the package\'s config.json says that nothing is tied'
 
@@ -160,10 +150,10 @@ class _Ties:
 
 
 def _is_head(module: str) -> bool:
-    return module.rpartition(".")[2] in _HEADS
+    return module.rpartition(".")[2] in TIED_OUTPUT_LAYERS
 
 
 def _is_comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
     """Whether equal digests mean equal weights, and other digests other ones."""
-    is_quantized = any(part.quantized for part in (*point.parts, *table.parts))
+    is_quantized = point.is_quantized or table.is_quantized
     return point.dtype == table.dtype and (not is_quantized or point.sha256 == table.sha256)

@@ -12,10 +12,10 @@ import numpy as np
 from onnx_lora.adapters.adapter import Change, Replacement
 from onnx_lora.adapters.factors import finite_problems, value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
-from onnx_lora.adapters.tied import OFTEN_TIED
+from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, digest
+from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest
 
 __all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
 
@@ -23,13 +23,13 @@ __all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
 def is_bare_parameter(name: str, package: Package) -> bool:
     """Whether a change of this name is of no module but of a parameter, which is replaceable as it is."""
     weight = package.replaceable.get(name)
-    return weight is not None and not weight.of_linear and name not in package.points
+    return weight is not None and not weight.has_rows and name not in package.points
 
 
 def is_base_weight(name: str, value: Array, package: Package) -> bool:
     """Whether a whole weight is equal to the base's own, in the type that the package keeps it in."""
     module, _, parameter = name.rpartition(".")
-    owner: InjectionPoint | Replaceable | None = package.replaceable.get(name)
+    owner: InjectionPoint | WholeWeight | None = package.replaceable.get(name)
     if owner is None and parameter == "weight":
         owner = package.points.get(module)
     if owner is None:
@@ -53,7 +53,7 @@ class WeightLayout:
     digests: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add_change(self, weight: Replaceable, change: Change) -> None:
+    def add_change(self, weight: WholeWeight, change: Change) -> None:
         """A change of a bare parameter: its new value is the input, as of any whole weight."""
         misfit = change.explain_misfit(weight.shape, LINEAR)
         problems = finite_problems(weight.name, change) if misfit is None else [f"{weight.name}: {misfit}"]
@@ -84,9 +84,9 @@ class WeightLayout:
             self.digests[name] = weight.sha256
             self._lay_out(weight, replacement)
 
-    def _lay_out(self, weight: Replaceable, replacement: Replacement) -> None:
+    def _lay_out(self, weight: WholeWeight, replacement: Replacement) -> None:
         value = replacement.value
-        shape = _torch_shape(weight, value.shape) if replacement.in_graph_layout else value.shape
+        shape = weight.role.torch_shape(value.shape) if replacement.in_graph_layout else value.shape
         if shape is None or not weight.fits(shape):
             free = " (the number of outputs is free)" if weight.free_outputs else ""
             self.layout.problems.append(f"{weight.name}: must have shape {weight.shape}{free}, and has {value.shape}")
@@ -97,8 +97,8 @@ class WeightLayout:
         if problems:
             self.layout.problems.extend(problems)
             return
-        if weight.of_linear:
-            self.outputs[weight.name] = _outputs(weight, shape)
+        if weight.has_rows:
+            self.outputs[weight.name] = weight.role.outputs(shape)
         laid_out = value if replacement.in_graph_layout else weight.to_graph(value)
         if replacement.operation != "set":
             combine = np.add if replacement.operation == "add" else np.multiply
@@ -118,12 +118,12 @@ class WeightLayout:
         outputs: dict[str, int] = {}
         for name in (f"{module}.weight", f"{module}.bias"):
             weight = self.package.replaceable.get(name)
-            if weight is None or not weight.of_linear:
+            if weight is None or not weight.has_rows:
                 continue
             if name in self.outputs:
                 outputs[f"{name} (the adapter's)"] = self.outputs[name]
             else:
-                outputs[f"{name} (the base's)"] = _outputs(weight, weight.shape)
+                outputs[f"{name} (the base's)"] = weight.outputs
         point = self.package.points.get(module)
         if point is not None:
             outputs[f"the injection point {module} (export again without it in --targets)"] = point.out_features
@@ -151,7 +151,7 @@ class WeightLayout:
     @cached_property
     def _weights_by_module(self) -> Mapping[str, set[str]]:
         """The digests of every module's weight."""
-        owners: list[InjectionPoint | Replaceable] = [*self.package.points.values(), *self.package.replaceable.values()]
+        owners: list[InjectionPoint | WholeWeight] = [*self.package.points.values(), *self.package.replaceable.values()]
         found: dict[str, set[str]] = {}
         for owner in owners:
             if _is_weight(owner):
@@ -168,22 +168,6 @@ class WeightLayout:
         return found
 
 
-def _is_weight(owner: InjectionPoint | Replaceable) -> bool:
+def _is_weight(owner: InjectionPoint | WholeWeight) -> bool:
     """Whether its values are a module's weight, and not a bias or a norm, which may be equal by accident."""
     return isinstance(owner, InjectionPoint) or (owner.name.endswith(".weight") and len(owner.shape) > 1)
-
-
-def _outputs(weight: Replaceable, shape: tuple[int, ...]) -> int:
-    """The outputs of a linear module's weight or bias of this shape."""
-    return shape[-1 if weight.in_out else 0]
-
-
-def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the torch parameter behind a graph input's value with one row; None where it is no such value."""
-    if not weight.of_linear:
-        return shape
-    if len(shape) != 3 or shape[0] != 1 or (weight.role == "linear_bias" and shape[1] != 1):
-        return None
-    if weight.role == "linear_bias":
-        return shape[2:]
-    return shape[1:] if weight.in_out else (shape[2], shape[1])

@@ -17,7 +17,7 @@ from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, BindError, SelectionError
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 from onnx_lora.points import Branch
 from tests.adapters.building import PackageBuilder, adapter, bound, delta, numbers
 

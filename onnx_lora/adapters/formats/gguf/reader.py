@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta
-from onnx_lora.adapters.formats.builder import Collected
+from onnx_lora.adapters.formats.collected import Collected
 from onnx_lora.adapters.formats.files.gguf import GgufFile
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.gguf.names import ARCHITECTURES, Architecture
