@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
@@ -51,4 +51,4 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = Fal
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    return blended([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")
+    return make_blend([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")

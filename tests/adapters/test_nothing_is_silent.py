@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Delta, Replacement, blend, write_bound
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.write import write_adapter
@@ -84,7 +84,7 @@ def test_what_is_no_sum_does_not_go_with_another_weight_below_it(tmp_path: Path,
     with pytest.raises(SelectionError, match=r"q: its change .* does not add"):
         blend([(one, 1.0), (other, 1.0)])
     with pytest.raises(SelectionError, match="does not add"):
-        blended([(one, 1.0), (other, 1.0)], name="both")
+        make_blend([(one, 1.0), (other, 1.0)], name="both")
 
 
 def test_two_tensors_of_kohya_for_one_parameter_are_refused(tmp_path: Path) -> None:

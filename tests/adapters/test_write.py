@@ -11,7 +11,7 @@ import pytest
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.formats.converted.files import write_bound
 from onnx_lora.adapters.methods.ia3 import IA3
 from onnx_lora.adapters.methods.loha import LoHa
@@ -107,7 +107,7 @@ def test_a_convolution_in_groups_goes_through_our_file_too(tmp_path: Path) -> No
 
 def test_a_blend_is_written_as_one_adapter(tmp_path: Path, package: Package) -> None:
     parts = [(bind(adapter({"unet.q": delta(4, 6)}), package), 0.5), (bind(adapter(LINEAR), package), 2.0)]
-    both = blended(parts, name="both")
+    both = make_blend(parts, name="both")
     folder = write_adapter(both, tmp_path / "both", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), both)
 
