@@ -54,5 +54,6 @@ def _product_norm(a: Array, b: Array) -> float:
 
     `a` `[in, r]`, `b` `[r, out]`.
     """
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return float(np.sqrt(max(0.0, np.sum((a.T @ a) * (b @ b.T)))))
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    square = float(np.sum((wide_a.T @ wide_a) * (wide_b @ wide_b.T)))
+    return float(np.sqrt(max(0.0, square)))

@@ -27,7 +27,7 @@ def rebind(bound: BoundAdapter, package: Package, *, strict: bool = False) -> Bo
         raise BindError(f"the adapter {bound.name!r} does not fit: {other_base}", path=bound.origin.path or None)
     doubts: list[str] = []
     if not package.allow_unproven:
-        doubts = [f"{doubt}; {PROVE}" for doubt in explain_doubts(bound.base_digests, package)]
+        doubts.extend(f"{doubt}; {PROVE}" for doubt in explain_doubts(bound.base_digests, package))
     is_same = bound.graphs == package.manifest.graphs
     if is_same and not doubts:
         return bound
