@@ -23,7 +23,7 @@ import numpy as np
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.write import FORMATS, write_adapter
 from onnx_lora.boundary import translated, unread
@@ -289,7 +289,7 @@ def convert(
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
-        bound = blended(parts, name=out.stem)
+        bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
         facts = report.coverage_facts(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
+from onnx_lora.adapters.adapter import Adapter, BoundAdapter
 from onnx_lora.adapters.binding import bind
 from onnx_lora.adapters.formats.registry import RegisteredFormat, find_format, format_names
-from onnx_lora.adapters.portable import plain, unbound
-from onnx_lora.adapters.rebound import rebound
+from onnx_lora.adapters.portable import make_portable
 from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
 from onnx_lora.package import Package
@@ -65,9 +63,8 @@ def write_adapter(
             raise InputError(
                 f"{format} holds the inputs of a package's graphs: give that package (--package)", path=target
             )
-        own = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
-        return _write_bound(own, target, chosen)
-    portable = _portable(adapter, package, target)
+        return _write_bound(bind(adapter, package), target, chosen)
+    portable = make_portable(adapter, package)
     with staged_place(target) as place:
         chosen.write_portable(portable, place, package)
     return target
@@ -101,26 +98,3 @@ def _write_bound(bound: BoundAdapter, target: Path, format: RegisteredFormat) ->
     with staged_place(target) as place:
         format.write_bound(bound, place)
     return target
-
-
-def _portable(adapter: Adapter | BoundAdapter, package: Package | None, target: Path) -> PortableAdapter:
-    """What foreign formats can hold of it, checked against the package where there is one."""
-    if isinstance(adapter, Adapter) and not _holds_graph_inputs(adapter):
-        own = plain(adapter, package)
-        if package is None:
-            return own
-        # PEFT saves the base's own embeddings beside a change of them.
-        kept = bind(adapter, package).coverage.replaced
-        return replace(own, replacements={name: each for name, each in own.replacements.items() if name in kept})
-    if package is None:
-        raise InputError(
-            "a bound adapter, and a file of one, need the package that it is bound to (--package)", path=target
-        )
-    bound = rebound(adapter, package) if isinstance(adapter, BoundAdapter) else bind(adapter, package)
-    return unbound(bound, package)
-
-
-def _holds_graph_inputs(adapter: Adapter) -> bool:
-    """Whether it was read from a file of a bound adapter. One that was made in memory may say any format, or none."""
-    name = adapter.origin.format
-    return name in format_names() and find_format(name).writes_bound

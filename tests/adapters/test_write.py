@@ -11,7 +11,7 @@ import pytest
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.methods.ia3 import IA3
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.write import FORMATS, write_adapter, write_bound
@@ -106,7 +106,7 @@ def test_a_convolution_in_groups_goes_through_our_file_too(tmp_path: Path) -> No
 
 def test_a_blend_is_written_as_one_adapter(tmp_path: Path, package: Package) -> None:
     parts = [(bind(adapter({"unet.q": delta(4, 6)}), package), 0.5), (bind(adapter(LINEAR), package), 2.0)]
-    both = blended(parts, name="both")
+    both = make_blend(parts, name="both")
     folder = write_adapter(both, tmp_path / "both", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), both)
 
@@ -129,8 +129,8 @@ OURS = adapter({"unet.q": MatrixDelta(numbers(2, 4), numbers(6, 2), 1.0)})
     "own, words",
     [
         (FLAT, "its names have `_` for `.`"),
-        (CHANGED, "unet.q: IA3 becomes factors, if at all, with the base's weights"),
-        (OURS, "unet.q: whether it is a linear module, a convolution or an embedding only a package tells"),
+        (CHANGED, "unet.q: whether IA3 is a pair of factors depends on the base's weights"),
+        (OURS, "unet.q: only a package says whether it is a linear module, a convolution or an embedding"),
     ],
 )
 def test_what_only_a_package_can_tell_asks_for_it(tmp_path: Path, own: Adapter, words: str) -> None:

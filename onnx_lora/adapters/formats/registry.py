@@ -21,7 +21,7 @@ from onnx_lora.boundary import call_foreign
 from onnx_lora.errors import PluginError
 from onnx_lora.package import Package
 
-__all__ = ["GROUP", "RegisteredFormat", "find_format", "format_names", "recognise"]
+__all__ = ["GROUP", "RegisteredFormat", "find_format", "format_names", "holds_graph_inputs", "recognise"]
 
 T = TypeVar("T")
 
@@ -154,6 +154,12 @@ def find_format(name: str) -> RegisteredFormat:
         if own_name != name:
             raise found._fault(f"must be called as its entry point is, and calls itself {own_name!r}")
     return found
+
+
+def holds_graph_inputs(name: str) -> bool:
+    """Whether files of this format hold the inputs of one package's graphs. An adapter that was made in memory may name
+    any format, or none."""
+    return name in format_names() and find_format(name).writes_bound
 
 
 def recognise(place: Place) -> RegisteredFormat:

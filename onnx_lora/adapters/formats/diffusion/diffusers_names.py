@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
+
 __all__ = ["COMPONENTS", "FILE", "METADATA", "PICKLE", "TensorName", "has_own_names", "parse_name"]
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -17,8 +19,8 @@ PICKLE = "pytorch_lora_weights.bin"
 # Of the header: the PEFT configs of all parts in one JSON object, their fields behind the part's name.
 METADATA = "lora_adapter_metadata"
 
-# The parts of a pipeline that adapters are for. A file may also be of one part, and name none.
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
+# A file may also be of one part, and name none.
+COMPONENTS = PIPELINE_PARTS
 
 # Ends of names, by what they are in PEFT's words; the first that matches counts. `processor` stands where attention
 # had its factors apart from the modules.

@@ -10,7 +10,7 @@ from onnx_lora.adapters.formats.diffusion.kohya_reader import read_kohya
 from onnx_lora.adapters.formats.diffusion.kohya_writer import write_kohya
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
-from onnx_lora.adapters.names import modules_of
+from onnx_lora.adapters.module_names import KnownModules
 from onnx_lora.package import Package
 
 __all__ = ["FORMAT"]
@@ -35,7 +35,7 @@ class KohyaFormat:
         return read_kohya(place.tensors(), place.path, name or place.default_name)
 
     def write_portable(self, adapter: PortableAdapter, out: Path, package: Package | None) -> None:
-        write_kohya(adapter, out, () if package is None else modules_of(package))
+        write_kohya(adapter, out, () if package is None else KnownModules.of(package).parts)
 
 
 FORMAT = KohyaFormat()
