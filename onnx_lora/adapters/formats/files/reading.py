@@ -165,15 +165,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(text, path, what="a config")
 
 
-def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object, without numbers that no float holds and without halves of characters.
+def parse_json(text: bytes, path: Path, *, what: str, names_once: bool = False) -> dict[str, Any]:
+    """A JSON object, without numbers that no float holds and without halves of characters. `names_once`: no name comes
+    twice in an object; else the last counts, as everywhere in Python.
 
     Raises AdapterFileError: `what` is damaged, too large, or another kind of JSON.
     """
     if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
         raise AdapterFileError(f"{what} must hold at most {_MOST_VALUES} values, and holds more", path=path)
     try:
-        data = json.loads(text.decode("utf-8"), parse_int=_integer)
+        pairs_hook = _unique_names if names_once else None
+        data = json.loads(text.decode("utf-8"), parse_int=_integer, object_pairs_hook=pairs_hook)
         if re.search(rb"\\u[dD][89a-fA-F]", text):
             json.dumps(data, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError, MemoryError) as error:
@@ -187,6 +189,18 @@ def _integer(digits: str) -> int:
     if len(digits) > _DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError: a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{shown(name)} comes twice")
+            seen.add(name)
+    return found
 
 
 def name_problems(names: Iterable[str]) -> list[str]:
