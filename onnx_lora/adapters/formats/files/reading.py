@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from onnx_lora.errors import AdapterFileError
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.points import Array
 
 __all__ = [
     "Reading",
