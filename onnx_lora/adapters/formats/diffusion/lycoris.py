@@ -11,10 +11,10 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Change, MatrixDelta
 from onnx_lora.adapters.formats.builder import as_matrix
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.methods.lokr import LoKr
 from onnx_lora.adapters.methods.products import columns, rows
-from onnx_lora.adapters.methods.shapes import wide
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 
