@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, Origin
 from onnx_lora.adapters.formats.files.reading import opened
-from onnx_lora.adapters.formats.files.safetensors import read_safetensors
+from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import CONFIG, read_config
