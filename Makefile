@@ -52,7 +52,7 @@ bench: setup  ## ratios, measured side by side on this machine; JSON goes to ben
 	$(BIN)/python -m benchmarks.points
 
 docs: setup  ## rewrite the tables in docs that are made by running things
-	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs
+	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py tests/adapters/test_methods_registry.py --write-docs
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

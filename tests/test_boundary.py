@@ -37,7 +37,6 @@ MODULES = [
 # Plain data, and types for checkers: they refuse nothing, and what they are given to does.
 DATA = [
     "Adapter",
-    "AdapterFormat",
     "BoundAdapter",
     "Change",
     "Comparison",

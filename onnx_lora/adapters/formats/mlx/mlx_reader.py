@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Replacement
-from onnx_lora.adapters.formats.collected import Collected
-from onnx_lora.adapters.formats.files.npz import read_npz
-from onnx_lora.adapters.formats.files.reading import opened, read_json, shown
-from onnx_lora.adapters.formats.files.safetensors import read_safetensors
+from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Origin, Replacement
+from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
+from onnx_lora.adapters.formats.files.npz_file import read_npz
+from onnx_lora.adapters.formats.files.reading import TensorFile, opened, read_json, shown
+from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
+from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, NPZ, WEIGHTS
+from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.points import Array
 
-__all__ = ["CONFIG", "NPZ", "WEIGHTS", "is_mlx_config", "read_mlx"]
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapters.safetensors"
-NPZ = "adapters.npz"
+__all__ = ["read_mlx"]
 
 _TENSORS = ("lora_a", "lora_b", "m")
+
+_LARGEST = 1e30  # no scale and no alpha is larger
 
 _BEFORE = (
     "lora_parameters has an alpha, which mlx-lm multiplied in (scale · alpha / rank) until 0.14 and ignores since "
@@ -42,21 +42,15 @@ class _Config:
     model: str
 
 
-def is_mlx_config(path: Path) -> bool:
-    """Whether an `adapter_config.json` is mlx-lm's. Anything that cannot be read is not."""
-    try:
-        fields = read_json(path)
-    except AdapterFileError:
-        return False
-    return "peft_type" not in fields and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & set(fields))
-
-
 def read_mlx(folder: Path, name: str) -> Adapter:
-    """Raises AdapterFileError: a file is missing or damaged, or they disagree. UnsupportedAdapterError: what is
-    refused, and a scale that is not told."""
-    weights = next((folder / own for own in (WEIGHTS, NPZ) if (folder / own).is_file()), None)
-    if weights is None:
-        raise AdapterFileError(f"must hold {WEIGHTS} (or {NPZ}), and does not", path=folder)
+    """The scale is the config's `scale` as it is; until mlx-lm 0.14, times alpha / r.
+
+    `lora_a` `[in, r]`, `lora_b` `[r, out]`, of DoRA `m` `[out]`; with `fine_tune_type: full` whole parameters.
+
+    Raises AdapterFileError: a file is missing or damaged, or they disagree. UnsupportedAdapterError: what is refused,
+    and a scale that the folder does not tell.
+    """
+    weights = _weights(folder)
     if not (folder / CONFIG).is_file():
         raise UnsupportedAdapterError(
             f"has no {CONFIG}, and without it the scale is unknown: put one beside {weights.name}, such as "
@@ -65,15 +59,26 @@ def read_mlx(folder: Path, name: str) -> Adapter:
             path=folder,
         )
     config = _config(folder / CONFIG)
-    with opened(weights) as file:
-        content = read_npz(file) if weights.name == NPZ else read_safetensors(file)
-    collected = Collected()
-    values = collected.floats(content.tensors)
+    content = _read_tensors(weights)
+    builder = AdapterBuilder()
+    values = builder.floats(content.tensors)
     if config.kind == "full":
-        _take_whole(collected, values)
+        _take_whole(builder, values)
     else:
-        _take_factors(collected, values, config)
-    return collected.adapter(folder, name, format="mlx", base_model=config.model, sha256=content.sha256)
+        _take_factors(builder, values, config)
+    return builder.adapter(name, Origin(str(folder), content.sha256, "mlx", "", config.model))
+
+
+def _weights(folder: Path) -> Path:
+    for name in (WEIGHTS, NPZ):
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterFileError(f"must hold {WEIGHTS} (or {NPZ}), and does not", path=folder)
+
+
+def _read_tensors(weights: Path) -> TensorFile:
+    with opened(weights) as file:
+        return read_npz(file) if weights.name == NPZ else read_safetensors(file)
 
 
 def _config(path: Path) -> _Config:
@@ -99,72 +104,74 @@ def _config(path: Path) -> _Config:
 
 
 def _scale(fields: Mapping[str, Any], scale: float, alpha: object, rank: int, path: Path) -> float:
-    """Used as it is; until mlx-lm 0.14, times alpha / rank. `use_dora` came with 0.13.1, and 0.19 has
+    """mlx-lm takes the scale as it is; until 0.14, times alpha / r. `use_dora` came with 0.13.1, and 0.19 has
     `fine_tune_type` in its place."""
     if alpha is None or "fine_tune_type" in fields:
         return scale
     number = _number(alpha)
     if number is None:
         raise AdapterFileError(f"alpha of lora_parameters must be a number, and is {shown(alpha)}", path=path)
-    times = number / rank
-    if "use_dora" in fields and times != 1:
-        raise UnsupportedAdapterError(_BEFORE.format(scale=scale * times), path=path)
-    return scale * times
+    factor = lora_scale(number, rank)
+    if "use_dora" in fields and factor != 1:
+        raise UnsupportedAdapterError(_BEFORE.format(scale=scale * factor), path=path)
+    return scale * factor
 
 
 def _number(value: object) -> float | None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
-    return float(value) if ok else None  # type: ignore[arg-type]
+    """A finite number of JSON's, or None."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < _LARGEST:
+        return None
+    return float(value)
 
 
-def _take_factors(collected: Collected, tensors: Mapping[str, Array], config: _Config) -> None:
+def _take_factors(builder: AdapterBuilder, tensors: Mapping[str, Array], config: _Config) -> None:
     modules: dict[str, dict[str, Array]] = {}
     for key, values in tensors.items():
         module, _, tensor = key.rpartition(".")
         if tensor not in _TENSORS or not module:
-            collected.problems.append(f"{key}: must end with .lora_a, .lora_b or .m, as mlx-lm names its tensors")
+            builder.problems.append(f"{key}: must end with .lora_a, .lora_b or .m, as mlx-lm names its tensors")
         else:
             modules.setdefault(module, {})[tensor] = values
     for module, own in modules.items():
-        _put(collected, module, own, config)
+        with builder.reading(module):
+            _put(builder, module, own, config)
 
 
-def _put(collected: Collected, module: str, tensors: Mapping[str, Array], config: _Config) -> None:
+def _put(builder: AdapterBuilder, module: str, tensors: Mapping[str, Array], config: _Config) -> None:
+    """Raises TensorError: not the tensors, or not the shapes, that the config says."""
     wanted = {"lora_a", "lora_b", "m"} if config.kind == "dora" else {"lora_a", "lora_b"}
     if set(tensors) != wanted:
-        collected.problems.append(
-            f"{module}: must have {', '.join(sorted(wanted))} by {CONFIG}, and has {', '.join(sorted(tensors))}"
-        )
-        return
+        raise TensorError(f"must have {', '.join(sorted(wanted))} by {CONFIG}, and has {', '.join(sorted(tensors))}")
     a, b = tensors["lora_a"], tensors["lora_b"]
     if a.ndim == 3 or b.ndim == 3:
-        collected.unsupported.append(
+        builder.unsupported.append(
             f"{module}: has factors for each expert of a mixture ({a.shape}, {b.shape}), which are not applied; train "
             "without the switch layers"
         )
-    elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != config.rank or len(b) != config.rank or not a.size or not b.size:
-        collected.problems.append(
-            f"{module}: lora_a and lora_b must be [in, {config.rank}] and [{config.rank}, out] by {CONFIG}, and have "
+        return
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != config.rank or len(b) != config.rank or not a.size or not b.size:
+        raise TensorError(
+            f"lora_a and lora_b must be [in, {config.rank}] and [{config.rank}, out] by {CONFIG}, and have "
             f"shapes {a.shape} and {b.shape}"
         )
-    elif config.kind == "lora":
-        # Of a linear module or of an embedding, alike: there mlx-lm's `as_linear` applies it to a tied head too.
-        collected.put_delta(module, MatrixDelta(a.T, b.T, config.scale))
-        collected.with_tied_heads.add(module)
-    else:
-        # Of an embedding, MLX has a magnitude for each row of the table: bind refuses this delta there.
-        collected.put_delta(module, Delta(a.T, b.T, config.scale, magnitude=tensors["m"]))
+    if config.kind == "dora":
+        # An embedding has a magnitude for each row of the table in MLX: bind refuses this delta there.
+        builder.put_delta(module, Delta(a.T, b.T, config.scale, magnitude=tensors["m"]))
+        return
+    # The tensors of an embedding look the same. mlx-lm's `as_linear` applies those to a tied head, too.
+    builder.put_delta(module, MatrixDelta(a.T, b.T, config.scale))
+    builder.with_tied_heads.add(module)
 
 
-def _take_whole(collected: Collected, tensors: Mapping[str, Array]) -> None:
+def _take_whole(builder: AdapterBuilder, tensors: Mapping[str, Array]) -> None:
     """`fine_tune_type: full`: the parameters themselves."""
     for key, values in tensors.items():
         module, _, parameter = key.rpartition(".")
         if not module or parameter in ("scales", "biases", *_TENSORS):
-            collected.unsupported.append(
+            builder.unsupported.append(
                 f"{key}: is no whole parameter; full fine-tuning of a quantized base is not applied"
             )
         elif values.ndim > 2:
-            collected.unsupported.append(f"{key}: is a kernel, or of experts, whose axes MLX orders otherwise")
+            builder.unsupported.append(f"{key}: is a kernel, or of experts, whose axes MLX orders otherwise")
         else:
-            collected.replacements[key] = Replacement(values, in_place=True)
+            builder.put_replacement(key, Replacement(values, in_place=True))

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.mlx.reader import CONFIG, WEIGHTS
+from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, WEIGHTS
 from onnx_lora.adapters.formats.peft.writer import contiguous, dora_problems, multiplied_in, refuse
 from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.points import Array
@@ -32,7 +32,7 @@ def write_mlx(adapter: PortableAdapter, folder: Path) -> None:
             problems.append(f"{module}: is a table, whose change mlx-lm applies to an output head tied to it as well")
     refuse(adapter, "an adapter folder of MLX", problems + dora_problems(adapter.deltas))
     deltas = adapter.deltas
-    rank = max(len(delta.a) for delta in deltas.values())
+    rank = max(delta.rank for delta in deltas.values())
     scales = [delta.scale for delta in deltas.values()]
     scale = max(scales, key=scales.count)
     tensors: dict[str, Array] = {}
@@ -56,8 +56,9 @@ def write_mlx(adapter: PortableAdapter, folder: Path) -> None:
 
 
 def _tensors(delta: Delta, rank: int, scale: float) -> dict[str, Array]:
+    """`lora_a` `[in, rank]` and `lora_b` `[rank, out]`, filled up with zeros, and of DoRA `m` `[out]`."""
     scaled = multiplied_in(delta, scale)
-    missing = rank - len(scaled.a)
+    missing = rank - scaled.rank
     tensors = {
         "lora_a": np.pad(scaled.a.T, ((0, 0), (0, missing))),
         "lora_b": np.pad(scaled.b.T, ((0, missing), (0, 0))),

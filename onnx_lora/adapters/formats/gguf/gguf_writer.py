@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.gguf.names import ARCHITECTURES, MODEL_TYPES, Architecture
-from onnx_lora.adapters.formats.gguf.reader import HEADS, rows_interleaved
+from onnx_lora.adapters.formats.builder import TensorError
+from onnx_lora.adapters.formats.gguf.architectures import ARCHITECTURES, HEADS, MODEL_TYPES, Architecture
+from onnx_lora.adapters.formats.gguf.rows import count_heads, rows_interleaved
 from onnx_lora.adapters.formats.peft.writer import multiplied_in, refuse
+from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import MissingDependencyError, UnsupportedAdapterError
 from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.points import Array
@@ -27,26 +29,29 @@ def write_gguf(adapter: PortableAdapter, file: Path, config: Mapping[str, Any]) 
     llama.cpp has no name for. MissingDependencyError: no `gguf` package.
     """
     name = _architecture(config, adapter)
-    architecture = ARCHITECTURES[name]
     problems = [f"{parameter}: is a whole weight" for parameter in adapter.replacements]
     tensors: dict[str, Array] = {}
-    alphas = [delta.scale * len(delta.a) for delta in adapter.deltas.values()]
-    alpha = max(alphas, key=alphas.count, default=1.0) or 1.0
+    alpha = _common_alpha(adapter)
     for module, delta in adapter.deltas.items():
-        own = architecture.from_module(module)
+        own_name = ARCHITECTURES[name].from_module(module)
         if delta.magnitude is not None:
             problems.append(f"{module}: has DoRA, which llama.cpp would ignore")
-        elif isinstance(delta.kind, Conv) or own is None:
+        elif isinstance(delta.kind, Conv) or own_name is None:
             problems.append(f"{module}: is no module that llama.cpp has a name for in {name} models")
         else:
-            scaled = multiplied_in(delta, alpha / len(delta.a))
-            made = _tensors(own, scaled, architecture, config)
-            if isinstance(made, str):
-                problems.append(f"{module}: {made}")
-            else:
-                tensors |= made
+            scaled = multiplied_in(delta, lora_scale(alpha, delta.rank))
+            try:
+                tensors |= _tensors(own_name, scaled, ARCHITECTURES[name], config)
+            except TensorError as error:
+                problems.append(f"{module}: {error}")
     refuse(adapter, "a GGUF file", problems)
     _write(file, name, alpha, tensors, config)
+
+
+def _common_alpha(adapter: PortableAdapter) -> float:
+    """The alpha that most modules have; 1 where there is none, or it is 0, which llama.cpp takes for none."""
+    alphas = [delta.scale * delta.rank for delta in adapter.deltas.values()]
+    return max(alphas, key=alphas.count, default=1.0) or 1.0
 
 
 def _architecture(config: Mapping[str, Any], adapter: PortableAdapter) -> str:
@@ -59,14 +64,17 @@ def _architecture(config: Mapping[str, Any], adapter: PortableAdapter) -> str:
     return MODEL_TYPES[kind]
 
 
-def _tensors(name: str, delta: Delta, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Array] | str:
-    """In llama.cpp's layout, or what is wrong."""
+def _tensors(name: str, delta: Delta, architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Array]:
+    """In llama.cpp's layout: `lora_a` `[r, in]`, of a table `[rows, r]`; `lora_b` `[out, r]`.
+
+    Raises TensorError: the order of the rows needs a number of heads, and the config does not say it.
+    """
     b = delta.b
     heads = architecture.heads_of(name)
     if heads is not None:
-        count = config.get(heads, config.get("num_attention_heads"))
-        if type(count) is not int or count < 1 or len(b) % (2 * count):
-            return f"the package's config.json must say {heads}, a number that {len(b)} outputs are made of"
+        count = count_heads(config, heads)
+        if count < 1 or len(b) % (2 * count):
+            raise TensorError(f"the package's config.json must say {heads}, a number that {len(b)} outputs are made of")
         b = rows_interleaved(b, count)
     a = delta.a.T if isinstance(delta.kind, Embedding) else delta.a
     return {f"{name}.lora_a": a, f"{name}.lora_b": b}
@@ -77,7 +85,7 @@ def _write(file: Path, name: str, alpha: float, tensors: Mapping[str, Array], co
         import gguf
     except ImportError as error:
         raise MissingDependencyError(
-            "GGUF files are written with the gguf package: `pip install onnx-lora[gguf]`", path=file
+            "GGUF files are written with the gguf package: `pip install onnx-lora[gguf]`"
         ) from error
     writer = gguf.GGUFWriter(str(file), name)
     writer.add_type("adapter")

@@ -7,7 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "MODEL_TYPES", "Architecture"]
+__all__ = ["ARCHITECTURES", "HEADS", "MODEL_TYPES", "Architecture"]
+
+# Where a GGUF model says how many heads it has, by the field of Hugging Face's config; ours put it in adapters too.
+HEADS = {
+    "num_attention_heads": "{}.attention.head_count",
+    "num_key_value_heads": "{}.attention.head_count_kv",
+}
 
 _LLAMA = {
     "token_embd": "model.embed_tokens",
@@ -63,23 +69,27 @@ class Architecture:
     permuted: bool = False
 
     def to_module(self, name: str) -> str | None:
-        """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj`."""
-        return _translated(name.removesuffix(".weight"), self.names) if name.endswith(".weight") else None
+        """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj`; None: no such name is known."""
+        if not name.endswith(".weight"):
+            return None
+        return _translate(name.removesuffix(".weight"), self.names)
 
     def from_module(self, module: str) -> str | None:
-        """The other way round."""
-        name = _translated(module, {own: theirs for theirs, own in self.names.items()})
+        """`model.layers.3.self_attn.q_proj` as `blk.3.attn_q.weight`; None: llama.cpp has no name for it."""
+        name = _translate(module, {own: theirs for theirs, own in self.names.items()})
         return None if name is None else f"{name}.weight"
 
     def heads_of(self, name: str) -> str | None:
-        """Whose heads count for the order of a tensor's rows: the field of Hugging Face's config; None: of none."""
+        """The field of Hugging Face's config that counts the heads by which a tensor's rows are ordered; None: they are
+        in PyTorch's order."""
         part = name.removesuffix(".weight").rpartition(".")[2]
         if not self.permuted or part not in (_QUERY, _KEY):
             return None
         return "num_attention_heads" if part == _QUERY else "num_key_value_heads"
 
 
-def _translated(name: str, table: Mapping[str, str]) -> str | None:
+def _translate(name: str, table: Mapping[str, str]) -> str | None:
+    """What a table has for a name, with the layer's number put in; None: nothing."""
     number = re.search(r"(?<=\.)\d+(?=\.)", name)
     if number is None:
         return table.get(name)
