@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from onnx_lora.adapters.compose import blend, stack_rows
     from onnx_lora.adapters.formats.converted.files import write_bound
     from onnx_lora.adapters.read import read_adapter
+    from onnx_lora.adapters.write import write_adapter
 
 __all__ = [
     "Adapter",
@@ -37,6 +38,7 @@ __all__ = [
     "blend",
     "read_adapter",
     "stack_rows",
+    "write_adapter",
     "write_bound",
 ]
 
@@ -56,5 +58,6 @@ __getattr__, __dir__ = lazy_names(
         "stack_rows": "onnx_lora.adapters.compose",
         "write_bound": "onnx_lora.adapters.formats.converted.files",
         "read_adapter": "onnx_lora.adapters.read",
+        "write_adapter": "onnx_lora.adapters.write",
     },
 )
