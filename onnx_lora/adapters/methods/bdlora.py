@@ -14,8 +14,9 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Module
-from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 

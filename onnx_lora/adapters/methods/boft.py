@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import flat, wide
 from onnx_lora.adapters.methods.cayley import cayley, rotated
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import flat, kernel_unlike, not_for, wide
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 

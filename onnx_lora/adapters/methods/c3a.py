@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, wide
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 

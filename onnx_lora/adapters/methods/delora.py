@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import wide
 
 __all__ = ["METHOD", "read_delora"]
 

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, wide
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from onnx_lora.adapters.adapter import MatrixDelta, Replacement
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for, wide
+from onnx_lora.adapters.methods.shapes import not_for
 from onnx_lora.expressions import Expression
 from onnx_lora.kinds import Conv, Embedding, Kind
 from onnx_lora.points import Array

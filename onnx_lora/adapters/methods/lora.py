@@ -17,6 +17,7 @@ from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods import bdlora, dora, merged_linear, parameters, qalora, tokens
 from onnx_lora.adapters.methods.lora_fields import LORA_FIELDS, LORA_REFUSED
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
+from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS
 from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import Array
 
@@ -30,7 +31,7 @@ def read_lora(module: Module) -> Part:
     Raises TensorError: a tensor is missing, the rank is not the config's, the shapes do not fit, or the config's
     options and the tensors contradict each other.
     """
-    if module.has(tokens.LORA_TOKENS):
+    if module.has(LORA_TOKENS):
         return tokens.read_lora_tokens(module)
     if module.has("lora_embedding_A") or module.has("lora_embedding_B"):
         return _read_embedding(module)
@@ -146,8 +147,9 @@ METHOD = Method(
         "lora_embedding_B": ("",),
         dora.MAGNITUDE: ("", "weight"),
         "lora_velora_embed": ("",),
-        tokens.LORA_TOKENS: ("",),
+        LORA_TOKENS: ("",),
     },
+    of_parameters=parameters.ParameterLora,
     unread=frozenset({"lora_velora_embed"}),  # of VeLoRA's backward pass
     fields=LORA_FIELDS,
     refused=LORA_REFUSED,

@@ -19,6 +19,9 @@ __all__ = ["MERGE", "RETRAIN", "DocsRow", "Fields", "Method", "Module", "Part", 
 
 T = TypeVar("T")
 
+# Factors A and B of a module's bare parameters, in an order that no file tells.
+Pairs = tuple[tuple[Array, Array], ...]
+
 # Cures for what is refused.
 MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
 RETRAIN = "train without it"
@@ -150,6 +153,8 @@ class Method:
     `read`: what a module's tensors do; it raises TensorError where they make no sense.
     `docs`: its rows of the table in the documentation.
 
+    `of_parameters`: what pairs of factors, a rank and a scale do to a bare parameter of a module (`target_parameters`).
+
     Tensors. `tensors`: those of a module by name, each with the endings it may have behind an adapter's name: "weight",
     or none for a bare parameter (`bare_parameters`). `shared`: those that a file has once for all modules. `integers`:
     those that may hold whole numbers. `unread`: those that no forward pass reads.
@@ -166,6 +171,7 @@ class Method:
     docs: tuple[DocsRow, ...]
     tensors: Mapping[str, Collection[str]]
     shared: Collection[str] = ()
+    of_parameters: Callable[[Pairs, int, float], Change] | None = None
     integers: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     fields: frozenset[str] = frozenset()

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import Floats, flat, wide
 from onnx_lora.adapters.methods.cayley import cayley, rotated
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
-from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, wide
+from onnx_lora.adapters.methods.shapes import not_for
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
+from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import Module
-from onnx_lora.adapters.methods.shapes import Floats, wide
 from onnx_lora.points import Array
 
 __all__ = ["LYCORIS_FIELDS", "columns", "read_product", "rows", "thin"]

@@ -1,30 +1,13 @@
-"""What the methods share: numbers wide enough to compute with, pairs of factors, and words about shapes."""
+"""What the methods say of shapes, and changes as pairs of factors."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import flat
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 
-__all__ = ["Floats", "flat", "kernel_unlike", "not_for", "pair", "pays", "wide"]
-
-Floats = NDArray[np.floating[Any]]
-
-
-def wide(values: Array) -> Floats:
-    """As float32, or float64 where they are that: half precision is no type to add up in."""
-    return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-
-
-def flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight's outputs and inputs, as of a matrix `[out, in]`: the axes of a kernel count as inputs."""
-    return shape[0], math.prod(shape[1:])
+__all__ = ["kernel_unlike", "not_for", "pair", "pays"]
 
 
 def pays(rank: int, shape: tuple[int, ...]) -> bool:

@@ -15,17 +15,16 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import Floats, wide
+from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS, TOKENS
 from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["LORA_DOCS", "LORA_TOKENS", "METHOD", "TOKENS", "TokenRows", "read_lora_tokens", "read_tokens"]
+__all__ = ["LORA_DOCS", "METHOD", "TokenRows", "read_lora_tokens", "read_tokens"]
 
 
-TOKENS = "trainable_tokens_delta"
-LORA_TOKENS = "token_adapter.trainable_tokens_delta"
 _TOKENS_BEFORE = "trainable_tokens_original"  # the base's own rows
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import Floats, flat, wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, pair, pays, wide
+from onnx_lora.adapters.methods.shapes import not_for, pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 

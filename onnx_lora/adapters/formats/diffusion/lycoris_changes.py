@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, HasTensors, MatrixDelta
-from onnx_lora.adapters.methods.shapes import wide
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 

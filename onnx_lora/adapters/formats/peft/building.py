@@ -16,7 +16,7 @@ from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.formats.peft.tensors import FileTensors, sort_tensors
 from onnx_lora.adapters.formats.peft.ties import Ties
 from onnx_lora.adapters.methods.method import Module, Part
-from onnx_lora.adapters.methods.tokens import LORA_TOKENS
+from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS
 from onnx_lora.expressions import ExpressionError
 from onnx_lora.points import Array, matches
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Delta
-from onnx_lora.adapters.methods.shapes import wide
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.kinds import Conv
 

@@ -13,7 +13,6 @@ from onnx_lora.adapters.adapter import Change
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.methods.endings import tails
-from onnx_lora.adapters.methods.parameters import ParameterLora
 from onnx_lora.points import Array
 
 __all__ = ["ParameterPairs", "find_parameter_pairs"]
@@ -35,8 +34,9 @@ def find_parameter_pairs(modules: Mapping[str, Mapping[str, Array]], config: Pef
     """Those of a file's modules that are pairs of bare parameters. Raises ExpressionError: too much work."""
     found = ParameterPairs()
     targets = config.fields.get("target_parameters")
-    if targets is None:
-        targets = []
+    make_change = config.method.of_parameters
+    if targets is None or make_change is None:
+        return found
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         found.problems.append(f"target_parameters must be a list of names, and is {shown(targets)}")
         return found
@@ -47,36 +47,39 @@ def find_parameter_pairs(modules: Mapping[str, Mapping[str, Array]], config: Pef
     for module, names in by_module.items():
         parameters = _parameters(by_owner, module, len(names))
         is_target = names == [module] and config.targets.rejects(module) is None
-        if parameters and not is_target:
-            found.taken.update(names)
-            _take(found, module, parameters, {name: modules[name] for name in names}, config)
+        if not parameters or is_target:
+            continue
+        found.taken.update(names)
+        pairs = _pairs({name: modules[name] for name in names})
+        if pairs is None or len(pairs) != len(parameters):
+            found.problems.append(_problem(module, parameters, {name: modules[name] for name in names}))
+            continue
+        for parameter in parameters:
+            path = f"{module}.{parameter}"
+            change = make_change(pairs, config.ranks.rank_of(path), config.ranks.scale_of(path))
+            found.changes[module if parameter == "weight" else path] = change
     return found
 
 
-def _take(
-    found: ParameterPairs,
-    module: str,
-    parameters: Sequence[str],
-    layers: Mapping[str, Mapping[str, Array]],
-    config: PeftConfig,
-) -> None:
-    """Give the pairs of a module's layers to its parameters."""
+def _pairs(layers: Mapping[str, Mapping[str, Array]]) -> tuple[tuple[Array, Array], ...] | None:
+    """The pair of each of a module's layers, the outermost first; None where one has another thing than a pair."""
     pairs: list[tuple[Array, Array]] = []
     for name in sorted(layers, key=len):
-        pair = _pair(layers[name])
-        if pair is not None:
-            pairs.append(pair)
-    if len(pairs) != len(layers) or len(pairs) != len(parameters):
-        tensors = [f"{name}.{tensor}" for name, own in layers.items() for tensor in own]
-        found.problems.append(
-            f"{module}: must have lora_A and lora_B for each of its parameters {', '.join(parameters)}, and has "
-            f"{', '.join(tensors)}; get the whole file"
-        )
-        return
-    for parameter in parameters:
-        path = f"{module}.{parameter}"
-        change = ParameterLora(tuple(pairs), config.ranks.rank_of(path), config.ranks.scale_of(path))
-        found.changes[module if parameter == "weight" else path] = change
+        tensors = layers[name]
+        if set(tensors) != {"lora_A", "lora_B"} or any(values.ndim != 2 for values in tensors.values()):
+            return None
+        pairs.append((tensors["lora_A"], tensors["lora_B"]))
+    return tuple(pairs)
+
+
+def _problem(module: str, parameters: Sequence[str], layers: Mapping[str, Mapping[str, Array]]) -> str:
+    found: list[str] = []
+    for name, tensors in layers.items():
+        found += [f"{name}.{tensor}" for tensor in tensors]
+    return (
+        f"{module}: must have lora_A and lora_B for each of its parameters {', '.join(parameters)}, and has "
+        f"{', '.join(found)}; get the whole file"
+    )
 
 
 def _without_layers(name: str) -> str:
@@ -104,9 +107,3 @@ def _parameters(by_owner: Mapping[str, Sequence[str]], module: str, count: int) 
     if len(named) == count:
         return list(named)
     return list(named | dict.fromkeys(by_owner.get("", ())))
-
-
-def _pair(tensors: Mapping[str, Array]) -> tuple[Array, Array] | None:
-    if set(tensors) != {"lora_A", "lora_B"} or any(values.ndim != 2 for values in tensors.values()):
-        return None
-    return tensors["lora_A"], tensors["lora_B"]

@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from onnx_lora.adapters.formats.peft.patterns import Patterns
 from onnx_lora.adapters.methods.endings import Endings, tails
-from onnx_lora.adapters.methods.method import Fields, Method
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.expressions import Expression, ExpressionError, Work
+
+if TYPE_CHECKING:
+    from onnx_lora.adapters.methods.method import Fields, Method
 
 __all__ = ["Choice", "Everything", "Layers", "Matching", "Named", "PatternTable", "PeftConfig", "Ranks", "Targets"]
 

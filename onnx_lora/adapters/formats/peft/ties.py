@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Replacement
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
-from onnx_lora.adapters.methods.tokens import TOKENS
+from onnx_lora.adapters.methods.tensor_names import TOKENS
 from onnx_lora.points import Array
 
 __all__ = ["Ties"]
