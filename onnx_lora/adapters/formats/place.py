@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, read_json, translated_damage
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, translated_damage
 from onnx_lora.adapters.formats.files.safetensors_file import Header, read_behind, read_header
 from onnx_lora.errors import AdapterFileError
+from onnx_lora.json_file import read_json
 
 __all__ = ["Place"]
 
@@ -53,7 +54,7 @@ class Place:
             return None
         if name not in self._configs:
             try:
-                self._configs[name] = read_json(self.path / name)
+                self._configs[name] = read_json(self.path / name, AdapterFileError)
             except AdapterFileError:
                 self._configs[name] = None
         return self._configs[name]
