@@ -20,10 +20,6 @@ T = TypeVar("T")
 
 _BEGINNING = 16  # bytes: marks of formats lie in the first nine
 
-# Marks of other containers, by where they lie. A safetensors file has the length of its header there, which would then
-# be larger than any file.
-_OTHER_MARKS = {0: b"GGUF", 4: b"TORT"}
-
 
 class Place:
     """What stands at a path. A file is open, and is read once, front to back.
@@ -75,7 +71,7 @@ class Place:
 
         Raises AdapterFileError: it is one by its name or its beginning, and damaged.
         """
-        if self._reading is None or any(self.beginning[at:].startswith(mark) for at, mark in _OTHER_MARKS.items()):
+        if self._reading is None:
             return None
         if self.path.suffix != ".safetensors":
             length = int.from_bytes(self.beginning[:8], "little")
