@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
-from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
@@ -23,77 +23,26 @@ from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of
 from onnx_lora.exporter.ort_check import check_opens
+from onnx_lora.exporter.request import GraphFile, Points, Progress
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
 from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
-from onnx_lora.exporter.whole_weights import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.exporter.whole_weights import Exposure, Exposures, agreeing, check_names, find_exposures
 from onnx_lora.kinds import Linear
 from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
 from onnx_lora.points import Branch, InjectionPoint, Replaceable
 
-__all__ = ["Options", "Progress", "Source", "build"]
-
-# Called with what is being done, and how much of it is done: ("points", 12, 210).
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One ONNX file to be given points, and its name in the package.
-
-    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
-    """
-
-    name: str
-    file: Path
-    prefix: str = ""
-    checkpoint: Checkpoint | None = None
-    calls: Calls | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What gets points. `default_rank`: 1 where an execution provider cannot run rank 0; `dora`: whether points take
-    DoRA's scale."""
-
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    replaceable: str | tuple[str, ...] = HEADS_ONLY
-    default_rank: int = 0
-    dora: bool = False
-
-    @staticmethod
-    def of(
-        targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int, *, dora: bool = False
-    ) -> Options:
-        """Raises ModelError: `default_rank` is neither 0 nor 1, or a name is no text."""
-        return Options(_names("targets", targets), _names("replaceable", replaceable), default_rank, bool(dora))
-
-    def __post_init__(self) -> None:
-        if self.default_rank not in (0, 1):
-            raise ModelError(f"default_rank must be 0 or 1, and is {self.default_rank!r}")
-
-
-def _names(what: str, given: str | Iterable[str]) -> str | tuple[str, ...]:
-    if isinstance(given, str):
-        return given
-    try:
-        names = tuple(given)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{what} must be names, and is a {type(given).__name__}: {error}") from error
-    if other := [type(name).__name__ for name in names if not isinstance(name, str)]:
-        raise ModelError(f"{what} must be names, and holds a {other[0]}")
-    return names
+__all__ = ["build"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     """A loaded graph on its way into the package."""
 
-    source: Source
+    source: GraphFile
     model: ir.Model
     shapes: Shapes
     sites: Sites
@@ -102,9 +51,9 @@ class _Graph:
 
 def build(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[GraphFile],
     *,
-    options: Options,
+    options: Points,
     checkpoint: Checkpoint | None,
     names: GenaiNames | None = None,
     origin: dict[str, str],
@@ -150,7 +99,7 @@ def build(
     return Package.open(folder)
 
 
-def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
+def _read(source: GraphFile, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
     model = load(source.file)
     # First of all: from here on the weights are in a file, not in memory.
     store.externalize(model.graph)
@@ -172,7 +121,7 @@ def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, nam
     return _Graph(source, model, shapes, Sites.of(located, shapes), doubt)
 
 
-def _counted(exposures: Exposures, source: Source) -> Exposures:
+def _counted(exposures: Exposures, source: GraphFile) -> Exposures:
     """The same without whole weights of modules that torch calls otherwise than once, as the graph shows them: another
     call of a norm may have become a constant."""
     if source.calls is None:
@@ -205,7 +154,7 @@ def _choose(
     graphs: Sequence[_Graph],
     settled: Sequence[Sites],
     exposures: Sequence[Exposures],
-    options: Options,
+    options: Points,
     checkpoint: Checkpoint | None,
 ) -> frozenset[str]:
     """The modules that get points. Raises ModelError: none can, of those that are asked for."""
@@ -256,7 +205,7 @@ class _Files:
     """Where one graph is written, with points and without."""
 
     folder: Path
-    source: Source
+    source: GraphFile
     several: bool
 
     @property
@@ -278,7 +227,7 @@ class _Writing:
     chosen: frozenset[str]
     store: WeightStore
     files: _Files
-    options: Options
+    options: Points
     progress: Progress
 
     def run(self) -> GraphInfo:

@@ -4,12 +4,12 @@ of our errors, which names the step and the file. It knows no library."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
 
-__all__ = ["first_line", "foreign"]
+__all__ = ["first_line", "foreign", "foreign_failures"]
 
 
 @contextmanager
@@ -20,14 +20,31 @@ def foreign(step: str, file: str | os.PathLike[str], *, must: str = "be a sound 
     Raises ModelError: the library threw something, of whatever class: theirs have no common root, and differ from
     version to version. ExportError: memory ran out. OSError: the disk, not the graph.
     """
+
+    def as_ours(error: Exception) -> OnnxLoraError | None:
+        if isinstance(error, OSError):
+            return None
+        if isinstance(error, MemoryError):
+            return ExportError(f"{step} failed: memory ran out", path=file)
+        return ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file)
+
+    with foreign_failures(as_ours):
+        yield
+
+
+@contextmanager
+def foreign_failures(as_ours: Callable[[Exception], OnnxLoraError | None]) -> Iterator[None]:
+    """Around calls of a foreign library that may throw anything: raises what `as_ours` makes of an exception, from
+    it. Where that is None, and where the exception is ours already, the exception stays as it is."""
     try:
         yield
-    except (OnnxLoraError, OSError):
+    except OnnxLoraError:
         raise
-    except MemoryError as error:
-        raise ExportError(f"{step} failed: memory ran out", path=file) from error
-    except Exception as error:
-        raise ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file) from error
+    except Exception as error:  # foreign exceptions have no common root
+        ours = as_ours(error)
+        if ours is None:
+            raise
+        raise ours from error
 
 
 def first_line(error: BaseException) -> str:

@@ -8,12 +8,15 @@ from difflib import get_close_matches
 from onnx_lora.errors import ModelError
 from onnx_lora.expressions import Expression, ExpressionError
 
-__all__ = ["ALL", "ALL_LINEAR", "HEADS", "select"]
+__all__ = ["ALL", "ALL_LINEAR", "HEADS", "HEADS_ONLY", "select"]
 
 ALL_LINEAR = "all-linear"
 
 # Ours: every module that can have a point, embeddings, convolutions and output layers too.
 ALL = "all"
+
+# The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
+HEADS_ONLY = "heads"
 
 # Where no torch model says which module is the output layer: the names transformers gives it.
 # "all-linear" leaves it out, as PEFT does.

@@ -12,13 +12,11 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.located import Occurrence, label_of
 from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
+from onnx_lora.exporter.targets import HEADS_ONLY
 from onnx_lora.kinds import Linear
 from onnx_lora.points import FLOAT_TYPES, matches
 
-__all__ = ["HEADS_ONLY", "Exposure", "Exposures", "agreeing", "check_names", "find_exposures", "outputs_behind"]
-
-# The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
-HEADS_ONLY = "heads"
+__all__ = ["Exposure", "Exposures", "agreeing", "check_names", "find_exposures", "outputs_behind"]
 
 # PEFT adds these to modules_to_save for SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
 _HEAD_NAMES = ("classifier", "qa_outputs", "score")
