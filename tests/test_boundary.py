@@ -47,6 +47,7 @@ DATA = [
     "FORMATS",
     "Generation",
 ]
+DATA += ["Checkpoint", "OnnxFiles", "Pipeline", "TorchModule"]
 DATA += ["OnnxLoraError", "Origin", "Piece", "Replacement", "Rounding", "__version__"]
 
 # Called by the package alone, with what it has checked.

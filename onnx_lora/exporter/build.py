@@ -5,7 +5,7 @@ load –locate, settle→ sites –choose, own→ base graph on disk –inject�
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +18,25 @@ from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of
+from onnx_lora.exporter.options import ALL_LINEAR, Points, Progress
 from onnx_lora.exporter.ort_check import check_opens
-from onnx_lora.exporter.request import GraphFile, Points, Progress
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
+from onnx_lora.exporter.targets import select
 from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
 from onnx_lora.exporter.whole_weights import Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.heads import OUTPUT_LAYERS
 from onnx_lora.kinds import Linear
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import Branch, InjectionPoint, Replaceable
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.package import Package
+from onnx_lora.points import Branch, InjectionPoint, WholeWeight
 
 __all__ = ["build"]
 
@@ -51,27 +54,23 @@ class _Graph:
 
 def build(
     folder: Path,
-    sources: Sequence[GraphFile],
-    *,
+    loaded: Loaded,
     options: Points,
-    checkpoint: Checkpoint | None,
-    names: GenaiNames | None = None,
-    origin: dict[str, str],
-    companions: Iterable[Path] = (),
-    scratch: Path | None = None,
+    *,
     progress: Progress = lambda *_: None,
 ) -> Package:
-    """Write a package's files into `folder`: graphs, weights, manifest, and copies of `companions`, files or folders.
+    """Write a package's files into `folder`: graphs, weights, manifest, and copies of the companions.
 
-    Data files in `scratch` are moved, others copied.
+    Data files in `loaded.scratch` are moved, others copied.
 
     Raises ModelError: a file is no ONNX graph, nothing in it is targeted, or a name means nothing.
     """
     from onnx_lora import __version__
 
+    sources, checkpoint, names = loaded.sources, loaded.checkpoint, loaded.names
     files = [_Files(folder, source, several=len(sources) > 1) for source in sources]
     own = [MANIFEST, *(file.name for each in files for file in (each.points, each.base))]
-    store = WeightStore(folder, scratch=scratch, reserved=own)
+    store = WeightStore(folder, scratch=loaded.scratch, reserved=own)
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
@@ -90,9 +89,11 @@ def build(
     for graph, sites, exposed, place in zip(graphs, settled, exposures, files, strict=True):
         write = _Writing(graph, sites, exposed.found, chosen, store, place, options, progress)
         infos.append(write.run())
-    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
+    manifest = Manifest(
+        FORMAT_VERSION, f"onnx-lora {__version__}", loaded.origin, _agreeing(infos, graphs[0].source.file)
+    )
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    for companion in companions:
+    for companion in loaded.companions:
         if not (folder / companion.name).exists():
             copy: Callable[[Path, Path], object] = shutil.copytree if companion.is_dir() else shutil.copyfile
             copy(companion, folder / companion.name)
@@ -164,7 +165,7 @@ def _choose(
     if not modules:
         raise _nothing("an injection point needs a node with a weight (MatMul, Gemm, Conv, Gather)", graphs, strays)
     check_names(options.replaceable, exposures, modules)
-    heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
+    heads = OUTPUT_LAYERS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
     linears = [linear for graph in graphs for site in graph.sites.sites for linear in site.linears]
     others = {linear.module for linear in linears if not isinstance(linear.product.kind, Linear)}
     wanted = select(list(before), options.targets, heads=heads, others=others)
@@ -188,7 +189,7 @@ def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> Mo
 
 def _agreeing(infos: Sequence[GraphInfo], path: Path) -> tuple[GraphInfo, ...]:
     """Raises ModelError: two graphs mean different weights by one replaceable name."""
-    known: dict[str, Replaceable] = {}
+    known: dict[str, WholeWeight] = {}
     for weight in (weight for info in infos for weight in info.replaceable):
         first = known.setdefault(weight.name, weight)
         if (first.role, first.shape, first.dtype, first.sha256) != (
@@ -274,7 +275,7 @@ class _Writing:
         sites: Sequence[Site],
         points: Sequence[InjectionPoint],
         branches: Sequence[Branch],
-        replaceable: Sequence[Replaceable],
+        replaceable: Sequence[WholeWeight],
         exposures: Sequence[Exposure],
     ) -> None:
         by_module = {point.module: point for point in points}
@@ -296,12 +297,12 @@ class _Writing:
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
         by_modules = {branch.modules: branch for branch in branches}
-        replaced: dict[str, dict[str, Replaceable]] = {}
-        for weight in (weight for weight in replaceable if weight.of_linear):
+        replaced: dict[str, dict[str, WholeWeight]] = {}
+        for weight in (weight for weight in replaceable if weight.has_rows):
             replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own_replaced: dict[str, Replaceable] = {}
+            own_replaced: dict[str, WholeWeight] = {}
             for module in site.modules:
                 own_replaced.update(replaced.get(module, {}))
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
@@ -309,20 +310,20 @@ class _Writing:
         assert not unused, f"adapter inputs that nothing reads: {unused}"
 
 
-def _expose(surgeon: Surgeon, weight: Replaceable, exposure: Exposure) -> ir.Value:
+def _expose(surgeon: Surgeon, weight: WholeWeight, exposure: Exposure) -> ir.Value:
     """The optional input of a replaceable weight; a whole one takes its initializer's place at once."""
     assert exposure.value.const_value is not None
     stored = exposure.value.const_value.numpy().astype(weight.dtype, copy=False)
     default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
-    if weight.of_linear:
+    if weight.has_rows:
         symbols[0] = f"{weight.name}.rows"
-    if weight.free_outputs:
-        symbols[0 if weight.role == "table" else -1] = f"{weight.module}.outputs"
+    if None in weight.free_graph_shape:
+        symbols[weight.free_graph_shape.index(None)] = f"{weight.module}.outputs"
     if surgeon.graph.initializers.get(weight.name) is not None:
         surgeon.free_name(surgeon.graph.initializers[weight.name])
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
-    if not weight.of_linear:
+    if not weight.has_rows:
         surgeon.replace(exposure.value, value)
         value.shape = ir.Shape(symbols)  # a table's length is free
         if exposure.value.name in surgeon.graph.initializers:

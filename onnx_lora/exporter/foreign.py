@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
 
-__all__ = ["first_line", "foreign", "foreign_failures"]
+__all__ = ["first_line", "foreign", "translate"]
 
 
 @contextmanager
@@ -21,30 +21,30 @@ def foreign(step: str, file: str | os.PathLike[str], *, must: str = "be a sound 
     version to version. ExportError: memory ran out. OSError: the disk, not the graph.
     """
 
-    def as_ours(error: Exception) -> OnnxLoraError | None:
+    def judge(error: Exception) -> Exception:
         if isinstance(error, OSError):
-            return None
+            return error
         if isinstance(error, MemoryError):
             return ExportError(f"{step} failed: memory ran out", path=file)
         return ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file)
 
-    with foreign_failures(as_ours):
+    with translate(judge):
         yield
 
 
 @contextmanager
-def foreign_failures(as_ours: Callable[[Exception], OnnxLoraError | None]) -> Iterator[None]:
-    """Around calls of a foreign library that may throw anything: raises what `as_ours` makes of an exception, from
-    it. Where that is None, and where the exception is ours already, the exception stays as it is."""
+def translate(judge: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Around calls of a library that may throw anything: what it throws is raised as what `judge` makes of it, or as it
+    is where `judge` gives it back. Errors of ours pass."""
     try:
         yield
     except OnnxLoraError:
         raise
-    except Exception as error:  # foreign exceptions have no common root
-        ours = as_ours(error)
-        if ours is None:
+    except Exception as error:  # theirs have no common root
+        judged = judge(error)
+        if judged is error:
             raise
-        raise ours from error
+        raise judged from error
 
 
 def first_line(error: BaseException) -> str:

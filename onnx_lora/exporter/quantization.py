@@ -19,16 +19,18 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.exporter.build import build
 from onnx_lora.exporter.checkpoint import Checkpoint as Weights
-from onnx_lora.exporter.foreign import first_line, foreign_failures
+from onnx_lora.exporter.foreign import first_line, translate
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.intake import read_proto
+from onnx_lora.exporter.options import Points, Progress
 from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
-from onnx_lora.exporter.request import GraphFile, Points, Progress
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.manifest import MANIFEST, GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 from onnx_lora.staging import staged
 
@@ -111,19 +113,17 @@ def quantize(
             progress("quantize", index, len(whole.manifest.graphs))
             target = Path(scratch) / str(index) / f"{info.name}.onnx"
             target.parent.mkdir()
-            with quiet_root(), foreign_failures(partial(_as_ours, whole.path)):
+            with quiet_root(), translate(partial(_judge, whole.path)):
                 _quantize(whole, info, target, chosen)
             graphs.append(GraphFile(info.name, target))
-        built = build(
-            folder,
-            graphs,
-            options=_points_of(whole),
-            checkpoint=Weights.of_package(whole),
+        loaded = Loaded(
+            tuple(graphs),
             origin=whole.manifest.source | {"quantized": str(chosen)},
+            checkpoint=Weights.of_package(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
-            progress=progress,
         )
+        built = build(folder, loaded, _points_of(whole), progress=progress)
         if not built.quantized:
             raise ModelError("none of its points lies on a weight that the quantizers take", path=whole.path)
         _restore(built, whole)
@@ -283,10 +283,10 @@ def _restore(built: Package, source: Package) -> None:
     (built.path / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
-def _as_ours(path: Path, error: Exception) -> OnnxLoraError | None:
+def _judge(path: Path, error: Exception) -> Exception:
     """An exception of ONNX Runtime's quantizers as ours; the disk's stay as they are."""
     if isinstance(error, ImportError):
         return MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'")
     if isinstance(error, OSError):
-        return None
+        return error
     return ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path)

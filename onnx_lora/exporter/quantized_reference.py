@@ -1,14 +1,12 @@
-"""What a quantized package is compared with: its own weights, dequantized, in the torch model, and its graph in
-float arithmetic. What is left to differ is rounding in float32, so nothing wrong can hide behind quantization."""
+"""What a quantized package is compared with: its own weights, dequantized, in the torch model. Then nothing but rounding
+in float32 may differ, and nothing wrong can hide behind quantization."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -17,11 +15,9 @@ from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.located import Occurrence
 from onnx_lora.package import Package
 
-__all__ = ["adopt_quantized", "in_floats"]
+__all__ = ["adopt_quantized"]
 
 logger = logging.getLogger(__name__)
-
-_FLOAT32 = 1  # of MatMulNBits' accuracy levels
 
 
 def adopt_quantized(package: Package, model: Any) -> None:
@@ -37,22 +33,6 @@ def adopt_quantized(package: Package, model: Any) -> None:
             _untie(model, {linear.module for linear in quantized})
         for linear in quantized:
             _adopt(model, linear)
-
-
-def in_floats(file: Path) -> bytes | None:
-    """The graph of `file` with products of quantized weights in float32, where they are not: multiplied in int8,
-    activations are rounded too, and a hundredth of an output is lost. None: it has no such products."""
-    model = onnx.load(file, load_external_data=False)
-    levels = [
-        attribute
-        for node in model.graph.node
-        if node.op_type == "MatMulNBits"
-        for attribute in node.attribute
-        if attribute.name == "accuracy_level" and attribute.i != _FLOAT32
-    ]
-    for level in levels:
-        level.i = _FLOAT32
-    return model.SerializeToString() if levels else None
 
 
 def _untie(model: Any, modules: set[str]) -> None:

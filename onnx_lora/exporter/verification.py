@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import VerificationError
-from onnx_lora.exporter.checkpoint import Calls
+from onnx_lora.exporter.calls import Calls
 from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.comparison import Comparison, compare, compare_int8, compare_rows, run_case
 from onnx_lora.exporter.frontends.calls import count_calls
@@ -21,7 +21,8 @@ from onnx_lora.exporter.load import load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.quantized_reference import adopt_quantized
 from onnx_lora.exporter.random_adapters import peft_failures, put_adapter, put_weights
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array
@@ -190,7 +191,7 @@ def _uncalled_weights(info: GraphInfo, called: Calls) -> list[str]:
     problems: list[str] = []
     for weight in info.replaceable:
         times = called.counts.get(weight.module, 0)
-        if weight.unproven and not weight.of_linear and times != 1:
+        if weight.unproven and not weight.has_rows and times != 1:
             problems.append(f"graph {info.name}, {weight.name}: torch calls {weight.module} {times} times")
     return problems
 

@@ -17,8 +17,11 @@ import numpy as np
 from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.heads import VOCABULARY_HEADS
+from onnx_lora.manifest import MANIFEST, GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import NIBBLES, Array
+from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
 from onnx_lora.runtime.folding import Progress
@@ -40,9 +43,6 @@ _LARGE = 2**20  # bytes
 
 # Copied at once.
 _CHUNK = 16 * 2**20  # bytes
-
-# A language model's head counts the vocabulary, not labels.
-_NO_LABELS = ("lm_head", "embed_out")
 
 
 @dataclass
@@ -241,8 +241,8 @@ def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:
         edit.whole.value.shape[-1]
         for edit in done
         if edit.whole is not None
-        and edit.whole.weight.role == "linear_weight"
-        and edit.whole.weight.module.rpartition(".")[2] not in _NO_LABELS
+        and isinstance(edit.whole.weight.role, LinearWeight)
+        and edit.whole.weight.module.rpartition(".")[2] not in VOCABULARY_HEADS
         and edit.whole.part.stored.shape[0 if edit.whole.part.transposed else 1] != edit.whole.value.shape[-1]
     }
     if not widths or not config.is_file():

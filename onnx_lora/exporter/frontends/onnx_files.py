@@ -15,15 +15,14 @@ from onnx_lora.exporter.frontends.companion_files import COMPANIONS, companions_
 from onnx_lora.exporter.frontends.exporters import ExportRequest, find_exporter
 from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.frontends.names import base_of, name_of
-from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.precision import Precision
-from onnx_lora.exporter.request import GraphFile
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import Original
-    from onnx_lora.exporter.request import Progress
+    from onnx_lora.exporter.options import Progress
     from onnx_lora.package import Package
 
 __all__ = ["OnnxFiles"]
@@ -69,9 +68,9 @@ class OnnxFiles:
             graphs.append(GraphFile(name, file))
         weights = None if self.checkpoint is None else _read_weights(Path(self.checkpoint))
         return Loaded(
-            graphs=tuple(graphs),
-            record={"made_by": "attach", "from": path.name} | self._base(own_folder),
-            weights=weights,
+            sources=tuple(graphs),
+            origin={"made_by": "attach", "from": path.name} | self._base(own_folder),
+            checkpoint=weights,
             companions=companions_of(own_folder),
             names=GenaiNames.of_folder(own_folder) if weights is None else None,
         )

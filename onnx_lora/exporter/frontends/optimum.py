@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.checkpoint import Calls
+from onnx_lora.exporter.calls import Calls
 from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
@@ -18,20 +16,20 @@ from onnx_lora.exporter.frontends.exporters import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.model_config import ModelConfig
+from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
-from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.source import Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.ort_check import open_graph
-from onnx_lora.exporter.request import GraphFile
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.request import Progress
+    from onnx_lora.exporter.options import Progress
     from onnx_lora.package import Package
-    from onnx_lora.points import Array
 
-__all__ = ["EXPORTER", "OptimumExporter", "load_model", "reference_of", "references"]
+__all__ = ["EXPORTER", "OptimumExporter", "load_model", "references"]
 
 # What Optimum puts behind a task whose graphs have a cache.
 _WITH_PAST = "-with-past"
@@ -68,9 +66,9 @@ class OptimumExporter:
             graphs.append(GraphFile(file.stem, file, calls=calls.get(file.stem, Calls({}))))
         record = {"made_by": self.name, "from": config.name, "task": task, "precision": request.precision.name}
         return Loaded(
-            graphs=tuple(graphs),
-            record=record | config.base,
-            weights=Weights.of_module(model, heads=heads_of(model)),
+            sources=tuple(graphs),
+            origin=record | config.base,
+            checkpoint=Weights.of_module(model, heads=heads_of(model)),
             companions=_companions(config, folder),
             scratch=folder,
             original=Original(model, partial(references, model, task)),
@@ -209,56 +207,6 @@ def references(model: Any, task: str) -> list[Reference]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return [reference_of(name, part, config) for name, (part, config) in parts.items()]
-
-
-def reference_of(name: str, part: Any, config: Any) -> Reference:
-    """Inputs for one of Optimum's graphs, and what the module behind it answers to them. `config`: Optimum's own of
-    the graph, an `OnnxConfig`."""
-    inputs = {key: _mask_little(key, value) for key, value in config.generate_dummy_inputs(framework="pt").items()}
-
-    def answer() -> dict[str, Array]:
-        import torch
-
-        # Models write into their cache: every run gets a fresh copy.
-        arguments = config.rename_ambiguous_inputs(copy.deepcopy(inputs))
-        with quiet(), config.patch_model_for_export(part), torch.inference_mode():
-            outputs = part(**arguments)
-        flat: dict[str, Array] = {}
-        for key, value in outputs.items():
-            onnx_name = config.torch_to_onnx_output_map.get(key, "present" if key == "past_key_values" else key)
-            flat.update(_flatten(config, onnx_name, value))
-        return flat
-
-    def feeds(names: Sequence[str]) -> dict[str, Array]:
-        flat: dict[str, Array] = {}
-        for key, value in config.generate_dummy_inputs_for_validation(copy.deepcopy(inputs), list(names)).items():
-            flat.update(_flatten(config, key, value))
-        return flat
-
-    return Reference(name, feeds, answer)
-
-
-def _mask_little(name: str, value: Any) -> Any:
-    """A mask `[rows, positions]` that leaves most of them; other inputs as they are.
-
-    Optimum masks any number, and all but one often: then attention has nothing to choose from, and what keys and
-    queries compute is not seen.
-    """
-    if not name.endswith("attention_mask") or getattr(value, "ndim", 0) != 2 or value.is_floating_point():
-        return value
-    few = value.shape[1] // 4
-    masked = slice(None, few) if value[-1, 0] == 0 else slice(value.shape[1] - few, None)
-    mask = value.new_ones(value.shape)
-    mask[-1, masked] = 0
-    return mask
-
-
-def _flatten(config: Any, name: str, value: Any) -> dict[str, Array]:
-    if isinstance(value, list | tuple):
-        value = config.flatten_output_collection_property(name, value)
-    if isinstance(value, dict):
-        return {key: item.numpy() for key, item in value.items()}
-    return {name: value.numpy()}
 
 
 def _companions(config: ModelConfig, folder: Path) -> tuple[Path, ...]:

@@ -22,17 +22,17 @@ from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.names import base_of, name_of
 from onnx_lora.exporter.frontends.newer import open_readable
-from onnx_lora.exporter.frontends.optimum import reference_of
+from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
-from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.source import Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.precision import Precision
-from onnx_lora.exporter.request import GraphFile
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.request import Progress
+    from onnx_lora.exporter.options import Progress
     from onnx_lora.package import Package
 
 __all__ = ["Pipeline", "is_pipeline", "load_pipeline", "references"]
@@ -115,8 +115,8 @@ class Pipeline:
                 calls = count_calls(networks[network], {name: reference.answer})
             graphs.append(GraphFile(name, folder / f"{name}.onnx", f"{network}.", weights, calls[name]))
         return Loaded(
-            graphs=tuple(graphs),
-            record=record,
+            sources=tuple(graphs),
+            origin=record,
             companions=_companions(root, folder / "files"),
             scratch=folder,
             original=Original(networks, partial(references, networks)),

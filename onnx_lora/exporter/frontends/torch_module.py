@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.exporter.checkpoint import Checkpoint as Weights
-from onnx_lora.exporter.foreign import first_line, foreign_failures
+from onnx_lora.exporter.foreign import first_line, translate
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.names import short_name
 from onnx_lora.exporter.frontends.quiet import quiet
-from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
-from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.frontends.source import Original, Reference
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from onnx_lora.exporter.request import Progress
+    from onnx_lora.exporter.options import Progress
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 
@@ -55,7 +55,7 @@ class TorchModule:
         """
         self._check()
         file = folder / "model.onnx"
-        with foreign_failures(self._as_export_error):
+        with translate(self._judge_export):
             self._write(file)
         record = {"made_by": "torch.onnx", "from": type(self.module).__name__}
         named = getattr(getattr(self.module, "config", None), "_name_or_path", None)
@@ -63,12 +63,12 @@ class TorchModule:
             record["base"] = short_name(named)
         weights = Weights.of_module(self.module, heads=frozenset())
         run = partial(_call, self.module, *self._arguments())
-        with foreign_failures(self._as_run_error):
+        with translate(self._judge_run):
             calls = count_calls(self.module, {"model": run})
         return Loaded(
-            graphs=(GraphFile("model", file, calls=calls["model"]),),
-            record=record,
-            weights=weights,
+            sources=(GraphFile("model", file, calls=calls["model"]),),
+            origin=record,
+            checkpoint=weights,
             scratch=folder,
             original=self._original(file),
         )
@@ -128,16 +128,16 @@ class TorchModule:
                 external_data=True,
             )
 
-    def _as_export_error(self, error: Exception) -> OnnxLoraError | None:
+    def _judge_export(self, error: Exception) -> Exception:
         if isinstance(error, ImportError):
             return _missing(error)
         if isinstance(error, OSError | MemoryError):
-            return None
+            return error
         return ExportError(f"torch.onnx could not export {type(self.module).__name__}: {first_line(error)}")
 
-    def _as_run_error(self, error: Exception) -> OnnxLoraError | None:
+    def _judge_run(self, error: Exception) -> Exception:
         if isinstance(error, OSError | MemoryError):
-            return None
+            return error
         return ExportError(f"{type(self.module).__name__} does not run on its example_inputs: {first_line(error)}")
 
 

@@ -1,39 +1,27 @@
-"""What an export is asked for: which graphs get points, which of their modules, and who hears of the progress. It holds
-data, and reads no file."""
+"""What gets points, as `export` and `attach` are asked for it. It checks the words of a request; what they name in a
+graph, it does not know."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
 
-if TYPE_CHECKING:
-    from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+__all__ = ["ALL", "ALL_LINEAR", "HEADS_ONLY", "Points", "Progress", "as_names"]
 
-__all__ = ["GraphFile", "Points", "Progress", "as_names"]
+# PEFT's word for every linear module but the output layers.
+ALL_LINEAR = "all-linear"
+
+# Ours: every module that can have a point, embeddings, convolutions and output layers too.
+ALL = "all"
+
+# The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
+HEADS_ONLY = "heads"
 
 # Called with what is being done, and how much of it is done: ("points", 12, 210).
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphFile:
-    """One ONNX file to be given points, and its name in the package.
-
-    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
-    """
-
-    name: str
-    file: Path
-    prefix: str = ""
-    checkpoint: Checkpoint | None = None
-    calls: Calls | None = None
 
 
 @public
@@ -67,7 +55,10 @@ class Points:
 
 
 def as_names(argument: str, given: str | Iterable[str]) -> str | tuple[str, ...]:
-    """Names as a tuple, and one text as it is. Raises ModelError: one is no text; `argument` is what it is called."""
+    """Names as a tuple; a single text stays one. `argument` is what a message calls them.
+
+    Raises ModelError: one of them is no text.
+    """
     if isinstance(given, str):
         return given
     try:
