@@ -1,5 +1,5 @@
-"""What a quantized package is compared with: its own weights, dequantized, in the torch model. Then nothing but rounding
-in float32 may differ, and nothing wrong can hide behind quantization."""
+"""What a quantized package is compared with: its own weights, dequantized, in the torch model. Then nothing but
+rounding in float32 may differ, and nothing wrong can hide behind quantization."""
 
 from __future__ import annotations
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from onnx_lora.exporter import (
     quantize,
     verify,
 )
+from onnx_lora.exporter.frontends import quiet
 from onnx_lora.exporter.frontends.exporters import EXPORTERS, ExportRequest, Refusal
 from onnx_lora.exporter.frontends.source import ModelSource, Original
 from onnx_lora.exporter.graph_files import Loaded
@@ -146,10 +149,10 @@ def test_a_source_and_its_short_spelling_give_the_same_package(tmp_path: Path) -
 def test_attaching_is_exporting_files_without_a_model(tmp_path: Path) -> None:
     base = export(make_tiny(), tmp_path / "base", example_inputs=(X,), verify=False)
     (tmp_path / "in").mkdir()
-    for file in ("base.onnx", "model.onnx.data"):
-        if (base.path / file).is_file():
-            (tmp_path / "in" / file.replace("base", "model")).write_bytes((base.path / file).read_bytes())
+    for data in base.path.glob("*.data"):
+        shutil.copyfile(data, tmp_path / "in" / data.name)
     file = tmp_path / "in" / "model.onnx"
+    shutil.copyfile(base.path / base.graph().base_file, file)
     attached = attach(file, tmp_path / "attached")
     exported = export(OnnxFiles(file), tmp_path / "exported")
     assert attached.manifest == exported.manifest
@@ -253,15 +256,18 @@ def test_an_export_and_a_failed_one_leave_other_libraries_as_they_were(
 
 
 def test_quiet_restores_what_it_changes_where_the_block_fails(noticed: dict[str, Any]) -> None:
-    from onnx_lora.exporter.frontends import quiet
-
     for hush in (quiet.quiet, quiet.without_bars, quiet.quiet_diffusers, quiet.quiet_imports, quiet.quiet_root):
-        with pytest.raises(ZeroDivisionError), hush():
-            if hush is quiet.quiet_root:
-                quiet.silence_root()
-            assert _state() != noticed
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            _fail_within(hush, noticed)
         assert _state() == noticed, hush.__name__
+
+
+def _fail_within(hush: Callable[[], AbstractContextManager[None]], noticed: dict[str, Any]) -> None:
+    with hush():
+        if hush is quiet.quiet_root:
+            quiet.silence_root()
+        assert _state() != noticed
+        raise ZeroDivisionError
 
 
 # --- what is called of other libraries, and promised by nobody -----------------------------------------------------
@@ -319,7 +325,7 @@ PRIVATE = [
         "quantization.py: blocks",
     ),
     ("onnxruntime.quantization.onnx_model", "ONNXModel.replace_gemm_with_matmul", ["self"], "quantization.py: Gemm"),
-    ("peft.tuners.lora", "LoraModel", ["model", "config", "adapter_name"], "random_adapters.py: put_adapter"),
+    ("peft.tuners.lora", "LoraModel", ["model", "peft_config", "adapter_name"], "random_adapters.py: put_adapter"),
     ("peft.tuners.lora", "LoraModel.unload", ["self"], "random_adapters.py: put_adapter"),
 ]
 

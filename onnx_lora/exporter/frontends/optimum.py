@@ -98,7 +98,7 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
 
 
 def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, str]:
-    with library_failures(config.model, _export_for(task)):
+    with quiet(), library_failures(config.model, _export_for(task)):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
