@@ -53,6 +53,7 @@ bench: setup  ## ratios, measured side by side on this machine; JSON goes to ben
 
 docs: setup  ## rewrite the tables in docs that are made by running things
 	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs
+	$(BIN)/python scripts/package_format.py --write
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

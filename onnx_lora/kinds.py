@@ -178,13 +178,16 @@ class Embedding:
 class Conv:
     """`y` is every window of `x`, times W0. PyTorch keeps `[out, channels / groups, *kernel]`.
 
-    `kernel`: the lengths of the window's axes, one to three of them. A branch's inputs are channels times kernel, in
-    PyTorch's order. In `groups`, W0 has only `in / groups` inputs; PEFT's A has all of them, and its B is
-    `[out, rank / groups]`, each group's part below the other. The sum of the two is then no weight of the module.
+    A branch's inputs are channels times kernel, in PyTorch's order. In groups, W0 has only `in / groups` inputs; PEFT's
+    A has all of them, and its B is `[out, rank / groups]`, each group's part below the other. W0 + A · B is then no
+    weight of the module.
     """
 
     kernel: tuple[int, ...] = ()
+    """The lengths of the window's axes, one to three of them."""
+
     groups: int = 1
+    """Into how many groups the channels are cut."""
 
     name: ClassVar[str] = "conv"
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
