@@ -17,9 +17,10 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
-    "lazy": set(),
+    "extras": set(),
+    "lazy": {"errors", "extras"},
     "arguments": set(),
-    "boundary": {"errors", "arguments"},
+    "boundary": {"errors", "extras", "arguments"},
     "staging": {"errors", "boundary"},
     "companions": {"errors"},
     "json_file": {"errors", "boundary"},
@@ -28,6 +29,7 @@ ALLOWED = {
     "kinds": set(),
     "roles": set(),
     "codec": set(),
+    "heads": set(),
     "older_manifests": set(),
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
@@ -56,6 +58,7 @@ ALLOWED = {
         "manifest",
         "package",
         "expressions",
+        "heads",
     },
     "exporter": {
         "lazy",
@@ -71,6 +74,7 @@ ALLOWED = {
         "package",
         "quantized",
         "expressions",
+        "heads",
     },
     "runtime": {
         "lazy",
@@ -86,6 +90,7 @@ ALLOWED = {
         "package",
         "adapters",
         "quantized",
+        "heads",
     },
     "heat": {"errors"},
     "report": {
@@ -118,7 +123,7 @@ ALLOWED = {
         "demo_text",
         "report",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "extras"},
 }
 
 

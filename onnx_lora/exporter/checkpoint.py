@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["NEVER_CALLED", "Calls", "Checkpoint", "Match", "overridden", "scaled_axis"]
+__all__ = ["NEVER_CALLED", "Checkpoint", "Match", "overridden", "scaled_axis"]
 
 # Why `nn.MultiheadAttention`'s `out_proj` gets no point.
 NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
@@ -71,30 +71,6 @@ class Match:
     size: int
     read: Callable[[], Array]
     bias: Bias = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """What torch does with a model's modules in one run: how often it calls each, by name.
-
-    `altered`: those that compute something else than x · W0 (and a bias); `overridden`: those that have a forward of
-    their own, altered or not. `shared`: of a module whose weight others of its class have too, all of them.
-    """
-
-    counts: Mapping[str, int]
-    altered: frozenset[str] = frozenset()
-    overridden: frozenset[str] = frozenset()
-    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
-
-    def doubt(self, module: str, nodes: Mapping[str, int]) -> str:
-        """Why a graph that has so many nodes for each module computes something else than this one does, or nothing."""
-        if module in self.altered:
-            return f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
-        for name in sorted(self.shared.get(module, {module})):
-            called, found = self.counts.get(name, 0), nodes.get(name, 0)
-            if called != found:
-                return f"torch calls {name} {called} times, and the graph holds it {found} times"
-        return ""
 
 
 # Whether torch may keep a weight of a kind `[in, out]`: transformers' Conv1D does.

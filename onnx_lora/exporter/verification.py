@@ -21,7 +21,8 @@ import numpy as np
 from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
-from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+from onnx_lora.exporter.calls import Calls
+from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends import diffusion, genai, optimum
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of

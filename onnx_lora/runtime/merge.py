@@ -77,7 +77,7 @@ class Changed:
         whole = package.module_weight(point)
         whole = whole.astype(np.promote_types(whole.dtype, np.float32))
         whole[:, outputs] = part.window(values)
-        new = point.from_torch(self.change.merged(point.to_torch(whole)))[:, outputs]
+        new = point.from_torch(self.change.apply_to(point.to_torch(whole)))[:, outputs]
         with np.errstate(over="ignore"):
             part.window(values)[...] = new
         _check_fits(self.module, part.window(values), values.dtype, new)

@@ -17,6 +17,7 @@ import numpy as np
 from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
+from onnx_lora.heads import VOCABULARY_HEADS
 from onnx_lora.json_file import parse_json
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
@@ -38,9 +39,6 @@ _DATA = "model.onnx.data"
 
 # Copied at once.
 _CHUNK = 16 * 2**20  # bytes
-
-# A language model's head counts the vocabulary, not labels.
-_NO_LABELS = ("lm_head", "embed_out")
 
 
 @dataclass
@@ -240,7 +238,7 @@ def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:
         for edit in done
         if edit.whole is not None
         and isinstance(edit.whole.weight.role, LinearWeight)
-        and edit.whole.weight.module.rpartition(".")[2] not in _NO_LABELS
+        and edit.whole.weight.module.rpartition(".")[2] not in VOCABULARY_HEADS
         and edit.whole.part.stored.shape[0 if edit.whole.part.transposed else 1] != edit.whole.value.shape[-1]
     }
     if not widths or not config.is_file():

@@ -25,10 +25,12 @@ __all__ = [
     "Reading",
     "TensorFile",
     "name_problems",
+    "open_regular",
     "opened",
     "parse_json",
     "read_json",
     "shown",
+    "translated_damage",
     "widened_bfloat16",
 ]
 
@@ -111,15 +113,28 @@ class TensorFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Reading]:
-    """A regular file, open for reading; whatever reading it raises becomes one of our errors here.
+    """A regular file, open for reading; whatever the block raises of its bytes becomes one of our errors here.
 
     Raises AdapterFileError: none, not regular, not readable, or damaged.
     """
-    try:
+    with translated_damage(path), open_regular(path) as file:
+        yield Reading(file, path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Raises AdapterFileError: no regular file, or it cannot be read."""
+    with translated_damage(path):
         if not path.is_file():
             raise AdapterFileError("must be a file, and there is none", path=path)
-        with path.open("rb") as file:
-            yield Reading(file, path)
+        return path.open("rb")
+
+
+@contextmanager
+def translated_damage(path: Path) -> Iterator[None]:
+    """What the block raises of a file's bytes becomes AdapterFileError of `path`. Only code that parses bytes belongs
+    in it: a mistake of ours would be called damage."""
+    try:
+        yield
     except OSError as error:
         raise AdapterFileError(f"cannot be read: {error}", path=path) from error
     except MemoryError as error:
