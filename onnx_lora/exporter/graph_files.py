@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.calls import Calls
-    from onnx_lora.exporter.checkpoint import Checkpoint
+    from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
     from onnx_lora.exporter.genai_names import GenaiNames
 
 __all__ = ["GraphFile", "Loaded"]
@@ -25,7 +25,7 @@ class GraphFile:
     name: str
     file: Path
     prefix: str = ""
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointWeights | None = None
     calls: Calls | None = None
 
 
@@ -40,7 +40,7 @@ class Loaded:
 
     sources: tuple[GraphFile, ...]
     origin: dict[str, str]
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointWeights | None = None
     companions: tuple[Path, ...] = ()
     scratch: Path | None = None
     names: GenaiNames | None = None

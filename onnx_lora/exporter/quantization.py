@@ -19,21 +19,19 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.frontends.source import companions_of
 from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.intake import read_proto
+from onnx_lora.exporter.library_failures import first_line, translate
 from onnx_lora.exporter.options import Options, Progress
+from onnx_lora.exporter.package_weights import read_package_weights
+from onnx_lora.exporter.values import WRAPPERS
 from onnx_lora.package import MANIFEST, GraphInfo, Package
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
-
-# Operators through which a product reaches its weight.
-_WRAPPERS = ("Cast", "Identity", "Transpose")
 
 
 @public
@@ -100,7 +98,7 @@ def quantize(
         loaded = Loaded(
             tuple(sources),
             origin=whole.manifest.source | {"quantized": str(chosen)},
-            checkpoint=Checkpoint.of_package(whole),
+            checkpoint=read_package_weights(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
         )
@@ -200,7 +198,7 @@ def _reaches(makers: Mapping[str, onnx.NodeProto], node: onnx.NodeProto, weights
     if node.op_type not in ("MatMul", "Gemm") or not weights:
         return False
     name = node.input[1]
-    while (maker := makers.get(name)) is not None and maker.op_type in _WRAPPERS:
+    while (maker := makers.get(name)) is not None and maker.op_type in WRAPPERS:
         name = maker.input[0]
     return name in weights
 
@@ -248,14 +246,17 @@ def _translated(path: Path) -> Iterator[None]:
     root logger a handler and a level."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
+
+    def judge(error: Exception) -> Exception:
+        if isinstance(error, ImportError):
+            return MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'")
+        if isinstance(error, OSError):
+            return error
+        return ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path)
+
     try:
-        yield
-    except ImportError as error:
-        raise MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path) from error
+        with translate(judge):
+            yield
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

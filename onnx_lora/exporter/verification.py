@@ -22,7 +22,7 @@ from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
 from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.checkpoint import Checkpoint
+from onnx_lora.exporter.doubts import drop_miscounted
 from onnx_lora.exporter.frontends import diffusion, genai, optimum
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -32,6 +32,7 @@ from onnx_lora.exporter.load import load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.ort_check import open_graph, run_graph
 from onnx_lora.exporter.quantized_reference import adopt_quantized, in_floats
+from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint
@@ -198,15 +199,15 @@ def _check_calls(package: Package, model: nn.Module, task: str | None) -> set[st
 
     Raises VerificationError: one is computed more or less often, or something else computes with its weight.
     """
-    checkpoint = Checkpoint.of_module(model, heads=heads_of(model))
+    checkpoint = read_module_weights(model, heads=heads_of(model))
     calls = count_calls(model, {case.graph: case.answer for case in _cases(package, model, task, None)})
     problems: list[str] = []
     uncounted: set[str] = set()
     for info in package.manifest.graphs:
         graph = load(package.path / info.base_file).graph
-        counted = locate(graph, checkpoint).counted(graph, calls.get(info.name, Calls({})))
-        found = {one.module for one in counted.linears}
-        reasons = {module: stray.reason for stray in counted.strays for module in stray.modules}
+        counted = drop_miscounted(locate(graph, checkpoint), graph, calls.get(info.name, Calls({})))
+        found = {one.module for one in counted.occurrences}
+        reasons = {module: node.reason for node in counted.unplaced for module in node.modules}
         for module in (point.module for point in info.points if point.unproven):
             if module not in found:
                 uncounted.add(module)

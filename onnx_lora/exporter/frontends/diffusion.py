@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import MissingDependencyError, ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of, quiet, translated
 from onnx_lora.exporter.frontends.newer import readable
@@ -24,6 +23,7 @@ from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, co
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.exporter.graph_files import GraphFile
 from onnx_lora.exporter.options import Progress
+from onnx_lora.exporter.torch_weights import read_module_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +114,7 @@ def export_pipeline(
     sources = []
     for reference in references(networks):
         name, network = reference.graph, _network(reference.graph)
-        checkpoint = Checkpoint.of_module(networks[network], heads=frozenset())
+        checkpoint = read_module_weights(networks[network], heads=frozenset())
         with translated(model, f"run ({network})"):
             calls = count_calls(networks[network], {name: reference.answer})
         sources.append(GraphFile(name, folder / f"{name}.onnx", f"{network}.", checkpoint, calls[name]))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.errors import ExportError
-from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_graph, builder_version
 from onnx_lora.exporter.frontends.huggingface import (
@@ -31,6 +30,7 @@ from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, co
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.exporter.graph_files import GraphFile
 from onnx_lora.exporter.options import Progress
+from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def build_checkpoint(
     progress("load the checkpoint", 0, 1)
     # Only now: the builder had it in memory too.
     torch_model = load_causal_model(model, precision=precision.name)
-    checkpoint = Checkpoint.of_module(torch_model, heads=heads_of(torch_model))
+    checkpoint = read_module_weights(torch_model, heads=heads_of(torch_model))
     origin = {
         "made_by": "genai",
         "from": name_of(model),

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of
 from onnx_lora.exporter.frontends.source import COMPANIONS, Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.graph_files import GraphFile
+from onnx_lora.exporter.safetensors_weights import read_folder_weights
 from onnx_lora.package import MANIFEST
 
 __all__ = ["load_onnx"]
@@ -46,7 +46,7 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
         if not Path(checkpoint).is_dir():
             raise ModelError("a checkpoint must be a folder with .safetensors weights", path=Path(checkpoint))
         check_folder(Path(checkpoint), ModelError)
-        weights = Checkpoint.of_folder(Path(checkpoint))
+        weights = read_folder_weights(Path(checkpoint))
     origin = {"made_by": "attach", "from": path.name} | _base(folder, checkpoint)
     genai = GenaiNames.of_folder(folder) if weights is None else None
     return Loaded(sources, origin, weights, companions_of(folder), names=genai)

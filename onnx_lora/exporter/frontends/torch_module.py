@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import short_name
 from onnx_lora.exporter.frontends.source import Loaded, Reference
 from onnx_lora.exporter.graph_files import GraphFile
+from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def export_module(
         raise
     except Exception as error:  # a foreign exporter on anybody's module
         raise ExportError(f"torch.onnx could not export {type(model).__name__}: {_first_lines(error)}") from error
-    checkpoint = Checkpoint.of_module(model, heads=frozenset())
+    checkpoint = read_module_weights(model, heads=frozenset())
     origin = {"made_by": "torch.onnx", "from": type(model).__name__}
     if isinstance(named := getattr(getattr(model, "config", None), "_name_or_path", None), str) and named:
         origin["base"] = short_name(named)
