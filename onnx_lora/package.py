@@ -56,6 +56,9 @@ _OLDEST_VERSION = 3
 _ATTACHED_BEFORE = "it was attached by an onnx-lora that did not look for traces of optimisers"
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
+# Of packages that these made, the manifest's `from` is a file or a class, and no checkpoint.
+_WITHOUT_CHECKPOINT = ("attach", "torch.onnx")
+
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
 
@@ -195,7 +198,7 @@ class Package:
         """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
         source = self.manifest.source
         names = [source.get("base", "")]
-        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+        if source.get("made_by", "attach") not in _WITHOUT_CHECKPOINT:
             names.append(source.get("from", ""))
         return tuple(name for name in dict.fromkeys(names) if name)
 

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.errors import MissingDependencyError, printable
-from onnx_lora.exporter.library_failures import Failure, attempt
+from onnx_lora.exporter.foreign_libraries import Failure, attempt
 from onnx_lora.exporter.placement import Form
 
 __all__ = ["Shapes", "infer_shapes", "outputs_are_free"]

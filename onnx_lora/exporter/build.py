@@ -16,11 +16,11 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
 from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
 from onnx_lora.exporter.doubts import drop_miscounted, note_doubts
+from onnx_lora.exporter.foreign_libraries import name_step
 from onnx_lora.exporter.free_outputs import find_free_modules
+from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.genai_names import rename
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.inject import inject
-from onnx_lora.exporter.library_failures import name_step
 from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.manifest_entries import (
@@ -30,12 +30,12 @@ from onnx_lora.exporter.manifest_entries import (
     describe_unplaced,
     describe_whole_weight,
 )
-from onnx_lora.exporter.options import ALL_LINEAR, Options, Progress
 from onnx_lora.exporter.ort_check import check_opens
+from onnx_lora.exporter.request import GraphFile, Points, Progress
 from onnx_lora.exporter.site import Site, Sites, WholeWeightSite, WholeWeightSites
 from onnx_lora.exporter.sites import find_sites, settle
 from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.targets import select
+from onnx_lora.exporter.targets import ALL_LINEAR, select
 from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.untie import untie_weights, untie_whole_weights
 from onnx_lora.exporter.weights import WeightStore
@@ -75,7 +75,7 @@ class _Offer:
 def build(
     folder: Path,
     loaded: Loaded,
-    options: Options,
+    asked: Points,
     *,
     progress: Progress = lambda *_: None,
 ) -> Package:
@@ -87,23 +87,22 @@ def build(
     """
     from onnx_lora import __version__
 
-    sources = loaded.sources
-    places = [_Files(folder, source, several=len(sources) > 1) for source in sources]
+    places = [_Files(folder, source, several=len(loaded.graphs) > 1) for source in loaded.graphs]
     reserved = [MANIFEST]
     for place in places:
         reserved += [place.points.name, place.base.name]
     store = WeightStore(folder, scratch=loaded.scratch, reserved=reserved)
     graphs: list[_Graph] = []
-    for index, source in enumerate(sources):
-        progress("locate", index, len(sources))
+    for index, source in enumerate(loaded.graphs):
+        progress("locate", index, len(loaded.graphs))
         graphs.append(_read(source, store, loaded))
-    offers = _agree(graphs, options)
-    chosen = _choose(graphs, offers, options, loaded.checkpoint)
+    offers = _agree(graphs, asked)
+    chosen = _choose(graphs, offers, asked, loaded.weights)
     infos: list[GraphInfo] = []
     for graph, offer, place in zip(graphs, offers, places, strict=True):
-        infos.append(_Writing(graph, offer, chosen, store, place, options, progress).run())
-    check_agreement(infos, sources[0].file)
-    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", loaded.origin, tuple(infos))
+        infos.append(_Writing(graph, offer, chosen, store, place, asked, progress).run())
+    check_agreement(infos, loaded.graphs[0].file)
+    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", loaded.record, tuple(infos))
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     _copy_companions(loaded.companions, folder)
     return Package.open(folder)
@@ -128,7 +127,7 @@ def _read(source: GraphFile, store: WeightStore, loaded: Loaded) -> _Graph:
     store.externalize(model.graph)
     with name_step("inferring its shapes", source.file):
         shapes = infer_shapes(model)
-    checkpoint = source.checkpoint or loaded.checkpoint
+    checkpoint = source.checkpoint or loaded.weights
     located, doubt = locate(model.graph, checkpoint), ""
     if source.calls is not None:
         located = drop_miscounted(located, model.graph, source.calls)
@@ -144,13 +143,13 @@ def _read(source: GraphFile, store: WeightStore, loaded: Loaded) -> _Graph:
     return _Graph(source, model, shapes, find_sites(located, shapes), doubt)
 
 
-def _agree(graphs: Sequence[_Graph], options: Options) -> list[_Offer]:
+def _agree(graphs: Sequence[_Graph], asked: Points) -> list[_Offer]:
     """What each graph offers of what none of the others refuses."""
     settled = settle([graph.sites for graph in graphs])
     weights: list[WholeWeightSites] = []
     for graph, sites in zip(graphs, settled, strict=True):
         source = graph.source
-        found = find_whole_weights(graph.model.graph, sites, options.replaceable, prefix=source.prefix)
+        found = find_whole_weights(graph.model.graph, sites, asked.replaceable, prefix=source.prefix)
         if source.calls is not None:
             found = drop_miscounted_weights(found, source.calls, prefix=source.prefix)
         weights.append(found)
@@ -158,14 +157,14 @@ def _agree(graphs: Sequence[_Graph], options: Options) -> list[_Offer]:
 
 
 def _choose(
-    graphs: Sequence[_Graph], offers: Sequence[_Offer], options: Options, checkpoint: CheckpointWeights | None
+    graphs: Sequence[_Graph], offers: Sequence[_Offer], asked: Points, checkpoint: CheckpointWeights | None
 ) -> frozenset[str]:
     """The modules that get points. Raises ModelError: none can, of those that are asked for."""
     modules = _modules_of(offer.sites for offer in offers)
     if not modules:
         must = "an injection point needs a node with a weight (MatMul, Gemm, Conv, Gather)"
         raise _nothing_placed(must, graphs, offers)
-    check_names(options.replaceable, [offer.whole_weights for offer in offers], list(modules))
+    check_names(asked.replaceable, [offer.whole_weights for offer in offers], list(modules))
     replaced: set[str] = set()
     for offer in offers:
         for weight in offer.whole_weights.found:
@@ -173,12 +172,12 @@ def _choose(
                 replaced.add(weight.occurrence.module)
     heads = OUTPUT_LAYERS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
     found = [graph.sites for graph in graphs]
-    wanted = select(list(_modules_of(found)), options.targets, heads=heads, others=_other_than_linear(found))
-    if options.targets in (ALL_LINEAR, (ALL_LINEAR,)):
+    wanted = select(list(_modules_of(found)), asked.targets, heads=heads, others=_other_than_linear(found))
+    if asked.targets in (ALL_LINEAR, (ALL_LINEAR,)):
         wanted -= replaced  # as PEFT leaves out what modules_to_save holds
     chosen = wanted.intersection(modules)
     if not chosen and not replaced:
-        must = f"of targets {options.targets!r} one at least must get a point"
+        must = f"of targets {asked.targets!r} one at least must get a point"
         raise _nothing_placed(must, graphs, offers)
     return chosen
 
@@ -245,7 +244,7 @@ class _Writing:
     chosen: Collection[str]
     store: WeightStore
     files: _Files
-    options: Options
+    asked: Points
     progress: Progress
 
     def run(self) -> GraphInfo:
@@ -294,7 +293,7 @@ class _Writing:
         pointed = {point.module for point in points}
         heads = find_free_modules(self.graph.model, weights)
         whole_weights = [describe_whole_weight(weight, heads, pointed, self.graph.doubt) for weight in weights]
-        return _Entries(points, describe_branches(chosen, dora=self.options.dora), tuple(whole_weights))
+        return _Entries(points, describe_branches(chosen, dora=self.asked.dora), tuple(whole_weights))
 
     def _add_inputs(
         self, surgeon: Surgeon, entries: _Entries, weights: Sequence[WholeWeightSite]
@@ -304,7 +303,7 @@ class _Writing:
         inputs: dict[str, ir.Value] = {}
         for branch in entries.branches:
             points = [by_module[module] for module in branch.modules]
-            inputs.update(_add_branch_inputs(surgeon, branch, points, self.options.default_rank))
+            inputs.update(_add_branch_inputs(surgeon, branch, points, self.asked.default_rank))
         for weight, site in zip(entries.whole_weights, weights, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, site)
         return inputs

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.library_failures import name_step
+from onnx_lora.exporter.foreign_libraries import name_step
 
 __all__ = ["inline_functions", "settle_functions"]
 

@@ -13,9 +13,9 @@ from onnx_ir.passes.common import (
 )
 
 from onnx_lora.errors import ModelError
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, name_step
 from onnx_lora.exporter.functions import inline_functions, settle_functions
 from onnx_lora.exporter.intake import read_model
-from onnx_lora.exporter.library_failures import Failure, attempt, name_step
 
 __all__ = ["check", "load"]
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
-from onnx_lora.exporter.library_failures import Failure, attempt, first_line, translate
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, first_line, translate_failures
 from onnx_lora.points import Array
 
 __all__ = ["blamed_on_damage", "check_opens", "native_failures", "open_graph", "run_graph"]
@@ -53,13 +53,13 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
     graphs that it opens the fault is ours, and stays as it is.
     """
 
-    def judge(error: Exception) -> Exception:
+    def blame(error: Exception) -> OnnxLoraError | None:
         if not isinstance(error, OSError):
             for file in files:
                 check_opens(file, file)
-        return error
+        return None
 
-    with translate(judge):
+    with translate_failures(blame):
         yield
 
 
@@ -102,7 +102,7 @@ def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str,
 def _name_failure(file: Path) -> AbstractContextManager[None]:
     """Raises ExportError: ONNX Runtime failed with a graph of ours."""
 
-    def judge(error: Exception) -> Exception:
+    def as_ours(error: Exception) -> OnnxLoraError:
         return ExportError(f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name)
 
-    return translate(judge)
+    return translate_failures(as_ours)

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.calls import Calls
 from onnx_lora.exporter.located import label_of
-from onnx_lora.exporter.options import HEADS_ONLY
 from onnx_lora.exporter.site import Site, Sites, WholeWeightSite, WholeWeightSites
+from onnx_lora.exporter.targets import HEADS_ONLY
 from onnx_lora.exporter.values import WRAPPERS, initializer_behind, unwrap
 from onnx_lora.heads import CLASSIFIERS
 from onnx_lora.points import FLOAT_TYPES, matches

@@ -20,7 +20,7 @@ from torch import nn
 
 from onnx_lora.errors import ExportError, ModelError
 from onnx_lora.exporter import attach, export, intake, load
-from onnx_lora.exporter.library_failures import name_step
+from onnx_lora.exporter.foreign_libraries import name_step
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from tests.support.graphs import random, save
 from tests.support.numbers import assert_close

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
 
-__all__ = ["Failure", "attempt", "first_line", "name_step", "translate"]
+__all__ = ["Failure", "attempt", "first_line", "name_step", "translate_failures"]
 
 T = TypeVar("T")
 
@@ -38,18 +38,18 @@ def attempt(call: Callable[[], T]) -> T | Failure:
 
 
 @contextmanager
-def translate(judge: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Around calls of a library: what it throws is raised as what `judge` makes of it, or as it is where `judge` gives
-    it back. Errors of ours pass."""
+def translate_failures(as_ours: Callable[[Exception], OnnxLoraError | None]) -> Iterator[None]:
+    """Around calls of a library: raises what `as_ours` makes of an exception, from it. Where that is None, and where
+    the exception is ours already, it stays as it is."""
     try:
         yield
     except OnnxLoraError:
         raise
     except Exception as error:
-        judged = judge(error)
-        if judged is error:
+        ours = as_ours(error)
+        if ours is None:
             raise
-        raise judged from error
+        raise ours from error
 
 
 @contextmanager
@@ -61,14 +61,14 @@ def name_step(step: str, file: str | os.PathLike[str], *, must: str = "be a soun
     not the graph.
     """
 
-    def judge(error: Exception) -> Exception:
+    def as_ours(error: Exception) -> OnnxLoraError | None:
         if isinstance(error, OSError):
-            return error
+            return None
         if isinstance(error, MemoryError):
             return ExportError(f"{step} failed: memory ran out", path=file)
         return ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file)
 
-    with translate(judge):
+    with translate_failures(as_ours):
         yield
 
 
