@@ -23,14 +23,15 @@ import numpy as np
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
-from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
+from onnx_lora.adapters.write import FORMATS, write_adapter
 from onnx_lora.boundary import translated, unread
 from onnx_lora.errors import FeedError, InputError, InternalError, OnnxLoraError, printable
 from onnx_lora.exporter.frontends.exporters import EXPORTERS
 from onnx_lora.heat import PICTURES, Heat
-from onnx_lora.package import MANIFEST, Package
+from onnx_lora.manifest import MANIFEST
+from onnx_lora.package import Package
 from onnx_lora.staging import staged_place
 
 if TYPE_CHECKING:
@@ -90,6 +91,21 @@ def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:
 
 def _echo_error(kind: str, message: str, path: str | None = None, problems: Sequence[str] = ()) -> None:
     click.echo(json.dumps({"error": kind, "message": message, "path": path, "problems": problems}))
+
+
+class _FormatChoice(click.Choice[str]):
+    """The formats that adapters can be written in. Those of other distributions are looked up when they are shown, or
+    when the one that was given is none of ours."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(FORMATS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value in FORMATS else super().convert(value, param, ctx)
 
 
 def _json_option(command: Callable[P, R]) -> Callable[P, R]:
@@ -234,7 +250,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(list(FORMATS)),
+    type=_FormatChoice(),
     help="Default: what OUT ends with; a PEFT folder where it ends with nothing.",
 )
 @click.option(
@@ -250,7 +266,7 @@ def convert(
     out: Path,
     adapters: Sequence[str],
     package: Path | None,
-    kind: AdapterFormat | None,
+    kind: str | None,
     initial: Path | None,
     allow_unproven: bool,
     strict: bool,
@@ -274,14 +290,14 @@ def convert(
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
-        bound = blended(parts, name=out.stem)
+        bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
         facts = report.coverage_facts(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)
 
 
 def _convert_one(
-    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None, *, strict: bool
+    path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
 ) -> dict[str, Any]:
     adapter = read_adapter(path, initial=initial)
     if package is None:
@@ -598,7 +614,7 @@ def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bo
         report.show_writer(written)
 
 
-def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
+def _format(out: Path, kind: str | None) -> str:
     """What to write to `out`: `kind`, or the first format whose names end so."""
     fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
     if kind is None and fitting:

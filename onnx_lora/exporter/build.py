@@ -46,8 +46,9 @@ from onnx_lora.exporter.whole_weights import (
     keep_agreeing,
 )
 from onnx_lora.heads import OUTPUT_LAYERS
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
-from onnx_lora.points import Branch, InjectionPoint, Replaceable
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest
+from onnx_lora.package import Package
+from onnx_lora.points import Branch, InjectionPoint, WholeWeight
 
 __all__ = ["build"]
 
@@ -232,7 +233,7 @@ class _Entries:
 
     points: tuple[InjectionPoint, ...]
     branches: tuple[Branch, ...]
-    whole_weights: tuple[Replaceable, ...]
+    whole_weights: tuple[WholeWeight, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,13 +313,13 @@ class _Writing:
         self, surgeon: Surgeon, sites: Sequence[Site], entries: _Entries, inputs: Mapping[str, ir.Value]
     ) -> None:
         by_modules = {branch.modules: branch for branch in entries.branches}
-        replaced: dict[str, dict[str, Replaceable]] = {}
+        replaced: dict[str, dict[str, WholeWeight]] = {}
         for weight in entries.whole_weights:
-            if weight.of_linear:
+            if weight.has_rows:
                 replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own: dict[str, Replaceable] = {}
+            own: dict[str, WholeWeight] = {}
             for module in site.modules:
                 own.update(replaced.get(module, {}))
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own)
@@ -356,22 +357,22 @@ def _add_branch_inputs(
     return inputs
 
 
-def _expose(surgeon: Surgeon, weight: Replaceable, site: WholeWeightSite) -> ir.Value:
+def _expose(surgeon: Surgeon, weight: WholeWeight, site: WholeWeightSite) -> ir.Value:
     """The optional input of a whole weight; where no branch computes with it, it takes its initializer's place at
     once."""
     assert site.value.const_value is not None
     stored = site.value.const_value.numpy().astype(weight.dtype, copy=False)
     default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
-    if weight.of_linear:
+    if weight.has_rows:
         symbols[0] = f"{weight.name}.rows"
-    if weight.free_outputs:
-        symbols[0 if weight.role == "table" else -1] = f"{weight.module}.outputs"
+    if None in weight.free_graph_shape:
+        symbols[weight.free_graph_shape.index(None)] = f"{weight.module}.outputs"
     taken = surgeon.graph.initializers.get(weight.name)
     if taken is not None:
         surgeon.free_name(taken)
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
-    if not weight.of_linear:
+    if not weight.has_rows:
         surgeon.replace(site.value, value)
         value.shape = ir.Shape(symbols)  # a table's length is free
         if site.value.name in surgeon.graph.initializers:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.errors import ModelError, VerificationError
+from onnx_lora.exporter.float_products import rewrite_in_floats
 from onnx_lora.exporter.ort_check import open_graph, run_graph
-from onnx_lora.exporter.quantized_reference import in_floats
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import Reference
@@ -75,7 +75,7 @@ def run_case(
     """
     info = package.graph(case.graph)
     file = package.path / info.file
-    session = open_graph(file, None if as_it_is else in_floats(file))
+    session = open_graph(file, None if as_it_is else rewrite_in_floats(file))
     inputs = [value.name for value in session.get_inputs()]
     optional = {value.name for value in session.get_overridable_initializers()}
     feeds: dict[str, Array] = {}
@@ -118,7 +118,7 @@ def compare(
 
 def compare_int8(package: Package, case: Reference, base: Mapping[str, Array]) -> Iterator[Comparison]:
     """Whether int8 arithmetic loses no more than it must. `base`: the outputs in float arithmetic."""
-    if in_floats(package.path / package.graph(case.graph).file) is None:
+    if rewrite_in_floats(package.path / package.graph(case.graph).file) is None:
         return
     for name, value in run_case(package, case, {}, as_it_is=True).items():
         if value.size:

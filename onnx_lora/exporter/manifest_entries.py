@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,8 +12,9 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.located import Occurrence, UnplacedNode
 from onnx_lora.exporter.site import Site, WholeWeightSite
 from onnx_lora.exporter.weights import where
-from onnx_lora.package import GraphInfo, Unplaced
-from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, Replaceable, WeightPart, digest
+from onnx_lora.manifest import GraphInfo, Unplaced
+from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, WeightPart, WholeWeight, digest
+from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
 __all__ = [
     "check_agreement",
@@ -77,11 +77,11 @@ def _digest_of(one: Occurrence) -> str:
 
 def _describe_part(one: Occurrence) -> WeightPart:
     product = one.product
-    quantized: tuple[Quantization, ...] = ()
+    quantized: Quantization | None = None
     if product.quantized is not None:
         zero = product.quantized.zero_point
-        zeros = () if zero is None else (_name(zero.value),)
-        quantized = (Quantization(product.quantized.scheme, _name(product.quantized.scale.value), zeros),)
+        zero_point = None if zero is None else _name(zero.value)
+        quantized = Quantization(product.quantized.scheme, _name(product.quantized.scale.value), zero_point)
     weight = _name(one.weight)
     return WeightPart(
         initializer=weight.initializer,
@@ -106,7 +106,7 @@ def describe_unplaced(nodes: Sequence[UnplacedNode]) -> tuple[Unplaced, ...]:
 
 def describe_whole_weight(
     weight: WholeWeightSite, heads: Collection[str], pointed: Collection[str], doubt: str
-) -> Replaceable:
+) -> WholeWeight:
     """`heads`: modules whose number of outputs is free; `pointed`: those with a point; `doubt`: why a weight that is no
     linear module's may be another than the model's."""
     assert weight.value.const_value is not None
@@ -116,10 +116,9 @@ def describe_whole_weight(
     one, site = weight.occurrence, weight.site
     if one is None or site is None:
         is_table = weight.user is not None and weight.user.op_type == "Gather" and len(shape) == 2
-        role: Literal["table", "whole"] = "table" if is_table else "whole"
-        return Replaceable(
+        return WholeWeight(
             name=weight.name,
-            role=role,
+            role=Table() if is_table else Parameter(),
             shape=shape,
             dtype=stored.stored.dtype,
             # Rows behind those that a point's A has would have no delta.
@@ -130,9 +129,9 @@ def describe_whole_weight(
             unproven=doubt,
         )
     if weight.is_bias:
-        return Replaceable(
+        return WholeWeight(
             name=weight.name,
-            role="linear_bias",
+            role=LinearBias(),
             shape=shape,
             dtype=one.dtype,
             free_outputs=one.module in heads,
@@ -142,16 +141,15 @@ def describe_whole_weight(
             unproven=one.unproven,
         )
     as_torch = values if one.product.transposed != one.in_out else values.T
-    return Replaceable(
+    return WholeWeight(
         name=weight.name,
-        role="linear_weight",
+        role=LinearWeight(one.in_out),
         shape=tuple(as_torch.shape),
         dtype=one.dtype,
         free_outputs=one.module in heads,
         per_row=site.placement.per_row,
         sha256=digest(as_torch),
         parts=(_describe_part(one),),
-        in_out=one.in_out,
         unproven=one.unproven,
     )
 

@@ -8,7 +8,8 @@ from onnx_lora.exporter.checkpoint_weights import CheckpointWeight, CheckpointWe
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind, find_kind
 from onnx_lora.kinds import Linear
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable
+from onnx_lora.points import Array, InjectionPoint, WholeWeight
+from onnx_lora.roles import LinearWeight
 
 __all__ = ["read_package_weights"]
 
@@ -22,8 +23,8 @@ def read_package_weights(package: Package) -> CheckpointWeights:
         shape = (inputs, outputs) if _is_kept_in_out(kind) else (outputs, inputs)
         weights.append(CheckpointWeight(name, shape, partial(_read_point, package, point), (kind,), point.bias))
     for weight in package.replaceable.values():
-        if weight.role == "linear_weight" and weight.module not in package.points:
-            outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
+        if isinstance(weight.role, LinearWeight) and weight.module not in package.points:
+            _, inputs, outputs = weight.graph_shape
             read = partial(_read_whole, package, weight)
             weights.append(CheckpointWeight(weight.module, (outputs, inputs), read, (find_kind(Linear),)))
     # Not None: the modules are known to be linear, whatever else reads an equal weight.
@@ -41,6 +42,6 @@ def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slic
     return values[part]
 
 
-def _read_whole(package: Package, weight: Replaceable, part: tuple[slice, slice]) -> Array:
+def _read_whole(package: Package, weight: WholeWeight, part: tuple[slice, slice]) -> Array:
     values: Array = package.default(weight)[0].T
     return values[part]

@@ -30,7 +30,8 @@ from onnx_lora.exporter.package_weights import read_package_weights
 from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
 from onnx_lora.exporter.request import GraphFile, Points, Progress
 from onnx_lora.exporter.values import WRAPPERS
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.manifest import MANIFEST, GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 from onnx_lora.staging import staged
 

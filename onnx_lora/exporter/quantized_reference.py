@@ -1,14 +1,14 @@
-"""What a quantized package is compared with: its own weights, dequantized, in the torch model, and its graph in
-float arithmetic. What is left to differ is rounding in float32, so nothing wrong can hide behind quantization."""
+"""What a quantized package is compared with: its own weights, dequantized, in the torch model.
+
+Its graph then multiplies in float arithmetic (`float_products`), and what is left to differ is rounding in float32:
+nothing wrong can hide behind quantization."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.load import load
@@ -17,11 +17,9 @@ from onnx_lora.exporter.located import Occurrence
 from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.package import Package
 
-__all__ = ["adopt_quantized", "in_floats"]
+__all__ = ["adopt_quantized"]
 
 logger = logging.getLogger(__name__)
-
-_FLOAT32 = 1  # of MatMulNBits' accuracy levels
 
 
 def adopt_quantized(package: Package, model: Any) -> None:
@@ -37,21 +35,6 @@ def adopt_quantized(package: Package, model: Any) -> None:
             _untie(model, {one.module for one in quantized})
         for one in quantized:
             _adopt(model, one)
-
-
-def in_floats(file: Path) -> bytes | None:
-    """The graph of `file` with products of quantized weights in float32, where they are not: multiplied in int8,
-    activations are rounded too, and a hundredth of an output is lost. None: it has no such products."""
-    model = onnx.load(file, load_external_data=False)
-    changed = False
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level" and attribute.i != _FLOAT32:
-                attribute.i = _FLOAT32
-                changed = True
-    return model.SerializeToString() if changed else None
 
 
 def _untie(model: Any, modules: set[str]) -> None:

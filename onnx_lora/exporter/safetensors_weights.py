@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,15 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.checkpoint_weights import CheckpointWeight, CheckpointWeights
 from onnx_lora.exporter.graph_kinds.graph_kind import graph_kinds
 from onnx_lora.exporter.never_called import is_never_called
+from onnx_lora.json_file import read_json
 from onnx_lora.points import Array, Bias
 
 __all__ = ["read_folder_weights"]
 
 _INDEX = "model.safetensors.index.json"
+
+# An index of shards has 100 bytes for each tensor: this is one of 600,000.
+_INDEX_LIMIT = 64 * 2**20  # bytes
 
 
 def read_folder_weights(folder: Path) -> CheckpointWeights:
@@ -65,12 +68,12 @@ def _find_files(folder: Path) -> list[Path]:
 
 def _find_shards(index: Path) -> list[Path]:
     folder = index.parent
-    try:
-        shards: dict[str, object] = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted({str(name) for name in shards.values()})
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ModelError(f"must be an index of safetensors shards: {error!r}", path=index) from error
-    files = [folder / Path(name).name for name in names]
+    content = read_json(index, ModelError, what="an index of safetensors shards", limit=_INDEX_LIMIT)
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError("must be an index of safetensors shards, with a weight_map", path=index)
+    names = {str(shard) for shard in shards.values()}
+    files = [folder / Path(name).name for name in sorted(names)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ModelError(f"the checkpoint lacks {', '.join(missing)}", path=folder)

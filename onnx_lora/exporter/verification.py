@@ -22,7 +22,8 @@ from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.quantized_reference import adopt_quantized
 from onnx_lora.exporter.random_adapters import peft_failures, put_adapter, put_weights
 from onnx_lora.exporter.torch_weights import read_module_weights
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array
@@ -191,7 +192,7 @@ def _uncalled_weights(info: GraphInfo, called: Calls) -> list[str]:
     problems: list[str] = []
     for weight in info.replaceable:
         times = called.counts.get(weight.module, 0)
-        if weight.unproven and not weight.of_linear and times != 1:
+        if weight.unproven and not weight.has_rows and times != 1:
             problems.append(f"graph {info.name}, {weight.name}: torch calls {weight.module} {times} times")
     return problems
 

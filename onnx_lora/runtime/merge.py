@@ -14,8 +14,9 @@ import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, Change
 from onnx_lora.errors import BindError
-from onnx_lora.package import GraphInfo, Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
+from onnx_lora.points import Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight
 
 __all__ = ["Changed", "Edit", "Low", "Whole", "edits", "folded"]
 
@@ -76,7 +77,7 @@ class Changed:
         whole = package.module_weight(point)
         whole = whole.astype(np.promote_types(whole.dtype, np.float32))
         whole[:, outputs] = part.window(values)
-        new = point.from_torch(self.change.merged(point.to_torch(whole)))[:, outputs]
+        new = point.from_torch(self.change.apply_to(point.to_torch(whole)))[:, outputs]
         with np.errstate(over="ignore"):
             part.window(values)[...] = new
         _check_fits(self.module, part.window(values), values.dtype, new)
@@ -86,7 +87,7 @@ class Changed:
 class Whole:
     """A whole weight in place of the base's, as its graph input takes it."""
 
-    weight: Replaceable
+    weight: WholeWeight
     part: WeightPart
     value: Array
 
@@ -102,15 +103,15 @@ class Edit:
 
     @property
     def quantized(self) -> bool:
-        return any(low.part.quantized for low in self.lows)
+        return any(low.part.quantized is not None for low in self.lows)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every initializer that changes: of a quantized weight its scales and zero points too."""
         places = {self.initializer: self.stored}
-        for quantized in (quantized for low in self.lows for quantized in low.part.quantized):
-            beside = (quantized.scale, *quantized.zero_point)
-            places.update((tensor.initializer, tensor.stored) for tensor in beside)
+        for low in self.lows:
+            if low.part.quantized is not None:
+                places.update((tensor.initializer, tensor.stored) for tensor in low.part.quantized.tensors)
         return places
 
     @property

@@ -77,8 +77,8 @@ def merged(edit: Edit, package: Package, requantize: Requantize | None) -> Mappi
 
 def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, Array]:
     part = edit.lows[0].part
-    quantization, old = part.quantized[0], _tensors(part, package)
-    scheme = quantization.scheme
+    assert part.quantized is not None  # or the edit were none of a quantized weight
+    scheme, old = part.quantized.scheme, _tensors(part, package)
     base = np.array(package.weight(part), np.float32)
     start = base.copy()
     for low in edit.lows:
@@ -111,9 +111,9 @@ def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, 
 
 def _tensors(part: WeightPart, package: Package) -> list[Array]:
     """Values, scale, and the zero point where there is one."""
-    quantization = part.quantized[0]
-    beside = [quantization.scale, *quantization.zero_point]
-    return [np.asarray(package.read(stored)) for stored in (part.stored, *(tensor.stored for tensor in beside))]
+    beside = () if part.quantized is None else part.quantized.tensors
+    places = [part.stored, *(tensor.stored for tensor in beside)]
+    return [np.asarray(package.read(place)) for place in places]
 
 
 def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:

@@ -14,7 +14,8 @@ from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import explain_doubts
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.runtime._ort import Device, Options, Providers, fed_value, running, start
 from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, as_bound, opened
 from onnx_lora.runtime.lease import Held

@@ -1,4 +1,8 @@
-"""LoRA on a bare parameter: a matrix, or one for every expert. PEFT's `ParamWrapper`."""
+"""LoRA on a bare parameter: a matrix, or one for every expert.
+
+`W = W0 + scale · B · A`, of each expert apart. The reference is PEFT 0.21: `lora/layer.py`, `ParamWrapper`. Which pairs
+of a file are of bare parameters, `formats/peft/parameters.py` knows.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, pair, pays, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow
+from onnx_lora.adapters.methods.shapes import pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["ParameterLora"]
+__all__ = ["DOCS", "ParameterLora"]
+
+DOCS = DocsRow(
+    "`target_parameters`",
+    "delta of a matrix; of one for each expert a whole weight, where the package can replace it "
+    "(`--replaceable experts.gate_up_proj`); refused where a side's equal length leaves open which axis is the outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class ParameterLora:
     def method(self) -> str:
         return "LoRA on a parameter"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) not in (2, 3):
             return f"LoRA on a parameter must meet a matrix or one for each expert, not a {kind} of shape {shape}"
         found = len(self._fitting(shape))
@@ -45,7 +57,7 @@ class ParameterLora:
             )
         return f"LoRA on a parameter must have factors that fit its shape {shape} at rank {self.rank}, and has {sizes}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._fitting(weight.shape)[0]
         if weight.ndim == 2:
             product = b @ a
@@ -57,7 +69,7 @@ class ParameterLora:
             product = product.swapaxes(-1, -2)
         return wide(weight) + product * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         if weight.ndim != 2 or not pays(self.rank, weight.shape):
             return None
         a, b = self._fitting(weight.shape)[0]

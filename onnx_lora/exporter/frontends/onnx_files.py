@@ -20,7 +20,7 @@ from onnx_lora.exporter.genai_names import GenaiNames
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.safetensors_weights import read_folder_weights
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import Original

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,6 +27,7 @@ from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.torch_weights import read_module_weights
+from onnx_lora.json_file import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +139,7 @@ class Pipeline:
 
             is_local = Path(self.path).is_dir()
             root = Path(self.path) if is_local else Path(diffusers.DiffusionPipeline.download(str(self.path)))
-            index = _read_json(root / _INDEX)
+            index = read_json(root / _INDEX, ModelError)
             _check(index, root)
             if self.task is not None and self.task not in _TASKS:
                 raise ModelError(
@@ -256,13 +256,6 @@ def _has(index: Mapping[str, Any], name: str) -> bool:
     """Whether an index names a class for a part: `[library, class]`, and `[null, null]` where there is none."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"must be JSON, and cannot be read: {error}", path=file) from error
 
 
 def _task_of(pipeline: Any) -> str:

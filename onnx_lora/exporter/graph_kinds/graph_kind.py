@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.product import Product, Unfit
 from onnx_lora.kinds import Kind
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.branches import BranchBuilder
+    from onnx_lora.exporter.product import Product, Unfit
 
 __all__ = [
     "Form",
@@ -34,7 +34,7 @@ __all__ = [
 Operator = tuple[str, str]
 
 # Reads a node of one operator: the product that it is, why it is none though it has a weight, or None: it has none.
-Form = Callable[[ir.Node], Product | Unfit | None]
+Form = Callable[[ir.Node], "Product | Unfit | None"]
 
 
 def _refuse_nothing(module: Any, plain: type) -> str | None:

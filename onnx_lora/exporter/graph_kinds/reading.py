@@ -67,8 +67,8 @@ def unfit_quantized(weight: ir.Value | None, zero: ir.Value | None, types: Colle
 
 def unfit_scheme(scheme: Scheme, weight: ir.Value, scale: ir.Value, zero: ir.Value | None) -> str | None:
     """Why a weight and what stands beside it are not of one scheme, or None."""
-    zeros = [] if zero is None else [(numpy_type_of(zero), shape_of(zero))]
-    problem = scheme.problem(shape_of(weight), shape_of(scale), zeros)
+    zero_point = None if zero is None else (numpy_type_of(zero), shape_of(zero))
+    problem = scheme.problem(shape_of(weight), shape_of(scale), zero_point)
     return None if problem is None else f"its quantization contradicts itself: {problem}"
 
 
