@@ -26,6 +26,9 @@ from onnx_lora.staging import replacing
 __all__ = ["Package"]
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
+# Of packages that these made, the manifest's `from` is a file or a class, and no checkpoint.
+_WITHOUT_CHECKPOINT = ("attach", "torch.onnx")
+
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
 
@@ -120,7 +123,7 @@ class Package:
         """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
         source = self.manifest.source
         names = [source.get("base", "")]
-        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+        if source.get("made_by", "attach") not in _WITHOUT_CHECKPOINT:
             names.append(source.get("from", ""))
         return tuple(name for name in dict.fromkeys(names) if name)
 

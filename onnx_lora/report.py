@@ -28,7 +28,7 @@ from onnx_lora.package import Package
 if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
-    from onnx_lora.exporter.verification import Comparison
+    from onnx_lora.exporter import Comparison
     from onnx_lora.runtime import Requantize
 
 __all__ = [
