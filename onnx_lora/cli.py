@@ -615,17 +615,20 @@ def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bo
 
 
 def _format(out: Path, kind: str | None) -> str:
-    """What to write to `out`: `kind`, or the first format whose names end so."""
-    fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
-    if kind is None and fitting:
-        return fitting[0]
+    """What to write to `out`: `kind`, or the first format whose names end so. Formats of other distributions are looked
+    at where none of ours decides."""
+    if kind is not None and FORMATS[kind] == out.suffix:
+        return kind
+    fitting = next((name for name in FORMATS if FORMATS[name] == out.suffix), None)
     if kind is None:
+        if fitting is not None:
+            return fitting
         ends = ", ".join(dict.fromkeys(suffix for suffix in FORMATS.values() if suffix))
         raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
-    if FORMATS[kind] and not out.suffix:
+    if not out.suffix:
         raise InputError(f"--format {kind} is a file whose name ends with {FORMATS[kind]}", path=out)
-    if out.suffix and fitting and kind not in fitting:
-        raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
+    if fitting is not None:
+        raise InputError(f"--format {kind} contradicts the name, which says {fitting}; change one of them", path=out)
     return kind
 
 
