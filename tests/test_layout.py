@@ -17,11 +17,13 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
-    "lazy": set(),
+    "extras": set(),
+    "lazy": {"errors", "extras"},
     "arguments": set(),
-    "boundary": {"errors", "arguments"},
+    "boundary": {"errors", "extras", "arguments"},
     "staging": {"errors", "boundary"},
     "companions": {"errors"},
+    "json_file": {"errors", "boundary"},
     "expressions": set(),
     "quantized": set(),
     "kinds": set(),
@@ -31,11 +33,12 @@ ALLOWED = {
     "older_manifests": set(),
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
-    "package": {"errors", "boundary", "companions", "kinds", "points", "manifest", "quantized", "staging"},
+    "package": {"errors", "boundary", "companions", "json_file", "kinds", "points", "manifest", "quantized", "staging"},
     "adapters": {
         "lazy",
         "errors",
         "boundary",
+        "json_file",
         "staging",
         "kinds",
         "points",
@@ -49,6 +52,7 @@ ALLOWED = {
         "lazy",
         "errors",
         "boundary",
+        "json_file",
         "staging",
         "companions",
         "kinds",
@@ -64,6 +68,7 @@ ALLOWED = {
         "lazy",
         "errors",
         "boundary",
+        "json_file",
         "staging",
         "companions",
         "kinds",
@@ -106,7 +111,7 @@ ALLOWED = {
         "demo_text",
         "report",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "extras"},
 }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnx_lora.adapters.compose import blend
     from onnx_lora.adapters.read import read_adapter
     from onnx_lora.adapters.row_stacking import stack_rows
-    from onnx_lora.adapters.write import write_bound
+    from onnx_lora.adapters.write import write_adapter, write_bound
 
 __all__ = [
     "Adapter",
@@ -38,6 +38,7 @@ __all__ = [
     "blend",
     "read_adapter",
     "stack_rows",
+    "write_adapter",
     "write_bound",
 ]
 
@@ -56,6 +57,7 @@ __getattr__, __dir__ = lazy_names(
         "blend": "onnx_lora.adapters.compose",
         "stack_rows": "onnx_lora.adapters.row_stacking",
         "read_adapter": "onnx_lora.adapters.read",
+        "write_adapter": "onnx_lora.adapters.write",
         "write_bound": "onnx_lora.adapters.write",
     },
 )
