@@ -60,6 +60,7 @@ ERRORS = {
     "OutputExistsError",
     "OutsideError",
     "PackageError",
+    "PluginError",
     "PromptError",
     "RunError",
     "SamplingError",
