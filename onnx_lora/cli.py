@@ -23,9 +23,9 @@ import numpy as np
 from onnx_lora import __version__, report
 from onnx_lora.adapters import bind, blend, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
-from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
+from onnx_lora.adapters.write import FORMATS, write_adapter
 from onnx_lora.boundary import translated, unread
 from onnx_lora.errors import FeedError, InputError, InternalError, OnnxLoraError, printable
 from onnx_lora.exporter.frontends.exporters import EXPORTERS
@@ -91,6 +91,21 @@ def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:
 
 def _echo_error(kind: str, message: str, path: str | None = None, problems: Sequence[str] = ()) -> None:
     click.echo(json.dumps({"error": kind, "message": message, "path": path, "problems": problems}))
+
+
+class _FormatChoice(click.Choice[str]):
+    """The formats that adapters can be written in. Those of other distributions are looked up when they are shown, or
+    when the one that was given is none of ours."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(FORMATS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value in FORMATS else super().convert(value, param, ctx)
 
 
 def _json_option(command: Callable[P, R]) -> Callable[P, R]:
@@ -235,7 +250,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(list(FORMATS)),
+    type=_FormatChoice(),
     help="Default: what OUT ends with; a PEFT folder where it ends with nothing.",
 )
 @click.option(
@@ -251,7 +266,7 @@ def convert(
     out: Path,
     adapters: Sequence[str],
     package: Path | None,
-    kind: AdapterFormat | None,
+    kind: str | None,
     initial: Path | None,
     allow_unproven: bool,
     strict: bool,
@@ -275,14 +290,14 @@ def convert(
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
-        bound = blended(parts, name=out.stem)
+        bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
         facts = report.coverage_facts(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)
 
 
 def _convert_one(
-    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None, *, strict: bool
+    path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
 ) -> dict[str, Any]:
     adapter = read_adapter(path, initial=initial)
     if package is None:
@@ -599,18 +614,21 @@ def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bo
         report.show_writer(written)
 
 
-def _format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
-    """What to write to `out`: `kind`, or the first format whose names end so."""
-    fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
-    if kind is None and fitting:
-        return fitting[0]
+def _format(out: Path, kind: str | None) -> str:
+    """What to write to `out`: `kind`, or the first format whose names end so. Formats of other distributions are looked
+    at where none of ours decides."""
+    if kind is not None and FORMATS[kind] == out.suffix:
+        return kind
+    fitting = next((name for name in FORMATS if FORMATS[name] == out.suffix), None)
     if kind is None:
+        if fitting is not None:
+            return fitting
         ends = ", ".join(dict.fromkeys(suffix for suffix in FORMATS.values() if suffix))
         raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
-    if FORMATS[kind] and not out.suffix:
+    if not out.suffix:
         raise InputError(f"--format {kind} is a file whose name ends with {FORMATS[kind]}", path=out)
-    if out.suffix and fitting and kind not in fitting:
-        raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
+    if fitting is not None:
+        raise InputError(f"--format {kind} contradicts the name, which says {fitting}; change one of them", path=out)
     return kind
 
 

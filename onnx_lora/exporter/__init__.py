@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.onnx_files import OnnxFiles
     from onnx_lora.exporter.frontends.pipeline import Pipeline
     from onnx_lora.exporter.frontends.torch_module import TorchModule
-    from onnx_lora.exporter.options import Points
     from onnx_lora.exporter.precision import Precision
     from onnx_lora.exporter.quantization import Method, quantize
+    from onnx_lora.exporter.request import Points
     from onnx_lora.exporter.verification import verify
 
 __all__ = [
@@ -40,7 +40,7 @@ __getattr__, __dir__ = lazy_names(
         "Method": "onnx_lora.exporter.quantization",
         "OnnxFiles": "onnx_lora.exporter.frontends.onnx_files",
         "Pipeline": "onnx_lora.exporter.frontends.pipeline",
-        "Points": "onnx_lora.exporter.options",
+        "Points": "onnx_lora.exporter.request",
         "Precision": "onnx_lora.exporter.precision",
         "TorchModule": "onnx_lora.exporter.frontends.torch_module",
         "attach": "onnx_lora.exporter.api",

@@ -12,10 +12,11 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter import frontends
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.frontends.source import ModelSource
-from onnx_lora.exporter.options import ALL_LINEAR, HEADS_ONLY, Points, Progress, as_names
+from onnx_lora.exporter.frontends.source import Loaded, ModelSource
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from onnx_lora.exporter.precision import Precision
+from onnx_lora.exporter.request import Points, Progress, as_names
+from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -135,10 +136,7 @@ def _export(
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         progress("export", 0, 1)
         loaded = source.load(Path(scratch), progress)
-        # Graphs that were not made here may be damaged.
-        files = [graph.file for graph in loaded.sources if loaded.scratch is None]
-        with blamed_on_damage(files):
-            package = build(folder, loaded, points, progress=progress)
+        package = _build(folder, loaded, points, progress)
         if verify is None:
             verify = loaded.original is not None
         if verify:
@@ -147,6 +145,13 @@ def _export(
             progress("verify", 0, 1)
             verify_original(package, loaded.original or source.load_original(package))
     return Package.open(out)
+
+
+def _build(folder: Path, loaded: Loaded, points: Points, progress: Progress) -> Package:
+    # Graphs that were not made here may be damaged.
+    files = [graph.file for graph in loaded.graphs if loaded.scratch is None]
+    with blamed_on_damage(files):
+        return build(folder, loaded, points, progress=progress)
 
 
 def _as_points(

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from onnx_lora.errors import ModelError, VerificationError
+from onnx_lora.exporter.float_products import rewrite_in_floats
 from onnx_lora.exporter.ort_check import open_graph, run_graph
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ _ALLOWED = {"float32": 1e-4, "float16": 3e-2, "float64": 1e-9}
 # The same for a graph as it is, where its quantized products multiply in int8. Measured against float32 on the
 # same weights: 0.003 to 0.018 after two layers, 0.024 after thirty; what is wrong is off by the whole output.
 _ALLOWED_INT8 = 0.25
-
-_FLOAT32 = 1  # of MatMulNBits' accuracy levels
 
 # Outputs smaller than this are compared as if they were this large.
 SMALL = 1e-2
@@ -78,7 +75,7 @@ def run_case(
     """
     info = package.graph(case.graph)
     file = package.path / info.file
-    session = open_graph(file, None if as_it_is else _float_products(file))
+    session = open_graph(file, None if as_it_is else rewrite_in_floats(file))
     inputs = [value.name for value in session.get_inputs()]
     optional = {value.name for value in session.get_overridable_initializers()}
     feeds: dict[str, Array] = {}
@@ -121,7 +118,7 @@ def compare(
 
 def compare_int8(package: Package, case: Reference, base: Mapping[str, Array]) -> Iterator[Comparison]:
     """Whether int8 arithmetic loses no more than it must. `base`: the outputs in float arithmetic."""
-    if _float_products(package.path / package.graph(case.graph).file) is None:
+    if rewrite_in_floats(package.path / package.graph(case.graph).file) is None:
         return
     for name, value in run_case(package, case, {}, as_it_is=True).items():
         if value.size:
@@ -161,21 +158,6 @@ def _tensors_by_row(package: Package, case: Reference, tensors: Mapping[str, Arr
             if name in tensors:
                 found[name] = tensors[name]
     return found
-
-
-def _float_products(file: Path) -> bytes | None:
-    """The graph of `file` with products of quantized weights in float32, where they are not: multiplied in int8,
-    activations are rounded too, and a hundredth of an output is lost. None: it has no such products."""
-    model = onnx.load(file, load_external_data=False)
-    has_other = False
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level" and attribute.i != _FLOAT32:
-                attribute.i = _FLOAT32
-                has_other = True
-    return model.SerializeToString() if has_other else None
 
 
 def _batch_size(package: Package, case: Reference) -> int:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign import first_line
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, first_line, translate_failures
 from onnx_lora.points import Array
 
 __all__ = ["blamed_on_damage", "check_opens", "native_failures", "open_graph", "run_graph"]
+
+# What ONNX Runtime says of a type or an operator that the CPU has no kernel for, or that a library of the user's
+# brings: the graph may still be sound.
+_NO_FAULT = ("NOT_IMPLEMENTED", "is not a registered function/op")
 
 
 def native_failures() -> tuple[type[Exception], ...]:
@@ -31,14 +35,14 @@ def check_opens(file: Path, source: Path) -> None:
     options = _options()
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings.
-        if any(phrase in str(error) for phrase in ("NOT_IMPLEMENTED", "is not a registered function/op")):
-            return
-        made = "it" if file == source else f"{file.name}, made from it"
-        raise ModelError(f"ONNX Runtime cannot open {made}: {first_line(error)}", path=source) from error
+    opened = attempt(lambda: _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
+    if not isinstance(opened, Failure):
+        return
+    said = str(opened.error)
+    if any(phrase in said for phrase in _NO_FAULT):
+        return
+    made = "it" if file == source else f"{file.name}, made from it"
+    raise ModelError(f"ONNX Runtime cannot open {made}: {opened.line}", path=source) from opened.error
 
 
 @contextmanager
@@ -48,14 +52,15 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
     Raises ModelError: something went wrong that is no error of ours, and ONNX Runtime refuses one of `files` too. Of
     graphs that it opens the fault is ours, and stays as it is.
     """
-    try:
+
+    def blame(error: Exception) -> OnnxLoraError | None:
+        if not isinstance(error, OSError):
+            for file in files:
+                check_opens(file, file)
+        return None
+
+    with translate_failures(blame):
         yield
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception:
-        for file in files:
-            check_opens(file, file)
-        raise
 
 
 def _onnxruntime() -> Any:
@@ -83,24 +88,21 @@ def open_graph(file: Path, model: bytes | None = None) -> Any:
     options = _options()
     if model is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    with _translated(file):
+    with _name_failure(file):
         return _onnxruntime().InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs by name. Raises ExportError: the graph cannot run."""
     names = [value.name for value in session.get_outputs()]
-    with _translated(file):
+    with _name_failure(file):
         return dict(zip(names, session.run(None, dict(feeds)), strict=True))
 
 
-@contextmanager
-def _translated(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OnnxLoraError:
-        raise
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name
-        ) from error
+def _name_failure(file: Path) -> AbstractContextManager[None]:
+    """Raises ExportError: ONNX Runtime failed with a graph of ours."""
+
+    def as_ours(error: Exception) -> OnnxLoraError:
+        return ExportError(f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name)
+
+    return translate_failures(as_ours)

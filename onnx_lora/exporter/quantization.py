@@ -19,25 +19,23 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
-from onnx_lora.exporter.foreign import first_line, translate
+from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
+from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.intake import read_proto
-from onnx_lora.exporter.options import Points, Progress
+from onnx_lora.exporter.package_weights import read_package_weights
 from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
+from onnx_lora.exporter.request import GraphFile, Points, Progress
+from onnx_lora.exporter.values import WRAPPERS
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
-
-# Operators through which a product reaches its weight.
-_WRAPPERS = ("Cast", "Identity", "Transpose")
 
 # MatMulInteger's.
 _DYNAMIC_BITS = (8,)
@@ -113,13 +111,13 @@ def quantize(
             progress("quantize", index, len(whole.manifest.graphs))
             target = Path(scratch) / str(index) / f"{info.name}.onnx"
             target.parent.mkdir()
-            with quiet_root(), translate(partial(_judge, whole.path)):
+            with quiet_root(), translate_failures(partial(_as_ours, whole.path)):
                 _quantize(whole, info, target, chosen)
             graphs.append(GraphFile(info.name, target))
         loaded = Loaded(
-            tuple(graphs),
-            origin=whole.manifest.source | {"quantized": str(chosen)},
-            checkpoint=Weights.of_package(whole),
+            graphs=tuple(graphs),
+            record=whole.manifest.source | {"quantized": str(chosen)},
+            weights=read_package_weights(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
         )
@@ -243,7 +241,7 @@ def _reaches(makers: Mapping[str, onnx.NodeProto], node: onnx.NodeProto, weights
     if node.op_type not in ("MatMul", "Gemm") or not weights:
         return False
     name = node.input[1]
-    while (maker := makers.get(name)) is not None and maker.op_type in _WRAPPERS:
+    while (maker := makers.get(name)) is not None and maker.op_type in WRAPPERS:
         name = maker.input[0]
     return name in weights
 
@@ -283,10 +281,10 @@ def _restore(built: Package, source: Package) -> None:
     (built.path / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
-def _judge(path: Path, error: Exception) -> Exception:
+def _as_ours(path: Path, error: Exception) -> OnnxLoraError | None:
     """An exception of ONNX Runtime's quantizers as ours; the disk's stay as they are."""
     if isinstance(error, ImportError):
         return MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'")
     if isinstance(error, OSError):
-        return error
+        return None
     return ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from onnx_lora.boundary import public
 from onnx_lora.errors import VerificationError
 from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.comparison import Comparison, compare, compare_int8, compare_rows, run_case
+from onnx_lora.exporter.doubts import drop_miscounted
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.source import ModelSource, Original
@@ -21,6 +21,7 @@ from onnx_lora.exporter.load import load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.quantized_reference import adopt_quantized
 from onnx_lora.exporter.random_adapters import peft_failures, put_adapter, put_weights
+from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
 
@@ -157,18 +158,18 @@ def _check_calls(package: Package, original: Original) -> set[str]:
 
     Raises VerificationError: one is computed more or less often, or something else computes with its weight.
     """
-    weights = Weights.of_module(original.model, heads=heads_of(original.model))
+    weights = read_module_weights(original.model, heads=heads_of(original.model))
     calls = count_calls(original.model, {case.graph: case.answer for case in original.references()})
     problems: list[str] = []
     uncounted: set[str] = set()
     for info in package.manifest.graphs:
         called = calls.get(info.name, Calls({}))
         graph = load(package.path / info.base_file).graph
-        counted = locate(graph, weights).counted(graph, called)
-        found = {linear.module for linear in counted.linears}
+        counted = drop_miscounted(locate(graph, weights), graph, called)
+        found = {one.module for one in counted.occurrences}
         reasons: dict[str, str] = {}
-        for stray in counted.strays:
-            reasons |= dict.fromkeys(stray.modules, stray.reason)
+        for node in counted.unplaced:
+            reasons |= dict.fromkeys(node.modules, node.reason)
         for point in info.points:
             if not point.unproven or point.module in found:
                 continue

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
-from onnx_lora.adapters.bases import base_problem
-from onnx_lora.adapters.compose import blended
-from onnx_lora.adapters.rebound import rebound
-from onnx_lora.errors import BindError, SelectionError
+from onnx_lora.adapters.compose import make_blend
+from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
 __all__ = ["AnyAdapter", "AnyPackage", "Mixture", "as_bound", "mixed", "opened"]
@@ -31,11 +29,7 @@ def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None, 
 
     Raises AdapterError: it cannot be read, or does not fit.
     """
-    if isinstance(adapter, BoundAdapter):
-        if strict and (problem := base_problem(adapter.origin.base_model, package)):
-            raise BindError(f"the adapter {adapter.name!r} does not fit: {problem}", path=adapter.origin.path or None)
-        return rebound(adapter, package)
-    if isinstance(adapter, Adapter):
+    if isinstance(adapter, Adapter | BoundAdapter):
         return bind(adapter, package, strict=strict)
     if isinstance(adapter, (str, os.PathLike)):
         return bind(read_adapter(adapter, name=name), package, strict=strict)
@@ -57,4 +51,4 @@ def mixed(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = Fal
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    return blended([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")
+    return make_blend([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")

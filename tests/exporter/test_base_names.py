@@ -48,7 +48,7 @@ def test_a_folder_of_the_hubs_cache_is_called_as_its_repository(tmp_path: Path) 
 
 
 def _record(file: Path) -> dict[str, str]:
-    return OnnxFiles(file).load(file.parent, lambda *_: None).origin
+    return OnnxFiles(file).load(file.parent, lambda *_: None).record
 
 
 def test_an_attached_file_is_of_the_model_that_its_config_or_its_checkpoint_names(tmp_path: Path) -> None:

@@ -37,9 +37,8 @@ from onnx_lora.exporter import (
 )
 from onnx_lora.exporter.frontends import quiet
 from onnx_lora.exporter.frontends.exporters import EXPORTERS, ExportRequest, Refusal
-from onnx_lora.exporter.frontends.source import ModelSource, Original
-from onnx_lora.exporter.graph_files import Loaded
-from onnx_lora.exporter.options import Progress
+from onnx_lora.exporter.frontends.source import Loaded, ModelSource, Original
+from onnx_lora.exporter.request import Progress
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -76,7 +75,7 @@ class TinyExporter:
 
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
         loaded = self._source(request).load(folder, progress)
-        return replace(loaded, origin={"made_by": self.name, "from": request.config.name})
+        return replace(loaded, record={"made_by": self.name, "from": request.config.name})
 
     def load_original(self, request: ExportRequest, package: Package) -> Original:
         return self._source(request).load_original(package)

@@ -20,9 +20,8 @@ from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.precision import Precision
 
 if TYPE_CHECKING:
-    from onnx_lora.exporter.frontends.source import Original
-    from onnx_lora.exporter.graph_files import Loaded
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.frontends.source import Loaded, Original
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
 
 __all__ = ["Checkpoint"]

@@ -12,10 +12,9 @@ from onnx_lora.lazy import load_object
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.model_config import ModelConfig
-    from onnx_lora.exporter.frontends.source import Original
-    from onnx_lora.exporter.graph_files import Loaded
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.frontends.source import Loaded, Original
     from onnx_lora.exporter.precision import Precision
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
 
 __all__ = ["EXPORTERS", "CheckpointExporter", "ExportRequest", "Refusal", "choose_exporter", "find_exporter"]
@@ -67,7 +66,7 @@ class CheckpointExporter(Protocol):
         ...
 
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
-        """Write graphs into `folder`. `Loaded.origin["made_by"]` must be `name`; `Loaded.original` must be there.
+        """Write graphs into `folder`. `Loaded.record["made_by"]` must be `name`; `Loaded.original` must be there.
 
         Raises ModelError, ExportError, StorageError, MissingDependencyError.
         """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
-from onnx_lora.exporter.foreign import first_line, translate
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
 from onnx_lora.exporter.ort_check import native_failures
 
 __all__ = ["library_failures"]
@@ -27,16 +27,16 @@ def library_failures(model: str | os.PathLike[str], done: str) -> AbstractContex
     Raises MissingDependencyError: it is not installed. ModelError: no such checkpoint, or it cannot be read.
     ExportError: torch.onnx failed, or the library did without saying why. OSError, MemoryError: the machine's.
     """
-    return translate(partial(_judge, model, done))
+    return translate_failures(partial(_as_ours, model, done))
 
 
-def _judge(model: str | os.PathLike[str], done: str, error: Exception) -> Exception:
+def _as_ours(model: str | os.PathLike[str], done: str, error: Exception) -> OnnxLoraError | None:
     if isinstance(error, ImportError):
         return MissingDependencyError(
             f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[export,cpu]'"
         )
     if isinstance(error, MemoryError) or _is_of_the_disk(error):
-        return error
+        return None
     if isinstance(error, _OF_INPUT):
         if Path(model).exists():
             return ModelError(f"cannot be {done}: {error}", path=model)

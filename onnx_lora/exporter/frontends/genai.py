@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.errors import ExportError
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.exporters import ExportRequest, Refusal
@@ -24,14 +23,15 @@ from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
-from onnx_lora.exporter.frontends.source import Original, Reference
+from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.torch_weights import read_module_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 
@@ -137,9 +137,9 @@ class GenaiExporter:
         with library_failures(config.model, "run"):
             calls = count_calls(model, {part.graph: part.answer for part in references(model)})
         return Loaded(
-            sources=(GraphFile("model", built / "model.onnx", calls=calls["model"]),),
-            origin=record,
-            checkpoint=Weights.of_module(model, heads=heads_of(model)),
+            graphs=(GraphFile("model", built / "model.onnx", calls=calls["model"]),),
+            record=record,
+            weights=read_module_weights(model, heads=heads_of(model)),
             companions=_companions(config, built, model),
             scratch=folder,
             original=Original(model, partial(references, model)),

@@ -14,8 +14,9 @@ from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.names import base_of_fields, name_of
-from onnx_lora.exporter.frontends.newer import open_readable, read_json, translate_config
+from onnx_lora.exporter.frontends.newer import open_readable, translate_config
 from onnx_lora.exporter.frontends.quiet import quiet
+from onnx_lora.json_file import read_json
 
 __all__ = ["ModelConfig"]
 
@@ -44,7 +45,7 @@ class ModelConfig:
         if not folder.is_dir():
             return ModelConfig(model, _read_from_hub(model))
         check_folder(folder, ModelError)
-        fields = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+        fields = read_json(folder / _CONFIG, ModelError) if (folder / _CONFIG).is_file() else {}
         _refuse_networks(folder, fields)
         if not fields:
             raise ModelError(f"must hold a {_CONFIG}, and has none", path=model)

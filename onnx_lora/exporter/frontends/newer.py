@@ -17,8 +17,9 @@ from typing import Any
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.frontends.rope import RopeError, rope_fields
+from onnx_lora.json_file import read_json
 
-__all__ = ["is_newer", "open_readable", "read_json", "translate_config"]
+__all__ = ["is_newer", "open_readable", "translate_config"]
 
 _CONFIG = "config.json"
 
@@ -99,7 +100,7 @@ def _changed_configs(root: Path, fields: Mapping[str, Any] | None) -> dict[Path,
         if fields is not None and file.parent == root:
             written = dict(fields)
         else:
-            written = read_json(file)
+            written = read_json(file, ModelError)
         translated = translate_config(written, file)
         if translated != written:
             changed[file.relative_to(root)] = translated
@@ -249,15 +250,6 @@ def _fields_of(kind: type[Any]) -> dict[str, object]:
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
         names[name] = parameter.default
     return names
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A config of a checkpoint; empty where it is no object. Raises ModelError: it is no JSON, or cannot be read."""
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"must be JSON, and cannot be read: {error}", path=file) from error
-    return config if isinstance(config, dict) else {}
 
 
 def _snapshot(model: str | os.PathLike[str]) -> Path:

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
+from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
 from onnx_lora.exporter.frontends.companion_files import COMPANIONS, companions_of
 from onnx_lora.exporter.frontends.exporters import ExportRequest, find_exporter
 from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.frontends.names import base_of, name_of
+from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.genai_names import GenaiNames
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.precision import Precision
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.safetensors_weights import read_folder_weights
 from onnx_lora.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import Original
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
 
 __all__ = ["OnnxFiles"]
@@ -68,9 +70,9 @@ class OnnxFiles:
             graphs.append(GraphFile(name, file))
         weights = None if self.checkpoint is None else _read_weights(Path(self.checkpoint))
         return Loaded(
-            sources=tuple(graphs),
-            origin={"made_by": "attach", "from": path.name} | self._base(own_folder),
-            checkpoint=weights,
+            graphs=tuple(graphs),
+            record={"made_by": "attach", "from": path.name} | self._base(own_folder),
+            weights=weights,
             companions=companions_of(own_folder),
             names=GenaiNames.of_folder(own_folder) if weights is None else None,
         )
@@ -107,11 +109,11 @@ def _find_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_weights(folder: Path) -> Weights:
+def _read_weights(folder: Path) -> CheckpointWeights:
     if not folder.is_dir():
         raise ModelError("a checkpoint must be a folder with .safetensors weights", path=folder)
     check_folder(folder, ModelError)
-    return Weights.of_folder(folder)
+    return read_folder_weights(folder)
 
 
 def _is_named_in_config(file: Path) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.exporters import ExportRequest, Refusal
@@ -18,15 +17,16 @@ from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
-from onnx_lora.exporter.frontends.source import Original, Reference
+from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.ort_check import open_graph
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.torch_weights import read_module_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
 
 __all__ = ["EXPORTER", "OptimumExporter", "load_model", "references"]
@@ -66,9 +66,9 @@ class OptimumExporter:
             graphs.append(GraphFile(file.stem, file, calls=calls.get(file.stem, Calls({}))))
         record = {"made_by": self.name, "from": config.name, "task": task, "precision": request.precision.name}
         return Loaded(
-            sources=tuple(graphs),
-            origin=record | config.base,
-            checkpoint=Weights.of_module(model, heads=heads_of(model)),
+            graphs=tuple(graphs),
+            record=record | config.base,
+            weights=read_module_weights(model, heads=heads_of(model)),
             companions=_companions(config, folder),
             scratch=folder,
             original=Original(model, partial(references, model, task)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.failures import library_failures
@@ -24,15 +22,17 @@ from onnx_lora.exporter.frontends.names import base_of, name_of
 from onnx_lora.exporter.frontends.newer import open_readable
 from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
-from onnx_lora.exporter.frontends.source import Original, Reference
+from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.precision import Precision
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.torch_weights import read_module_weights
+from onnx_lora.json_file import read_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
 
 __all__ = ["Pipeline", "is_pipeline", "load_pipeline", "references"]
@@ -110,13 +110,13 @@ class Pipeline:
         graphs: list[GraphFile] = []
         for reference in references(networks):
             name, network = reference.graph, _network(reference.graph)
-            weights = Weights.of_module(networks[network], heads=frozenset())
+            weights = read_module_weights(networks[network], heads=frozenset())
             with library_failures(self.path, f"run ({network})"):
                 calls = count_calls(networks[network], {name: reference.answer})
             graphs.append(GraphFile(name, folder / f"{name}.onnx", f"{network}.", weights, calls[name]))
         return Loaded(
-            sources=tuple(graphs),
-            origin=record,
+            graphs=tuple(graphs),
+            record=record,
             companions=_companions(root, folder / "files"),
             scratch=folder,
             original=Original(networks, partial(references, networks)),
@@ -139,7 +139,7 @@ class Pipeline:
 
             is_local = Path(self.path).is_dir()
             root = Path(self.path) if is_local else Path(diffusers.DiffusionPipeline.download(str(self.path)))
-            index = _read_json(root / _INDEX)
+            index = read_json(root / _INDEX, ModelError)
             _check(index, root)
             if self.task is not None and self.task not in _TASKS:
                 raise ModelError(
@@ -256,13 +256,6 @@ def _has(index: Mapping[str, Any], name: str) -> bool:
     """Whether an index names a class for a part: `[library, class]`, and `[null, null]` where there is none."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"must be JSON, and cannot be read: {error}", path=file) from error
 
 
 def _task_of(pipeline: Any) -> str:

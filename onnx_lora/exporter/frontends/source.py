@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.graph_files import Loaded
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
+    from onnx_lora.exporter.genai_names import GenaiNames
+    from onnx_lora.exporter.request import GraphFile, Progress
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 
-__all__ = ["ModelSource", "Original", "RecordedSource", "Reference"]
+__all__ = ["Loaded", "ModelSource", "Original", "Reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,25 @@ class Original:
 
     model: nn.Module
     references: Callable[[], list[Reference]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """ONNX files on disk, with what is known about them.
+
+    `record`: what the manifest says of the source. `weights`: the model's, by their torch names. `companions`: files
+    that belong to the model and go into the package. Files in `scratch` were made for the package alone, and may be
+    moved. `names`: GenAI's table of modules, for graphs without weights to compare. `original`: the model in PyTorch,
+    where loading needed it anyway.
+    """
+
+    graphs: tuple[GraphFile, ...]
+    record: dict[str, str]
+    weights: CheckpointWeights | None = None
+    companions: tuple[Path, ...] = ()
+    scratch: Path | None = None
+    names: GenaiNames | None = None
+    original: Original | None = None
 
 
 @runtime_checkable

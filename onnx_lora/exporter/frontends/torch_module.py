@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
-from onnx_lora.exporter.checkpoint import Checkpoint as Weights
-from onnx_lora.exporter.foreign import first_line, translate
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.names import short_name
 from onnx_lora.exporter.frontends.quiet import quiet
-from onnx_lora.exporter.frontends.source import Original, Reference
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
+from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.torch_weights import read_module_weights
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from onnx_lora.exporter.options import Progress
+    from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 
@@ -55,20 +55,20 @@ class TorchModule:
         """
         self._check()
         file = folder / "model.onnx"
-        with translate(self._judge_export):
+        with translate_failures(self._as_export_error):
             self._write(file)
         record = {"made_by": "torch.onnx", "from": type(self.module).__name__}
         named = getattr(getattr(self.module, "config", None), "_name_or_path", None)
         if isinstance(named, str) and named:
             record["base"] = short_name(named)
-        weights = Weights.of_module(self.module, heads=frozenset())
+        weights = read_module_weights(self.module, heads=frozenset())
         run = partial(_call, self.module, *self._arguments())
-        with translate(self._judge_run):
+        with translate_failures(self._as_run_error):
             calls = count_calls(self.module, {"model": run})
         return Loaded(
-            sources=(GraphFile("model", file, calls=calls["model"]),),
-            origin=record,
-            checkpoint=weights,
+            graphs=(GraphFile("model", file, calls=calls["model"]),),
+            record=record,
+            weights=weights,
             scratch=folder,
             original=self._original(file),
         )
@@ -128,16 +128,16 @@ class TorchModule:
                 external_data=True,
             )
 
-    def _judge_export(self, error: Exception) -> Exception:
+    def _as_export_error(self, error: Exception) -> OnnxLoraError | None:
         if isinstance(error, ImportError):
             return _missing(error)
         if isinstance(error, OSError | MemoryError):
-            return error
+            return None
         return ExportError(f"torch.onnx could not export {type(self.module).__name__}: {first_line(error)}")
 
-    def _judge_run(self, error: Exception) -> Exception:
+    def _as_run_error(self, error: Exception) -> OnnxLoraError | None:
         if isinstance(error, OSError | MemoryError):
-            return error
+            return None
         return ExportError(f"{type(self.module).__name__} does not run on its example_inputs: {first_line(error)}")
 
 
