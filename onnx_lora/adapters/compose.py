@@ -4,20 +4,19 @@ It knows the layout of graph inputs, and no session."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
 from pathlib import PurePath
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter, Coverage, Origin
+from onnx_lora.arguments import is_finite_number
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, Replaceable
 
-__all__ = ["blend", "blended", "is_weight", "stack_rows"]
+__all__ = ["blend", "blended", "stack_rows"]
 
 Tensors = Mapping[str, Array]  # by graph input name
 
@@ -35,7 +34,7 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     problems = [
         f"{part.name}: a weight must be a finite number, and is {weight!r}"
         for part, weight in parts
-        if not is_weight(weight)
+        if not is_finite_number(weight)
     ]
     problems += _replaced_problems(parts) + _alone_problems(parts)
     if problems:
@@ -60,7 +59,7 @@ def blended(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundA
     """
     if not parts:
         raise SelectionError("a blend must have an adapter at least, and has none")
-    if len(parts) == 1 and is_weight(parts[0][1]) and parts[0][1] == 1.0:
+    if len(parts) == 1 and is_finite_number(parts[0][1]) and parts[0][1] == 1.0:
         return parts[0][0]
     tensors = dict(blend(parts))
     for tensor in tensors.values():
@@ -124,14 +123,6 @@ def _merged_digests(adapters: Sequence[BoundAdapter]) -> dict[str, str]:
     if problems:
         raise SelectionError("adapters of one blend must be bound to one base", problems=problems)
     return digests
-
-
-def is_weight(weight: object) -> bool:
-    """Whether an adapter can have this weight: a finite number, of Python's or of numpy's."""
-    try:
-        return isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
-    except OverflowError:
-        return False
 
 
 def _replaced_problems(parts: Sequence[tuple[BoundAdapter, float]]) -> list[str]:

@@ -12,7 +12,8 @@ from enum import Enum
 import onnx
 import onnx_ir as ir
 
-from onnx_lora.errors import MissingDependencyError, printable
+from onnx_lora.errors import ExportError, printable
+from onnx_lora.onnxruntime_errors import fail_in_tool, load_onnxruntime
 
 __all__ = ["Form", "Shapes", "infer_shapes", "outputs_are_free"]
 
@@ -152,27 +153,23 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
     """The graph with shapes, and whether they are all there."""
-    try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"giving a graph its points needs {error.name}: pip install 'onnx-lora[attach,cpu]' (or [attach,gpu])"
-        ) from error
+    tool = load_onnxruntime("giving a graph its points needs", part="tools.symbolic_shape_infer", extra="attach,cpu")
     # auto_merge: two symbols that meet in an elementwise operator are one size. The tool's public entry
     # point leaves a file in the working folder when it gives up, hence its inner steps.
-    inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+    inference = tool.SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
     logging.getLogger("onnxruntime.tools.symbolic_shape_infer").setLevel(logging.ERROR)
     try:
-        inference._preprocess(proto)
-        rounds = 0
-        while inference.run_:
-            rounds += 1
-            if rounds > _ROUNDS:
-                raise RuntimeError("it finds sizes to be equal over and over again")
-            inference._infer_impl()
-        inference._update_output_from_vi()
+        with fail_in_tool(ExportError):
+            inference._preprocess(proto)
+            rounds = 0
+            while inference.run_:
+                rounds += 1
+                if rounds > _ROUNDS:
+                    raise ExportError("it finds sizes to be equal over and over again")
+                inference._infer_impl()
+            inference._update_output_from_vi()
         return inference.out_mp_.graph, True
-    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign graphs; only rows are lost without it
+    except ExportError as error:  # only rows are lost without it
         logger.warning(
             "symbolic shape inference gave up (%s): no adapter per row in this graph", printable(str(error), 300)
         )

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, ModelError, OnnxLoraError, first_line
 
-__all__ = ["first_line", "foreign"]
+__all__ = ["foreign"]
 
 
 @contextmanager
@@ -28,11 +28,3 @@ def foreign(step: str, file: str | os.PathLike[str], *, must: str = "be a sound 
         raise ExportError(f"{step} failed: memory ran out", path=file) from error
     except Exception as error:
         raise ModelError(f"must {must}, and {step} failed: {first_line(error)}", path=file) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its class where it says nothing."""
-    cause = error.__cause__ or error
-    lines = str(cause).strip().splitlines()
-    said = lines[0] if lines else ""
-    return said if len(said) > 8 else f"{type(cause).__name__}: {said}".removesuffix(": ")

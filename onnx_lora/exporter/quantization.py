@@ -19,12 +19,12 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, ModelError
 from onnx_lora.exporter.build import Options, Progress, Source, build
 from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.foreign import first_line
 from onnx_lora.exporter.frontends.source import companions_of
 from onnx_lora.exporter.intake import read_proto
+from onnx_lora.onnxruntime_errors import fail_in_tool, load_onnxruntime
 from onnx_lora.package import MANIFEST, GraphInfo, Package
 from onnx_lora.staging import staged
 
@@ -122,7 +122,8 @@ def _options(package: Package) -> Options:
 
 
 def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
-    with _translated(package.path):
+    with _run_quantizer(package.path):
+        load_onnxruntime("quantizing needs", part="quantization.matmul_nbits_quantizer", extra="attach,cpu")
         from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
         from onnxruntime.quantization.onnx_model import ONNXModel
@@ -243,19 +244,14 @@ def _restore(built: Package, source: Package) -> None:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _run_quantizer(path: Path) -> Iterator[None]:
     """The quantizers' exceptions as ours, and their notes kept out of the user's terminal: importing them gives the
     root logger a handler and a level."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
     try:
-        yield
-    except ImportError as error:
-        raise MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path) from error
+        with fail_in_tool(lambda said: ExportError(f"ONNX Runtime's quantizer failed: {said}", path=path)):
+            yield
     finally:
         root.setLevel(level)
         root.handlers[:] = handlers

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from onnx_lora.runtime.generation.cache import Cache
     from onnx_lora.runtime.generation.chat import Chat
     from onnx_lora.runtime.generation.generator import TextGenerator
+    from onnx_lora.runtime.generation.results import Generation, Piece
     from onnx_lora.runtime.generation.sampling import Sampling
-    from onnx_lora.runtime.generation.stream import Generation, Piece, Stream
+    from onnx_lora.runtime.generation.stream import Stream
     from onnx_lora.runtime.requantize import Requantize, Rounding
     from onnx_lora.runtime.session import AdapterSession
     from onnx_lora.runtime.standalone import fold_to
@@ -41,8 +42,8 @@ __getattr__, __dir__ = lazy_names(
         "fold": "onnx_lora.runtime.folding",
         "Cache": "onnx_lora.runtime.generation.cache",
         "Chat": "onnx_lora.runtime.generation.chat",
-        "Generation": "onnx_lora.runtime.generation.stream",
-        "Piece": "onnx_lora.runtime.generation.stream",
+        "Generation": "onnx_lora.runtime.generation.results",
+        "Piece": "onnx_lora.runtime.generation.results",
         "Stream": "onnx_lora.runtime.generation.stream",
         "Sampling": "onnx_lora.runtime.generation.sampling",
         "TextGenerator": "onnx_lora.runtime.generation.generator",

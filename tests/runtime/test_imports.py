@@ -26,4 +26,4 @@ def test_without_onnxruntime_the_package_imports_and_the_runtime_says_what_to_in
         "except onnx_lora.OnnxLoraError as error:\n    print(type(error).__name__, error)"
     )
     assert done.stdout.startswith("MissingDependencyError"), done.stderr
-    assert "pip install onnx-lora[cpu]" in done.stdout
+    assert "pip install 'onnx-lora[cpu]'" in done.stdout

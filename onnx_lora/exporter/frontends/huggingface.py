@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.ort_check import native_failures
+from onnx_lora.onnxruntime_errors import native_failures
 
 __all__ = ["base_of", "config_of", "heads_of", "name_of", "quiet", "short_name", "translated", "without_bars"]
 

@@ -20,7 +20,8 @@ from onnx_lora.adapters.formats.converted.olive import from_olive
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.boundary import public, unwritten
-from onnx_lora.errors import AdapterFileError, InputError, MissingDependencyError, StorageError
+from onnx_lora.errors import AdapterFileError, InputError, StorageError
+from onnx_lora.onnxruntime_errors import fail_as, load_onnxruntime
 from onnx_lora.points import Array
 from onnx_lora.staging import scratch, staged_place
 
@@ -188,7 +189,7 @@ def read_onnx_file(file: Reading) -> TensorFile:
 def _parameters(runtime: ModuleType, copy: Path, path: Path) -> tuple[dict[str, Array], int]:
     """The tensors by name, and the number that stands for the base."""
     tensors: dict[str, Array] = {}
-    try:
+    with fail_as(lambda said: AdapterFileError(f"is damaged; convert the adapter again ({said})", path=path)):
         held = runtime.AdapterFormat.read_adapter(str(copy))
         number = int(held.get_model_version())
         for key, value in held.get_parameters().items():
@@ -196,8 +197,6 @@ def _parameters(runtime: ModuleType, copy: Path, path: Path) -> tuple[dict[str, 
             array = np.array(value.numpy())
             array.flags.writeable = False
             tensors[key] = array
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
     return tensors, number
 
 
@@ -215,13 +214,7 @@ def read_onnx_adapter(file: TensorFile, path: Path, name: str | None) -> Adapter
 
 
 def _onnxruntime(path: Path) -> ModuleType:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            ".onnx_adapter files need ONNX Runtime: `pip install onnx-lora[cpu]`", path=path
-        ) from error
-    module: ModuleType = onnxruntime
+    module: ModuleType = load_onnxruntime(".onnx_adapter files need", path=path)
     return module
 
 
