@@ -16,8 +16,9 @@ from typing import Any, TypeVar, cast
 from onnx_lora.arguments import misfits
 from onnx_lora.errors import InputError, InternalError, OnnxLoraError, OutsideError, StorageError, printable
 
-__all__ = ["public", "translated", "unread", "unwritten"]
+__all__ = ["call_foreign", "public", "translated", "unread", "unwritten"]
 
+R = TypeVar("R")
 T = TypeVar("T", bound=Callable[..., Any])
 
 # What the system refuses, by the kind of error, and what to do about it.
@@ -80,6 +81,19 @@ def unread(
     return kind(f"cannot be read: {what}; {cure}", path=path)
 
 
+def call_foreign(function: Callable[[], R], failure: Callable[[str], OnnxLoraError]) -> R:
+    """What another package's code gives, which may raise anything.
+
+    Raises `failure(said)`: whatever it raised that is no error of ours; `said` has its type, its text and its line.
+    """
+    try:
+        return function()
+    except OnnxLoraError:
+        raise
+    except Exception as error:
+        raise failure(_said(error)) from error
+
+
 def translated(error: BaseException) -> OnnxLoraError:
     """A foreign exception as one of ours, to be raised from it."""
     if isinstance(error, OnnxLoraError):
@@ -93,12 +107,16 @@ def translated(error: BaseException) -> OnnxLoraError:
     if isinstance(error, OSError):
         kind, cure = _REFUSED.get(error.errno or 0, (StorageError, f"the system failed: {error}; try again"))
         return kind(cure, path=_file_of(error))
+    return InternalError(
+        f"a fault of onnx-lora, or of a library beneath it ({_said(error)}); please report it, with the traceback"
+    )
+
+
+def _said(error: BaseException) -> str:
+    """An exception's type and text, and the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f", line {frame.lineno} of {Path(frame.filename).name}" for frame in last)
-    said = f"{type(error).__name__}: {printable(str(error), _SAID_LIMIT)}{where}"
-    return InternalError(
-        f"a fault of onnx-lora, or of a library beneath it ({said}); please report it, with the traceback"
-    )
+    return f"{type(error).__name__}: {printable(str(error), _SAID_LIMIT)}{where}"
 
 
 def _file_of(error: OSError) -> str | None:

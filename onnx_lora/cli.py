@@ -29,7 +29,8 @@ from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
 from onnx_lora.boundary import translated, unread
 from onnx_lora.errors import FeedError, InputError, InternalError, OnnxLoraError, printable
 from onnx_lora.heat import PICTURES, Heat
-from onnx_lora.package import MANIFEST, Package
+from onnx_lora.manifest import MANIFEST
+from onnx_lora.package import Package
 from onnx_lora.staging import staged_place
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@
     │   └── OutputExistsError        the output's place is taken
     ├── OutsideError                 the world failed; trying again may help
     │   ├── MissingDependencyError   an optional package is not installed
+    │   ├── PluginError              a package that brings a format or a method is broken
     │   ├── StorageError             disk full, no permission, too many open files
     │   ├── ExportError              the exporter or ONNX Runtime failed on a file that looked right
     │   ├── RunError                 ONNX Runtime, memory or a helping process failed in a run whose inputs look right
@@ -48,6 +49,7 @@ __all__ = [
     "OutputExistsError",
     "OutsideError",
     "PackageError",
+    "PluginError",
     "PromptError",
     "RunError",
     "SamplingError",
@@ -191,6 +193,10 @@ class OutsideError(OnnxLoraError):
 
 class MissingDependencyError(OutsideError):
     """An optional package is not installed; the message names the extra to install."""
+
+
+class PluginError(OutsideError):
+    """An installed package that brings a format or a method fails to load, or takes a name that is taken."""
 
 
 class StorageError(OutsideError):

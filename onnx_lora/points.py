@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from onnx_lora.kinds import LINEAR, Kind
 from onnx_lora.quantized import Scheme
+from onnx_lora.roles import Role
 
 __all__ = [
     "FLOAT_TYPES",
@@ -25,9 +26,9 @@ __all__ = [
     "InjectionPoint",
     "NamedTensor",
     "Quantization",
-    "Replaceable",
     "StoredTensor",
     "WeightPart",
+    "WholeWeight",
     "digest",
     "matches",
     "matching",
@@ -120,11 +121,17 @@ class NamedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What stands beside a quantized initializer; `zero_point` holds one or none."""
+    """What stands beside a quantized initializer: how its numbers stand for floats, and by what scale and zero
+    point."""
 
     scheme: Scheme
     scale: NamedTensor
-    zero_point: tuple[NamedTensor, ...] = ()
+    zero_point: NamedTensor | None = None
+
+    @property
+    def tensors(self) -> tuple[NamedTensor, ...]:
+        """The scale, and the zero point where there is one."""
+        return (self.scale,) if self.zero_point is None else (self.scale, self.zero_point)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,7 @@ class WeightPart:
     `[in, out]`. A packed projection (q, k and v in one initializer) has one part per module:
     the initializer's outputs `start` to `start + outputs` are the module's. A module that was cut up
     (gate and up of one weight, in two initializers) has one part per piece: they are the module's
-    outputs `first` to `first + outputs`. `quantized` holds one entry or none.
+    outputs `first` to `first + outputs`. `quantized`: what stands beside a quantized initializer.
     """
 
     initializer: str
@@ -144,7 +151,7 @@ class WeightPart:
     transposed: bool = False
     start: int = 0
     first: int = 0
-    quantized: tuple[Quantization, ...] = ()
+    quantized: Quantization | None = None
 
     def window(self, values: Array) -> Array:
         """The module's part of the initializer's values, as a view `[in, outputs]`. A kernel's axes count as `in`."""
@@ -155,8 +162,8 @@ class WeightPart:
     @property
     def matrix(self) -> tuple[int, int]:
         """Inputs and outputs of the whole initializer; (0, 0) where it has less than two axes."""
-        if self.quantized:
-            rows, columns = self.quantized[0].scheme.rows, self.quantized[0].scheme.columns
+        if self.quantized is not None:
+            rows, columns = self.quantized.scheme.rows, self.quantized.scheme.columns
         elif len(self.stored.shape) < 2:
             return 0, 0
         else:
@@ -206,6 +213,11 @@ class InjectionPoint:
     def dora_scale(self) -> str:
         """`[rows, 1, out]`. DoRA (Liu et al. 2024), equation 5: m / ‖W0 + A · B‖, the norm of each output's weights."""
         return f"{self.module}.dora_scale"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether W0, or a part of it, is kept in few bits."""
+        return any(part.quantized is not None for part in self.parts)
 
     @property
     def weight_inputs(self) -> int:
@@ -317,28 +329,21 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Replaceable:
-    """A whole weight that an adapter may replace, by its torch parameter name.
+class WholeWeight:
+    """A whole weight that an adapter may replace, by its torch parameter name. Its `role` says how it is laid out.
 
-    role            torch's shape                          the graph input's shape
-    linear_weight   `[out, in]` (`[in, out]` if in_out)    `[rows, in, out]`
-    linear_bias     `[out]`                                `[rows, 1, out]`
-    table           `[entries, features]` (embedding)      as torch's: no rows
-    whole           any                                    as torch's: no rows
-
-    `free_outputs`: an adapter may bring another number of outputs (a classifier's head), or of a table's entries.
-    `unproven`: as of a point.
+    `shape`: in PyTorch. `free_outputs`: an adapter may bring another length along the role's free axis (the outputs of
+    a classifier's head, the entries of a table). `unproven`: as of a point.
     """
 
     name: str
-    role: Literal["linear_weight", "linear_bias", "table", "whole"]
+    role: Role
     shape: tuple[int, ...]
     dtype: str
     free_outputs: bool
     per_row: bool
     sha256: str
     parts: tuple[WeightPart, ...]
-    in_out: bool = False
     unproven: str = ""
 
     @property
@@ -347,56 +352,47 @@ class Replaceable:
         return self.name.rpartition(".")[0]
 
     @property
-    def of_linear(self) -> bool:
-        """Whether it is a linear module's, whose graph input has rows."""
-        return self.role in ("linear_weight", "linear_bias")
+    def has_rows(self) -> bool:
+        """Whether the graph input has a first axis of rows: it is a linear module's weight or bias."""
+        return self.role.has_rows
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a linear module's weight or bias has, or entries a table."""
+        return self.role.outputs(self.shape)
+
+    @property
+    def graph_shape(self) -> tuple[int, ...]:
+        """The shape of the base's own value as the graph input takes it, with one row."""
+        return self.role.graph_shape(self.shape)
+
+    @property
+    def free_graph_shape(self) -> tuple[int | None, ...]:
+        """`graph_shape`, with None where an adapter may bring another length."""
+        free = self.role.free_axis if self.free_outputs else None
+        lengths: list[int | None] = list(self.graph_shape)
+        if free is not None:
+            lengths[free] = None
+        return tuple(lengths)
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of torch's `shape` can take this one's place."""
         if not self.free_outputs:
             return tuple(shape) == self.shape
-        if len(shape) != len(self.shape) or min(shape, default=0) < 1:
-            return False
-        return self.role == "linear_bias" or shape[self._in_axis] == self.shape[self._in_axis]
-
-    def free(self, shape: tuple[int, ...]) -> tuple[int | None, ...]:
-        """The graph input's `shape`, None where an adapter may bring another length."""
-        if not self.free_outputs:
-            return shape
-        return (None, *shape[1:]) if self.role == "table" else (*shape[:-1], None)
-
-    @property
-    def _in_axis(self) -> int:
-        return 0 if self.in_out and self.role != "table" else 1
+        return min(shape, default=0) > 0 and self.role.fits(tuple(shape), self.shape)
 
     def to_graph(self, parameter: Array) -> Array:
         """A torch parameter as the graph input takes it, with one row."""
-        if self.role == "linear_weight":
-            return np.ascontiguousarray(parameter if self.in_out else parameter.T)[None]
-        if self.role == "linear_bias":
-            return parameter[None, None, :]
-        return parameter
+        return self.role.to_graph(parameter)
 
     def to_torch(self, value: Array) -> Array:
         """A graph input's value (one row) as the torch parameter."""
-        if self.role == "linear_weight":
-            whole: Array = value[0]
-            return whole if self.in_out else whole.T
-        bias: Array = value[0, 0] if self.role == "linear_bias" else value
-        return bias
+        return self.role.to_torch(value)
 
     def to_initializer(self, value: Array, part: WeightPart) -> Array:
         """A graph input's value (one row) as the base graph's initializer stores it."""
-        if self.role == "linear_weight":
-            return np.ascontiguousarray(value[0].T if part.transposed else value[0])
-        if self.role == "linear_bias":
-            return np.ascontiguousarray(value[0, 0])
-        return np.ascontiguousarray(value.T if part.transposed else value)
+        return self.role.to_initializer(value, transposed=part.transposed)
 
     def from_initializer(self, stored: Array, part: WeightPart) -> Array:
         """The base's own value as the graph input takes it, with one row."""
-        if self.role == "linear_weight":
-            return np.ascontiguousarray(stored.T if part.transposed else stored)[None]
-        if self.role == "linear_bias":
-            return stored[None, None, :]
-        return np.ascontiguousarray(stored.T if part.transposed else stored)
+        return self.role.from_initializer(stored, transposed=part.transposed)

@@ -4,7 +4,6 @@ graphs nor files."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +19,8 @@ Array = NDArray[Any]
 # float16, which moves a number by so much of its distance from zero.
 _NEAREST = 0.5 + 1e-3  # steps
 _OF_FLOAT16 = 2.0**-10  # steps a step
+
+_OTHER_SIZE = "scales or zero points of another size than the weight's"
 
 # How far beyond the ends of its range a quantizer lets numbers lie for the sake of the others.
 _CUT = 4.0  # steps
@@ -50,33 +51,50 @@ class Scheme:
     columns: int
 
     def problem(
-        self, values: tuple[int, ...], scale: tuple[int, ...], zero_points: Sequence[tuple[str, tuple[int, ...]]]
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_point: tuple[str, tuple[int, ...]] | None
     ) -> str | None:
-        """Why tensors of these shapes (and types, of zero points) are none of this scheme's, or None."""
+        """Why tensors of these shapes are none of this scheme's, or None. `zero_point`: its type and its shape."""
         if self.rows < 1 or self.columns < 1 or self.block_size < 0:
             return "impossible sizes"
         if self.layout == "blocks":
-            if self.bits not in (2, 4, 8) or self.block_size < 1:
-                return f"{self.bits} bits in blocks of {self.block_size}"
-            scales, size = self.rows * self.blocks, self.blocks * self.block_size * self.bits // 8
-            packed = self.rows * -(-self.blocks * self.bits // 8)
-            fits = math.prod(values) == self.rows * size and math.prod(scale) == scales
-            fits = fits and all(
-                math.prod(shape) == (packed if dtype == "uint8" else scales) for dtype, shape in zero_points
-            )
-            return None if fits else "scales or zero points of another size than the weight's"
-        needless = self.axis < 0 and self.block_size > 0
-        if needless or self.bits not in (4, 8) or self.axis not in (-1, 0, 1) or values != (self.rows, self.columns):
+            return self._problem_of_blocks(values, scale, zero_point)
+        return self._problem_of_affine(values, scale, zero_point)
+
+    def _problem_of_blocks(
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_point: tuple[str, tuple[int, ...]] | None
+    ) -> str | None:
+        if self.bits not in (2, 4, 8) or self.block_size < 1:
+            return f"{self.bits} bits in blocks of {self.block_size}"
+        scales = self.rows * self.blocks
+        bytes_of_row = self.blocks * self.block_size * self.bits // 8
+        if math.prod(values) != self.rows * bytes_of_row or math.prod(scale) != scales:
+            return _OTHER_SIZE
+        if zero_point is None:
+            return None
+        dtype, shape = zero_point
+        packed = self.rows * -(-self.blocks * self.bits // 8)
+        expected = packed if dtype == "uint8" else scales
+        return None if math.prod(shape) == expected else _OTHER_SIZE
+
+    def _problem_of_affine(
+        self, values: tuple[int, ...], scale: tuple[int, ...], zero_point: tuple[str, tuple[int, ...]] | None
+    ) -> str | None:
+        blocks_of_nothing = self.axis < 0 and self.block_size > 0
+        if blocks_of_nothing or self.bits not in (4, 8) or self.axis not in (-1, 0, 1):
             return "another shape than the scheme's"
-        if self.axis < 0:
-            expected = 1
-        elif self.block_size:
+        if values != (self.rows, self.columns):
+            return "another shape than the scheme's"
+        expected = 1
+        if self.axis >= 0 and self.block_size:
             along, other = (self.rows, self.columns) if self.axis == 0 else (self.columns, self.rows)
             expected = -(-along // self.block_size) * other
-        else:
+        elif self.axis >= 0:
             expected = values[self.axis]
-        fits = all(math.prod(shape) == expected for shape in (scale, *(shape for _, shape in zero_points)))
-        return None if fits else "scales or zero points of another size than the weight's"
+        if math.prod(scale) != expected:
+            return _OTHER_SIZE
+        if zero_point is not None and math.prod(zero_point[1]) != expected:
+            return _OTHER_SIZE
+        return None
 
     @property
     def blocks(self) -> int:

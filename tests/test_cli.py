@@ -21,7 +21,7 @@ import pytest
 
 from onnx_lora import Package
 from onnx_lora.cli import main
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from onnx_lora.errors import BindError
 from onnx_lora.kinds import LINEAR, Kind
-from onnx_lora.package import GraphInfo
+from onnx_lora.manifest import GraphInfo
 from onnx_lora.points import Array
 
 __all__ = [
@@ -18,7 +18,10 @@ __all__ = [
     "Change",
     "Coverage",
     "Delta",
+    "HasTensors",
     "MatrixDelta",
+    "NeedsConfig",
+    "OfTable",
     "Origin",
     "PortableAdapter",
     "Replacement",
@@ -77,23 +80,49 @@ class Change(Protocol):
 
     Weights are float32 (float64 for a base of that), in `InjectionPoint.torch_shape`: `[out, in]`,
     `[rows of the table, features]`, `[out, channels / groups, *kernel]`.
+
+    What only some changes can say is asked by Protocols of one method each: `HasTensors`, `NeedsConfig`, `OfTable`.
     """
 
     @property
     def method(self) -> str:
-        """By the name that messages use: "IA3"."""
+        """The method's name in messages: "IA3"."""
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        """Why it cannot be a change of a weight of this shape, with both shapes; or None."""
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        """Why this cannot be a change of a weight of this shape, with both shapes; None where it can."""
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         """The new weight; `weight` stays as it is. Exactly what PEFT's merge gives, but for rounding."""
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
-        """The change of this weight as a pair of factors no larger than the weight, or None: folding only."""
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
+        """The change of this weight as a pair of factors no larger than the weight. None: it can only be folded."""
 
     def output_scale(self) -> Array | None:
-        """`[out]` where the change is nothing but a factor for each output, or None."""
+        """`[out]` where the change is a factor for each output and nothing else; None otherwise."""
+
+
+@runtime_checkable
+class HasTensors(Protocol):
+    """A change that names the tensors it was made of, as its file does. `bind` checks that all of them are finite."""
+
+    def tensors(self) -> Mapping[str, Array]:
+        """By the name that messages use: "lora_E". Whole numbers (indices) may be among them."""
+
+
+@runtime_checkable
+class NeedsConfig(Protocol):
+    """A change that is complete only with a number from the config of the model that it is for."""
+
+    def with_config(self, config: Mapping[str, Any]) -> Delta | Change:
+        """The change with what `config`, Hugging Face's `config.json`, says; itself where that says too little."""
+
+
+@runtime_checkable
+class OfTable(Protocol):
+    """A change of rows of a table of embeddings, which also reaches an output head that is tied to the table."""
+
+    def of_kind(self, kind: Kind) -> Change:
+        """The same change as one of a module of this kind: of the table itself, or of the tied head."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from hashlib import sha256
 
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 
 __all__ = ["base_number", "base_problem", "is_base_number"]
 

@@ -25,12 +25,13 @@ from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, e
 from onnx_lora.adapters.factors import as_matrices, column_norms, delta_problems, depends_on_weight, value_problems
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.names import resolved
-from onnx_lora.adapters.tied import OFTEN_TIED, with_tied
+from onnx_lora.adapters.tied import with_tied
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
+from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, digest, in_memory, matching
+from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest, in_memory, matching
 
 __all__ = ["bind"]
 
@@ -199,8 +200,7 @@ class _Binder:
 
     def _bind_magnitude(self, point: InjectionPoint, magnitude: Array, cached: Array | None) -> None:
         """DoRA's scale, from this package's own W0; a converted file's, where W0 is the one it was made of."""
-        quantized = any(part.quantized for part in point.parts)
-        if cached is None or quantized or self.adapter.base_digests.get(point.module) != point.sha256:
+        if cached is None or point.is_quantized or self.adapter.base_digests.get(point.module) != point.sha256:
             a, b = self.tensors[point.lora_a][0], self.tensors[point.lora_b][0]
             norms = column_norms(self.package.module_weight(point), a, b)
             if not norms.all():
@@ -233,7 +233,7 @@ class _Binder:
                 self._change_parameter(self.package.replaceable[module], change)
             if point is None or module in self.adapter.deltas:
                 continue
-            wrong = change.problem(point.torch_shape, point.kind)
+            wrong = change.explain_misfit(point.torch_shape, point.kind)
             if wrong is None and not point.kind.foldable and not isinstance(change, OutputScale):
                 wrong = f"{change.method} on {point.kind.noun} is not applied"
             if wrong is not None:
@@ -243,7 +243,7 @@ class _Binder:
             delta = None
             if scale is None:
                 weight = point.to_torch(self.package.module_weight(point))
-                delta = change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+                delta = change.as_factors(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
                 if delta is not None and depends_on_weight(change, delta, point.torch_shape):
                     self.made_of[module] = self.package.mark(point)
             if scale is not None:
@@ -260,17 +260,17 @@ class _Binder:
     def _is_bare(self, name: str) -> bool:
         """Whether it names no module but a parameter that is replaceable as it is."""
         weight = self.package.replaceable.get(name)
-        return weight is not None and not weight.of_linear and name not in self.package.points
+        return weight is not None and not weight.has_rows and name not in self.package.points
 
-    def _change_parameter(self, weight: Replaceable, change: Change) -> None:
+    def _change_parameter(self, weight: WholeWeight, change: Change) -> None:
         """A change of a bare parameter: its new value is an input, as any whole weight is."""
-        if (wrong := change.problem(weight.shape, LINEAR)) is not None:
+        if (wrong := change.explain_misfit(weight.shape, LINEAR)) is not None:
             self.problems.append(f"{weight.name}: {wrong}")
             return
         self.digests[weight.name] = weight.sha256
         self.replaced.append(weight.name)
         base = self.package.default(weight)
-        self._put(weight.name, change.merged(base.astype(np.promote_types(base.dtype, np.float32))), weight.dtype)
+        self._put(weight.name, change.apply_to(base.astype(np.promote_types(base.dtype, np.float32))), weight.dtype)
 
     def bind_replacements(self) -> None:
         for name in sorted(self.adapter.replacements):
@@ -301,7 +301,7 @@ class _Binder:
     @cached_property
     def _weights_by_module(self) -> Mapping[str, set[str]]:
         """The digests of every module's weight."""
-        owners: list[InjectionPoint | Replaceable] = [*self.package.points.values(), *self.package.replaceable.values()]
+        owners: list[InjectionPoint | WholeWeight] = [*self.package.points.values(), *self.package.replaceable.values()]
         found: dict[str, set[str]] = {}
         for owner in owners:
             if _is_weight(owner):
@@ -317,10 +317,10 @@ class _Binder:
                 found.setdefault(own, set()).add(module)
         return found
 
-    def _replace(self, weight: Replaceable, replacement: Replacement) -> None:
+    def _replace(self, weight: WholeWeight, replacement: Replacement) -> None:
         self.digests[weight.name] = weight.sha256
         value = replacement.value
-        shape = _torch_shape(weight, value.shape) if replacement.in_graph_layout else value.shape
+        shape = weight.role.torch_shape(value.shape) if replacement.in_graph_layout else value.shape
         if shape is None or not weight.fits(shape):
             free = " (the number of outputs is free)" if weight.free_outputs else ""
             self.problems.append(f"{weight.name}: must have shape {weight.shape}{free}, and has {value.shape}")
@@ -330,8 +330,8 @@ class _Binder:
             wrong.append(f"{weight.name}: must have the base's shape {weight.shape}, and has {value.shape}")
         self.problems += wrong
         if not wrong:
-            if weight.of_linear:
-                self.outputs[weight.name] = shape[-1 if weight.in_out else 0]
+            if weight.has_rows:
+                self.outputs[weight.name] = weight.role.outputs(shape)
             laid_out = value if replacement.in_graph_layout else weight.to_graph(value)
             if replacement.operation != "set":
                 combine = np.add if replacement.operation == "add" else np.multiply
@@ -357,7 +357,7 @@ class _Binder:
 
     def _is_base(self, name: str, value: Array) -> bool:
         module, _, parameter = name.rpartition(".")
-        owner: InjectionPoint | Replaceable | None = self.package.replaceable.get(name)
+        owner: InjectionPoint | WholeWeight | None = self.package.replaceable.get(name)
         if owner is None and parameter == "weight":
             owner = self.package.points.get(module)
         if owner is None:
@@ -372,11 +372,9 @@ class _Binder:
             now = {}
             for name in (f"{module}.weight", f"{module}.bias"):
                 weight = known.get(name)
-                if weight is not None and weight.of_linear:
-                    own = weight.shape[-1 if weight.in_out else 0]
-                    now[f"{name} ({'the adapter' if name in self.outputs else 'the base'}'s)"] = self.outputs.get(
-                        name, own
-                    )
+                if weight is not None and weight.has_rows:
+                    whose = "the adapter" if name in self.outputs else "the base"
+                    now[f"{name} ({whose}'s)"] = self.outputs.get(name, weight.outputs)
             point = self.package.points.get(module)
             if point is not None:
                 now[f"the injection point {module} (export again without it in --targets)"] = point.out_features
@@ -385,11 +383,9 @@ class _Binder:
                 self.problems.append(f"{module}: the number of outputs must agree, and is {sizes}")
 
     def check_saved_modules(self) -> None:
-        modules = {name.rpartition(".")[0] for name in self.package.replaceable} | set(self.package.points)
-        modules |= {module for graph in self.package.manifest.graphs for module in graph.untargeted}
         names = dict.fromkeys(self.adapter.saved_modules)
         brought = matching(names, {name.rpartition(".")[0] for name in self.adapter.replacements})
-        had = matching(names, modules)
+        had = matching(names, self.package.modules)
         for name in names:
             if name in had and name not in brought:
                 self.problems.append(
@@ -456,20 +452,9 @@ def _rescales(delta: Delta | MatrixDelta) -> bool:
     return computed or delta.magnitude is not None
 
 
-def _is_weight(owner: InjectionPoint | Replaceable) -> bool:
+def _is_weight(owner: InjectionPoint | WholeWeight) -> bool:
     """Whether its values are a module's weight, and not a bias or a norm, which may be equal by accident."""
     return isinstance(owner, InjectionPoint) or (owner.name.endswith(".weight") and len(owner.shape) > 1)
-
-
-def _torch_shape(weight: Replaceable, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the torch parameter behind a graph input's value with one row."""
-    if not weight.of_linear:
-        return shape
-    if len(shape) != 3 or shape[0] != 1 or (weight.role == "linear_bias" and shape[1] != 1):
-        return None
-    if weight.role == "linear_bias":
-        return shape[2:]
-    return shape[1:] if weight.in_out else (shape[2], shape[1])
 
 
 def _frozen(value: Array, dtype: np.dtype[np.generic]) -> Array:

@@ -14,7 +14,8 @@ from onnx_lora.arguments import is_finite_number
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable
+from onnx_lora.points import Array, InjectionPoint, WholeWeight
+from onnx_lora.roles import LinearBias
 
 __all__ = ["blend", "blended", "stack_rows"]
 
@@ -220,7 +221,7 @@ def stack_rows(
             )
         elif own:
             tensors.update(_stack_point(point, own, rows))
-    modules: dict[str, list[Replaceable]] = {}
+    modules: dict[str, list[WholeWeight]] = {}
     for weight in package.replaceable.values():
         modules.setdefault(weight.module, []).append(weight)
     touched = {module: weights for module, weights in modules.items() if any(weight.name in used for weight in weights)}
@@ -271,7 +272,7 @@ def _stack_point(point: InjectionPoint, names: Collection[str], rows: Sequence[T
 
 def _stack_module(
     module: str,
-    weights: Sequence[Replaceable],
+    weights: Sequence[WholeWeight],
     rows: Sequence[Tensors],
     defaults: Mapping[str, Array],
     tensors: dict[str, Array],
@@ -279,10 +280,10 @@ def _stack_module(
 ) -> None:
     """The whole weights of one module: its weight and its bias have the same number of outputs."""
     values = {weight.name: [row.get(weight.name, defaults.get(weight.name)) for row in rows] for weight in weights}
-    heads = [weight for weight in weights if weight.of_linear]
+    heads = [weight for weight in weights if weight.has_rows]
     widths = {value.shape[-1] for weight in heads for value in values[weight.name] if value is not None}
     padded = len(widths) > 1
-    if padded and not any(weight.role == "linear_bias" for weight in heads):
+    if padded and not any(isinstance(weight.role, LinearBias) for weight in heads):
         problems.append(
             f"{module}: rows with {', '.join(map(str, sorted(widths)))} outputs need its bias to mark those that a row "
             f"does not have, and the package does not expose it; export again with --replaceable {module}"
@@ -294,16 +295,16 @@ def _stack_module(
 
 
 def _stack_weight(
-    weight: Replaceable, values: Sequence[Array | None], width: int, tensors: dict[str, Array], problems: list[str]
+    weight: WholeWeight, values: Sequence[Array | None], width: int, tensors: dict[str, Array], problems: list[str]
 ) -> None:
     known = [value for value in values if value is not None]
-    per_row = weight.per_row and weight.of_linear
+    per_row = weight.per_row and weight.has_rows
     if _same(values, by_value=not per_row):
         tensors[weight.name] = known[0]
     elif not per_row or len(known) < len(values):
         problems.append(f"{weight.name}: the graph takes one value for all rows, and these rows differ")
     else:
-        fill = -np.inf if weight.role == "linear_bias" else 0.0
+        fill = -np.inf if isinstance(weight.role, LinearBias) else 0.0
         stacked = np.full((len(known), known[0].shape[1], width), fill, weight.dtype)
         for index, value in enumerate(known):
             stacked[index, :, : value.shape[2]] = value[0]

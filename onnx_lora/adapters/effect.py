@@ -37,7 +37,7 @@ def _change(bound: BoundAdapter, point: InjectionPoint, package: Package) -> flo
         return float(np.sqrt(max(0.0, np.sum((a.T @ a) * (b @ b.T)))))
     before = package.module_weight(point).astype(np.float32)
     if method is not None:
-        after = point.from_torch(method.merged(point.to_torch(before)))
+        after = point.from_torch(method.apply_to(point.to_torch(before)))
     else:
         assert scale is not None  # one of the two is there
         after = before.copy()

@@ -64,9 +64,7 @@ def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
 
 def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]:
     """What to say of whole weights that the package cannot replace."""
-    graphs = package.manifest.graphs
-    known = {weight.module for weight in package.replaceable.values()} | set(package.points)
-    known |= {module for graph in graphs for module in graph.untargeted}
+    known = package.modules
     missing = [name for name in parameters if _module(name) not in known]
     problems = [f"{name}: {_irreplaceable(name, package)}" for name in parameters if _module(name) in known]
     norms = {_module(name) for name in parameters if name.endswith(_STATISTICS)}

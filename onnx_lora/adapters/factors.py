@@ -83,7 +83,7 @@ def as_matrices(point: InjectionPoint, delta: Delta | MatrixDelta) -> MatrixDelt
 
 def depends_on_weight(change: Change, delta: MatrixDelta, shape: tuple[int, ...]) -> bool:
     """Whether a change's factors would be others for another weight of its shape."""
-    other = change.delta(np.broadcast_to(np.float32(0), shape))
+    other = change.as_factors(np.broadcast_to(np.float32(0), shape))
     return other is None or not (np.array_equal(other.a, delta.a) and np.array_equal(other.b, delta.b))
 
 

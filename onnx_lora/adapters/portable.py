@@ -13,7 +13,7 @@ from onnx_lora.adapters.tied import with_tied
 from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.kinds import LINEAR
 from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable
+from onnx_lora.points import InjectionPoint
 
 __all__ = ["plain", "unbound"]
 
@@ -73,13 +73,13 @@ def _as_delta(module: str, change: Change, package: Package | None, problems: li
     point = package.points.get(module) if package is not None else None
     if package is None or point is None:
         if isinstance(change, InterleavedRows):
-            problems.append(f"{module}: {change.problem((), LINEAR)}, and give that package (`--package`)")
+            problems.append(f"{module}: {change.explain_misfit((), LINEAR)}, and give that package (`--package`)")
         else:
             problems.append(f"{module}: {change.method} becomes factors, if at all, with the base's weights; {_GIVE}")
         return None
-    wrong = change.problem(point.torch_shape, point.kind)
+    wrong = change.explain_misfit(point.torch_shape, point.kind)
     weight = point.to_torch(package.module_weight(point))
-    made = None if wrong else change.delta(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+    made = None if wrong else change.as_factors(weight.astype(np.promote_types(weight.dtype, np.float32), copy=False))
     if made is None:
         why = wrong or f"{change.method} changes the weight in a way that no pair of factors expresses"
         problems.append(f"{module}: {why}; fold the adapter into the model instead (`onnx-lora fold`)")
@@ -104,18 +104,10 @@ def unbound(bound: BoundAdapter, package: Package) -> PortableAdapter:
         if point.dora_scale in bound.tensors and module not in bound.magnitudes:
             problems.append(f"{module}: has a factor for each output, and no pair of factors expresses that")
     whole = {
-        name: Replacement(_from_graph(package.replaceable[name], bound.tensors[name]))
-        for name in bound.coverage.replaced
+        name: Replacement(package.replaceable[name].to_torch(bound.tensors[name])) for name in bound.coverage.replaced
     }
     if problems:
         raise UnsupportedAdapterError(
             f"adapter {bound.name!r} cannot be written in this format", path=bound.origin.path, problems=problems
         )
     return PortableAdapter(bound.name, deltas, whole, bound.origin)
-
-
-def _from_graph(weight: Replaceable, value: Array) -> Array:
-    """The torch parameter of a graph input's value: undoes `Replaceable.to_graph`."""
-    if weight.role == "linear_weight":
-        return value.reshape(value.shape[1:]) if weight.in_out else value.reshape(value.shape[1:]).T
-    return value.reshape(-1) if weight.role == "linear_bias" else value

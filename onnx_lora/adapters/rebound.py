@@ -11,7 +11,7 @@ from onnx_lora.adapters.adapter import NO_SCALE, BoundAdapter
 from onnx_lora.adapters.explain import PROVE, explain_doubts
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
-from onnx_lora.points import Array, Replaceable
+from onnx_lora.points import Array
 
 __all__ = ["rebound"]
 
@@ -65,7 +65,7 @@ def _shapes(package: Package) -> dict[str, tuple[str, tuple[int | None, ...]]]:
         shapes[point.lora_b] = point.dtype, (1, None, point.out_features)
         shapes[point.dora_scale] = point.dtype, (1, 1, point.out_features)
     for weight in package.replaceable.values():
-        shapes[weight.name] = weight.dtype, weight.free(_input_shape(weight))
+        shapes[weight.name] = weight.dtype, weight.free_graph_shape
     return shapes
 
 
@@ -94,15 +94,6 @@ def _base_problems(bound: BoundAdapter, package: Package) -> list[str]:
         for module, mark in bound.made_of.items()
         if module in package.points and package.mark(package.points[module]) != mark
     ]
-
-
-def _input_shape(weight: Replaceable) -> tuple[int, ...]:
-    """Of a replaceable weight's graph input with one row."""
-    if weight.role == "linear_bias":
-        return (1, 1, *weight.shape)
-    if weight.role == "linear_weight":
-        return (1, *(weight.shape if weight.in_out else reversed(weight.shape)))
-    return weight.shape
 
 
 def _is(tensor: Array, dtype: str, shape: Sequence[int | None]) -> bool:

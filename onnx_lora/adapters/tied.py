@@ -11,22 +11,12 @@ from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta
 from onnx_lora.adapters.factors import as_matrices
 from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.model_config import config_of
+from onnx_lora.heads import TIED_OUTPUT_LAYERS
 from onnx_lora.kinds import Embedding
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint
 
-__all__ = ["OFTEN_TIED", "with_tied"]
-
-# What transformers ties to its input embeddings (`_tied_weights_keys`), by the last part of a module's name.
-_HEADS = frozenset(
-    {
-        *("decoder", "embed_out", "generator_lm_head", "lm_head", "lm_loss", "output_layer", "output_projection"),
-        *("pred_layer", "proj_out", "vocab_projector"),
-    }
-)
-
-# Modules whose weight is often one storage with another's: tables and output heads.
-OFTEN_TIED = _HEADS | {"embed_in", "embed_tokens", "shared", "word_embeddings", "wte"}
+__all__ = ["with_tied"]
 
 _UNTIE = '"tie_word_embeddings": false in the package\'s config.json says that nothing is tied'
 
@@ -116,17 +106,17 @@ class _Spread:
     @cached_property
     def _heads(self) -> list[str]:
         """Points that are output heads by their names."""
-        return [module for module in self.package.points if module.rpartition(".")[2] in _HEADS]
+        return [module for module in self.package.points if module.rpartition(".")[2] in TIED_OUTPUT_LAYERS]
 
     @cached_property
     def _heads_without_points(self) -> list[str]:
         """Modules that the package names otherwise than by a point, and that are output heads by their names."""
         names = [name for graph in self.package.manifest.graphs for name in graph.untargeted]
         names += [weight.module for weight in self.package.replaceable.values()]
-        return [name for name in dict.fromkeys(names) if name.rpartition(".")[2] in _HEADS]
+        return [name for name in dict.fromkeys(names) if name.rpartition(".")[2] in TIED_OUTPUT_LAYERS]
 
 
 def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
     """Whether equal digests mean equal weights, and other digests other ones."""
-    quantized = any(part.quantized for each in (point, table) for part in each.parts)
+    quantized = point.is_quantized or table.is_quantized
     return point.dtype == table.dtype and (not quantized or point.sha256 == table.sha256)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.build import Options, Progress, build
+from onnx_lora.exporter.build import build
 from onnx_lora.exporter.frontends.choice import choose
 from onnx_lora.exporter.frontends.diffusion import export_pipeline
 from onnx_lora.exporter.frontends.genai import build_checkpoint
@@ -19,9 +19,8 @@ from onnx_lora.exporter.frontends.onnx_file import load_onnx
 from onnx_lora.exporter.frontends.optimum import export_checkpoint
 from onnx_lora.exporter.frontends.source import Loaded, Precision
 from onnx_lora.exporter.frontends.torch_module import export_module
+from onnx_lora.exporter.options import ALL_LINEAR, HEADS_ONLY, Options, Progress
 from onnx_lora.exporter.ort_check import blamed_on_damage
-from onnx_lora.exporter.targets import ALL_LINEAR
-from onnx_lora.exporter.whole_weights import HEADS_ONLY
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -91,7 +90,7 @@ def export(
                 input_names=input_names,
                 output_names=output_names,
             )
-        package = _build(folder, loaded, options, progress)
+        package = build(folder, loaded, options, progress=progress)
         if verify:
             from onnx_lora.exporter.verification import verify_module
 
@@ -125,7 +124,7 @@ def attach(
     with staged(out) as folder:
         loaded = load_onnx(onnx_file, checkpoint)
         with blamed_on_damage(source.file for source in loaded.sources):
-            _build(folder, loaded, options, progress)
+            build(folder, loaded, options, progress=progress)
     return Package.open(out)
 
 
@@ -145,17 +144,3 @@ def _exported(
     if way == "diffusion":
         return export_pipeline(model, scratch, task=task, precision=precision, progress=progress)
     return export_checkpoint(model, scratch, task=task, precision=precision)
-
-
-def _build(folder: Path, loaded: Loaded, options: Options, progress: Progress) -> Package:
-    return build(
-        folder,
-        loaded.sources,
-        options=options,
-        checkpoint=loaded.checkpoint,
-        names=loaded.names,
-        origin=loaded.origin,
-        companions=loaded.companions,
-        scratch=loaded.scratch,
-        progress=progress,
-    )

@@ -5,7 +5,7 @@ load –locate, settle→ sites –choose, own→ base graph on disk –inject�
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,86 +14,38 @@ import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.axes import Shapes, infer_shapes
-from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.describe import branches_of, free_modules, points_of, replaceable_of
 from onnx_lora.exporter.foreign import foreign
 from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.inject import inject
 from onnx_lora.exporter.load import check, load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.located import Located, Occurrence, Stray, label_of
+from onnx_lora.exporter.options import ALL_LINEAR, Options, Progress
 from onnx_lora.exporter.ort_check import check_opens
 from onnx_lora.exporter.sites import Site, Sites, settle
 from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS, select
+from onnx_lora.exporter.targets import select
 from onnx_lora.exporter.traces import find_traces
 from onnx_lora.exporter.untie import own_exposures, own_weights
 from onnx_lora.exporter.weights import WeightStore
-from onnx_lora.exporter.whole_weights import HEADS_ONLY, Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.exporter.whole_weights import Exposure, Exposures, agreeing, check_names, find_exposures
+from onnx_lora.heads import OUTPUT_LAYERS
 from onnx_lora.kinds import Linear
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package, Unplaced
-from onnx_lora.points import Branch, InjectionPoint, Replaceable
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.package import Package
+from onnx_lora.points import Branch, InjectionPoint, WholeWeight
 
-__all__ = ["Options", "Progress", "Source", "build"]
-
-# Called with what is being done, and how much of it is done: ("points", 12, 210).
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One ONNX file to be given points, and its name in the package.
-
-    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
-    """
-
-    name: str
-    file: Path
-    prefix: str = ""
-    checkpoint: Checkpoint | None = None
-    calls: Calls | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What gets points. `default_rank`: 1 where an execution provider cannot run rank 0; `dora`: whether points take
-    DoRA's scale."""
-
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    replaceable: str | tuple[str, ...] = HEADS_ONLY
-    default_rank: int = 0
-    dora: bool = False
-
-    @staticmethod
-    def of(
-        targets: str | Iterable[str], replaceable: str | Iterable[str], default_rank: int, *, dora: bool = False
-    ) -> Options:
-        """Raises ModelError: `default_rank` is neither 0 nor 1, or a name is no text."""
-        return Options(_names("targets", targets), _names("replaceable", replaceable), default_rank, bool(dora))
-
-    def __post_init__(self) -> None:
-        if self.default_rank not in (0, 1):
-            raise ModelError(f"default_rank must be 0 or 1, and is {self.default_rank!r}")
-
-
-def _names(what: str, given: str | Iterable[str]) -> str | tuple[str, ...]:
-    if isinstance(given, str):
-        return given
-    try:
-        names = tuple(given)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{what} must be names, and is a {type(given).__name__}: {error}") from error
-    if other := [type(name).__name__ for name in names if not isinstance(name, str)]:
-        raise ModelError(f"{what} must be names, and holds a {other[0]}")
-    return names
+__all__ = ["build"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
     """A loaded graph on its way into the package."""
 
-    source: Source
+    source: GraphFile
     model: ir.Model
     shapes: Shapes
     sites: Sites
@@ -102,27 +54,23 @@ class _Graph:
 
 def build(
     folder: Path,
-    sources: Sequence[Source],
-    *,
+    loaded: Loaded,
     options: Options,
-    checkpoint: Checkpoint | None,
-    names: GenaiNames | None = None,
-    origin: dict[str, str],
-    companions: Iterable[Path] = (),
-    scratch: Path | None = None,
+    *,
     progress: Progress = lambda *_: None,
 ) -> Package:
-    """Write a package's files into `folder`: graphs, weights, manifest, and copies of `companions`, files or folders.
+    """Write a package's files into `folder`: graphs, weights, manifest, and copies of the companions.
 
-    Data files in `scratch` are moved, others copied.
+    Data files in `loaded.scratch` are moved, others copied.
 
     Raises ModelError: a file is no ONNX graph, nothing in it is targeted, or a name means nothing.
     """
     from onnx_lora import __version__
 
+    sources, checkpoint, names = loaded.sources, loaded.checkpoint, loaded.names
     files = [_Files(folder, source, several=len(sources) > 1) for source in sources]
     own = [MANIFEST, *(file.name for each in files for file in (each.points, each.base))]
-    store = WeightStore(folder, scratch=scratch, reserved=own)
+    store = WeightStore(folder, scratch=loaded.scratch, reserved=own)
     graphs: list[_Graph] = []
     for index, source in enumerate(sources):
         progress("locate", index, len(sources))
@@ -141,16 +89,18 @@ def build(
     for graph, sites, exposed, place in zip(graphs, settled, exposures, files, strict=True):
         write = _Writing(graph, sites, exposed.found, chosen, store, place, options, progress)
         infos.append(write.run())
-    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", origin, _agreeing(infos, graphs[0].source.file))
+    manifest = Manifest(
+        FORMAT_VERSION, f"onnx-lora {__version__}", loaded.origin, _agreeing(infos, graphs[0].source.file)
+    )
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-    for companion in companions:
+    for companion in loaded.companions:
         if not (folder / companion.name).exists():
             copy: Callable[[Path, Path], object] = shutil.copytree if companion.is_dir() else shutil.copyfile
             copy(companion, folder / companion.name)
     return Package.open(folder)
 
 
-def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
+def _read(source: GraphFile, store: WeightStore, checkpoint: Checkpoint | None, names: GenaiNames | None) -> _Graph:
     model = load(source.file)
     # First of all: from here on the weights are in a file, not in memory.
     store.externalize(model.graph)
@@ -172,7 +122,7 @@ def _read(source: Source, store: WeightStore, checkpoint: Checkpoint | None, nam
     return _Graph(source, model, shapes, Sites.of(located, shapes), doubt)
 
 
-def _counted(exposures: Exposures, source: Source) -> Exposures:
+def _counted(exposures: Exposures, source: GraphFile) -> Exposures:
     """The same without whole weights of modules that torch calls otherwise than once, as the graph shows them: another
     call of a norm may have become a constant."""
     if source.calls is None:
@@ -215,7 +165,7 @@ def _choose(
     if not modules:
         raise _nothing("an injection point needs a node with a weight (MatMul, Gemm, Conv, Gather)", graphs, strays)
     check_names(options.replaceable, exposures, modules)
-    heads = HEADS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
+    heads = OUTPUT_LAYERS if checkpoint is None or checkpoint.heads is None else checkpoint.heads
     linears = [linear for graph in graphs for site in graph.sites.sites for linear in site.linears]
     others = {linear.module for linear in linears if not isinstance(linear.product.kind, Linear)}
     wanted = select(list(before), options.targets, heads=heads, others=others)
@@ -239,7 +189,7 @@ def _nothing(must: str, graphs: Sequence[_Graph], strays: Sequence[Stray]) -> Mo
 
 def _agreeing(infos: Sequence[GraphInfo], path: Path) -> tuple[GraphInfo, ...]:
     """Raises ModelError: two graphs mean different weights by one replaceable name."""
-    known: dict[str, Replaceable] = {}
+    known: dict[str, WholeWeight] = {}
     for weight in (weight for info in infos for weight in info.replaceable):
         first = known.setdefault(weight.name, weight)
         if (first.role, first.shape, first.dtype, first.sha256) != (
@@ -256,7 +206,7 @@ class _Files:
     """Where one graph is written, with points and without."""
 
     folder: Path
-    source: Source
+    source: GraphFile
     several: bool
 
     @property
@@ -325,7 +275,7 @@ class _Writing:
         sites: Sequence[Site],
         points: Sequence[InjectionPoint],
         branches: Sequence[Branch],
-        replaceable: Sequence[Replaceable],
+        replaceable: Sequence[WholeWeight],
         exposures: Sequence[Exposure],
     ) -> None:
         by_module = {point.module: point for point in points}
@@ -347,12 +297,12 @@ class _Writing:
         for weight, exposure in zip(replaceable, exposures, strict=True):
             inputs[weight.name] = _expose(surgeon, weight, exposure)
         by_modules = {branch.modules: branch for branch in branches}
-        replaced: dict[str, dict[str, Replaceable]] = {}
-        for weight in (weight for weight in replaceable if weight.of_linear):
+        replaced: dict[str, dict[str, WholeWeight]] = {}
+        for weight in (weight for weight in replaceable if weight.has_rows):
             replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.graph.source.name}", index, len(sites))
-            own_replaced: dict[str, Replaceable] = {}
+            own_replaced: dict[str, WholeWeight] = {}
             for module in site.modules:
                 own_replaced.update(replaced.get(module, {}))
             inject(surgeon, site, self.graph.shapes, inputs, by_modules.get(site.modules), own_replaced)
@@ -360,20 +310,20 @@ class _Writing:
         assert not unused, f"adapter inputs that nothing reads: {unused}"
 
 
-def _expose(surgeon: Surgeon, weight: Replaceable, exposure: Exposure) -> ir.Value:
+def _expose(surgeon: Surgeon, weight: WholeWeight, exposure: Exposure) -> ir.Value:
     """The optional input of a replaceable weight; a whole one takes its initializer's place at once."""
     assert exposure.value.const_value is not None
     stored = exposure.value.const_value.numpy().astype(weight.dtype, copy=False)
     default = weight.from_initializer(stored, weight.parts[0])
     symbols: list[int | str] = list(default.shape)
-    if weight.of_linear:
+    if weight.has_rows:
         symbols[0] = f"{weight.name}.rows"
-    if weight.free_outputs:
-        symbols[0 if weight.role == "table" else -1] = f"{weight.module}.outputs"
+    if None in weight.free_graph_shape:
+        symbols[weight.free_graph_shape.index(None)] = f"{weight.module}.outputs"
     if surgeon.graph.initializers.get(weight.name) is not None:
         surgeon.free_name(surgeon.graph.initializers[weight.name])
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
-    if not weight.of_linear:
+    if not weight.has_rows:
         surgeon.replace(exposure.value, value)
         value.shape = ir.Shape(symbols)  # a table's length is free
         if exposure.value.name in surgeon.graph.initializers:

@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from onnx_lora.errors import ModelError
 from onnx_lora.kinds import Conv, Embedding, Kind, Linear
 from onnx_lora.package import Package
-from onnx_lora.points import Array, Bias, InjectionPoint, Replaceable
+from onnx_lora.points import Array, Bias, InjectionPoint, WholeWeight
+from onnx_lora.roles import LinearWeight
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["NEVER_CALLED", "Calls", "Checkpoint", "Match", "overridden", "scaled_axis"]
+__all__ = ["NEVER_CALLED", "Checkpoint", "Match", "overridden", "scaled_axis"]
 
 # Why `nn.MultiheadAttention`'s `out_proj` gets no point.
 NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
@@ -67,30 +68,6 @@ class Match:
     size: int
     read: Callable[[], Array]
     bias: Bias = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Calls:
-    """What torch does with a model's modules in one run: how often it calls each, by name.
-
-    `altered`: those that compute something else than x · W0 (and a bias); `overridden`: those that have a forward of
-    their own, altered or not. `shared`: of a module whose weight others of its class have too, all of them.
-    """
-
-    counts: Mapping[str, int]
-    altered: frozenset[str] = frozenset()
-    overridden: frozenset[str] = frozenset()
-    shared: Mapping[str, frozenset[str]] = field(default_factory=dict)
-
-    def doubt(self, module: str, nodes: Mapping[str, int]) -> str:
-        """Why a graph that has so many nodes for each module computes something else than this one does, or nothing."""
-        if module in self.altered:
-            return f"{module} computes more than x · W0, and PEFT adds its delta behind all of that"
-        for name in sorted(self.shared.get(module, {module})):
-            called, found = self.counts.get(name, 0), nodes.get(name, 0)
-            if called != found:
-                return f"torch calls {name} {called} times, and the graph holds it {found} times"
-        return ""
 
 
 # Whether torch may keep a weight of a kind `[in, out]`: transformers' Conv1D does.
@@ -190,8 +167,8 @@ class Checkpoint:
             shape = (inputs, outputs) if isinstance(point.kind, Embedding) else (outputs, inputs)
             weights.append(_Weight(name, shape, partial(_read_point, package, point), type(point.kind), point.bias))
         for weight in package.replaceable.values():
-            if weight.role == "linear_weight" and weight.module not in package.points:
-                outputs, inputs = weight.shape[::-1] if weight.in_out else weight.shape
+            if isinstance(weight.role, LinearWeight) and weight.module not in package.points:
+                _, inputs, outputs = weight.graph_shape
                 read = partial(_read_replaceable, package, weight)
                 weights.append(_Weight(weight.module, (outputs, inputs), read, Linear))
         # Not None: the modules are known to be linear, whatever else reads an equal weight.
@@ -427,7 +404,7 @@ def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slic
     return values
 
 
-def _read_replaceable(package: Package, weight: Replaceable, part: tuple[slice, slice]) -> Array:
+def _read_replaceable(package: Package, weight: WholeWeight, part: tuple[slice, slice]) -> Array:
     values: Array = package.default(weight)[0].T[part]
     return values
 

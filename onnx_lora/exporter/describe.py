@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +12,8 @@ from onnx_lora.exporter.located import Occurrence
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.weights import where
 from onnx_lora.exporter.whole_weights import Exposure, outputs_behind
-from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, Replaceable, WeightPart, digest
+from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, WeightPart, WholeWeight, digest
+from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
 __all__ = ["branches_of", "free_modules", "points_of", "replaceable_of"]
 
@@ -61,11 +61,11 @@ def _digest(linear: Occurrence) -> str:
 
 def _part(linear: Occurrence) -> WeightPart:
     product = linear.product
-    quantized: tuple[Quantization, ...] = ()
+    quantized: Quantization | None = None
     if product.quantized is not None:
         zero = product.quantized.zero_point
-        zeros = () if zero is None else (_named(zero.value),)
-        quantized = (Quantization(product.quantized.scheme, _named(product.quantized.scale.value), zeros),)
+        zero_point = None if zero is None else _named(zero.value)
+        quantized = Quantization(product.quantized.scheme, _named(product.quantized.scale.value), zero_point)
     weight = _named(linear.weight)
     return WeightPart(
         initializer=weight.initializer,
@@ -96,7 +96,7 @@ def free_modules(model: ir.Model, exposures: Sequence[Exposure]) -> frozenset[st
     return frozenset(module for module, weights in heads.items() if outputs_are_free(model, weights, behind[module]))
 
 
-def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collection[str], doubt: str) -> Replaceable:
+def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collection[str], doubt: str) -> WholeWeight:
     """`heads`: modules whose number of outputs is free; `pointed`: those with a point; `doubt`: why a weight that is no
     linear module's may be another than the model's."""
     assert exposure.value.name is not None
@@ -109,26 +109,39 @@ def replaceable_of(exposure: Exposure, heads: frozenset[str], pointed: Collectio
         table = exposure.user is not None and exposure.user.op_type == "Gather" and len(stored.shape) == 2
         # Rows behind those that a point's A has would have no delta.
         free = table and exposure.name.removesuffix(".weight") not in pointed
-        role: Literal["table", "whole"] = "table" if table else "whole"
-        return Replaceable(
-            *(exposure.name, role, stored.shape, stored.dtype, free, False, digest(values), (part,)), unproven=doubt
+        return WholeWeight(
+            name=exposure.name,
+            role=Table() if table else Parameter(),
+            shape=stored.shape,
+            dtype=stored.dtype,
+            free_outputs=free,
+            per_row=False,
+            sha256=digest(values),
+            parts=(part,),
+            unproven=doubt,
         )
     rows, free = site.placement.per_row, linear.module in heads
     if exposure.is_bias:
-        return Replaceable(
-            *(exposure.name, "linear_bias", stored.shape, linear.dtype, free, rows, digest(values), (part,)),
+        return WholeWeight(
+            name=exposure.name,
+            role=LinearBias(),
+            shape=stored.shape,
+            dtype=linear.dtype,
+            free_outputs=free,
+            per_row=rows,
+            sha256=digest(values),
+            parts=(part,),
             unproven=linear.unproven,
         )
     weight = values if linear.product.transposed != linear.in_out else values.T
-    return Replaceable(
+    return WholeWeight(
         name=exposure.name,
-        role="linear_weight",
+        role=LinearWeight(linear.in_out),
         shape=tuple(weight.shape),
         dtype=linear.dtype,
         free_outputs=free,
         per_row=rows,
         sha256=digest(weight),
         parts=(_part(linear),),
-        in_out=linear.in_out,
         unproven=linear.unproven,
     )

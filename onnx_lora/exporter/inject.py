@@ -19,7 +19,7 @@ from onnx_lora.exporter.products import Product, unwrap
 from onnx_lora.exporter.sites import Site
 from onnx_lora.exporter.surgery import Surgeon
 from onnx_lora.kinds import Conv, Embedding
-from onnx_lora.points import Branch, Replaceable
+from onnx_lora.points import Branch, WholeWeight
 
 __all__ = ["inject"]
 
@@ -30,7 +30,7 @@ def inject(
     shapes: Shapes,
     inputs: Mapping[str, ir.Value],
     branch: Branch | None,
-    replaced: Mapping[str, Replaceable],
+    replaced: Mapping[str, WholeWeight],
 ) -> None:
     """Give one place its branch, and its weight and bias as inputs where they are `replaced`.
 
@@ -189,7 +189,7 @@ def _replace_weight(
     delta: ir.Value | None,
     scale: ir.Value | None,
     inputs: Mapping[str, ir.Value],
-    replaced: Mapping[str, Replaceable],
+    replaced: Mapping[str, WholeWeight],
 ) -> None:
     """y = x · W (+ delta) (· scale) (+ bias) with W and bias from the inputs, in place of the node's own."""
     (linear,) = site.linears

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.exporter.checkpoint import Calls
+from onnx_lora.exporter.calls import Calls
 from onnx_lora.exporter.products import Product, unwrap
 from onnx_lora.exporter.traces import Surroundings, Traces
 from onnx_lora.kinds import Embedding

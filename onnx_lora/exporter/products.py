@@ -229,8 +229,8 @@ def _blocks(node: ir.Node) -> Product | Unfit | None:
 
 def _misfit(scheme: Scheme, weight: ir.Value, scale: ir.Value, zero: ir.Value | None) -> str | None:
     """Why a weight and what stands beside it are not of one scheme, or None."""
-    zeros = [] if zero is None else [(_type(zero), _dims(zero))]
-    problem = scheme.problem(_dims(weight), _dims(scale), zeros)
+    zero_point = None if zero is None else (_type(zero), _dims(zero))
+    problem = scheme.problem(_dims(weight), _dims(scale), zero_point)
     return None if problem is None else f"its quantization contradicts itself: {problem}"
 
 

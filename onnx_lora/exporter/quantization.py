@@ -20,12 +20,15 @@ import onnx_ir as ir
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import ExportError, ModelError
-from onnx_lora.exporter.build import Options, Progress, Source, build
+from onnx_lora.exporter.build import build
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.source import companions_of
+from onnx_lora.exporter.graph_files import GraphFile, Loaded
 from onnx_lora.exporter.intake import read_proto
+from onnx_lora.exporter.options import Options, Progress
+from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.onnxruntime_errors import fail_in_tool, load_onnxruntime
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
@@ -88,23 +91,21 @@ def quantize(
             "must be a float package, and is quantized already; give the one it was made from", path=whole.path
         )
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
-        sources: list[Source] = []
+        sources: list[GraphFile] = []
         for index, info in enumerate(whole.manifest.graphs):
             progress("quantize", index, len(whole.manifest.graphs))
             target = Path(scratch) / str(index) / f"{info.name}.onnx"
             target.parent.mkdir()
             _quantize(whole, info, target, chosen)
-            sources.append(Source(info.name, target))
-        built = build(
-            folder,
-            sources,
-            options=_options(whole),
-            checkpoint=Checkpoint.of_package(whole),
+            sources.append(GraphFile(info.name, target))
+        loaded = Loaded(
+            tuple(sources),
             origin=whole.manifest.source | {"quantized": str(chosen)},
+            checkpoint=Checkpoint.of_package(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
-            progress=progress,
         )
+        built = build(folder, loaded, _options(whole), progress=progress)
         if not built.quantized:
             raise ModelError("none of its points lies on a weight that the quantizers take", path=whole.path)
         _restore(built, whole)

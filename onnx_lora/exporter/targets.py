@@ -6,25 +6,18 @@ from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.errors import ModelError
+from onnx_lora.exporter.options import ALL, ALL_LINEAR
 from onnx_lora.expressions import Expression, ExpressionError
+from onnx_lora.heads import OUTPUT_LAYERS
 
-__all__ = ["ALL", "ALL_LINEAR", "HEADS", "select"]
-
-ALL_LINEAR = "all-linear"
-
-# Ours: every module that can have a point, embeddings, convolutions and output layers too.
-ALL = "all"
-
-# Where no torch model says which module is the output layer: the names transformers gives it.
-# "all-linear" leaves it out, as PEFT does.
-HEADS = ("classifier", "embed_out", "lm_head", "proj_out", "qa_outputs", "score")
+__all__ = ["select"]
 
 
 def select(
     modules: Sequence[str],
     targets: str | Iterable[str],
     *,
-    heads: Iterable[str] = HEADS,
+    heads: Iterable[str] = OUTPUT_LAYERS,
     others: Collection[str] = (),
 ) -> frozenset[str]:
     """The modules that `targets` names, as PEFT's `check_target_module_exists` does.

@@ -21,7 +21,8 @@ import numpy as np
 from onnx_lora.boundary import public
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError, VerificationError
-from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+from onnx_lora.exporter.calls import Calls
+from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends import diffusion, genai, optimum
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -213,7 +214,7 @@ def _check_calls(package: Package, model: nn.Module, task: str | None) -> set[st
                 problems.append(f"graph {info.name}, {module}: {reasons[module]}")
         for weight in info.replaceable:
             called = calls.get(info.name, Calls({})).counts.get(weight.module, 0)
-            if weight.unproven and not weight.of_linear and called != 1:
+            if weight.unproven and not weight.has_rows and called != 1:
                 problems.append(f"graph {info.name}, {weight.name}: torch calls {weight.module} {called} times")
     if problems:
         raise VerificationError(

@@ -10,18 +10,14 @@ import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.located import Occurrence, label_of
+from onnx_lora.exporter.options import HEADS_ONLY
 from onnx_lora.exporter.products import unwrap
 from onnx_lora.exporter.sites import Site, Sites
+from onnx_lora.heads import CLASSIFIERS
 from onnx_lora.kinds import Linear
 from onnx_lora.points import FLOAT_TYPES, matches
 
-__all__ = ["HEADS_ONLY", "Exposure", "Exposures", "agreeing", "check_names", "find_exposures", "outputs_behind"]
-
-# The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
-HEADS_ONLY = "heads"
-
-# PEFT adds these to modules_to_save for SEQ_CLS, TOKEN_CLS and QUESTION_ANS.
-_HEAD_NAMES = ("classifier", "qa_outputs", "score")
+__all__ = ["Exposure", "Exposures", "agreeing", "check_names", "find_exposures", "outputs_behind"]
 
 # Operators that end a head: what comes behind them has a size of its own.
 _WEIGHING = frozenset(["Conv", "Gemm", "LayerNormalization", "MatMul"])
@@ -155,7 +151,7 @@ def outputs_behind(exposure: Exposure) -> tuple[str, ...]:
 
 def _names(replaceable: str | Iterable[str]) -> tuple[str, ...]:
     if replaceable == HEADS_ONLY:
-        return _HEAD_NAMES
+        return CLASSIFIERS
     return (replaceable,) if isinstance(replaceable, str) else tuple(replaceable)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import NIBBLES, Array
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime._ort import CPU, Options, Providers, copy_options, ort, start_session

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from onnx_lora.adapters import BoundAdapter
 from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.adapters import BoundAdapter
 
 __all__ = ["Key", "Loaded", "Part", "Values"]
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, Change
 from onnx_lora.errors import BindError
-from onnx_lora.package import GraphInfo, Package
-from onnx_lora.points import Array, InjectionPoint, Replaceable, StoredTensor, WeightPart
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
+from onnx_lora.points import Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight
 
 __all__ = ["InitializerEdit", "LowRankEdit", "MethodEdit", "NewWeight", "Progress", "fold_weight", "plan_edits"]
 
@@ -83,7 +84,7 @@ class MethodEdit:
         whole = package.module_weight(point)
         whole = whole.astype(np.promote_types(whole.dtype, np.float32))
         whole[:, outputs] = part.window(values)
-        new = point.from_torch(self.change.merged(point.to_torch(whole)))[:, outputs]
+        new = point.from_torch(self.change.apply_to(point.to_torch(whole)))[:, outputs]
         with np.errstate(over="ignore"):
             part.window(values)[...] = new
         _check_fits(self.module, part.window(values), values.dtype, new)
@@ -93,7 +94,7 @@ class MethodEdit:
 class NewWeight:
     """A whole weight in place of the base's, as its graph input takes it."""
 
-    weight: Replaceable
+    weight: WholeWeight
     part: WeightPart
     value: Array
 
@@ -110,15 +111,15 @@ class InitializerEdit:
     @property
     def quantized(self) -> bool:
         """Whether the weight that changes is quantized."""
-        return any(change.part.quantized for change in self.changes)
+        return any(change.part.quantized is not None for change in self.changes)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every initializer that changes: of a quantized weight its scales and zero points too."""
         places = {self.initializer: self.stored}
         for change in self.changes:
-            for quantized in change.part.quantized:
-                for tensor in (quantized.scale, *quantized.zero_point):
+            if change.part.quantized is not None:
+                for tensor in change.part.quantized.tensors:
                     places[tensor.initializer] = tensor.stored
         return places
 

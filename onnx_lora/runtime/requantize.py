@@ -87,7 +87,8 @@ class _Weights:
 
 def _fold_quantized(edit: InitializerEdit, package: Package, requantize: Requantize) -> dict[str, Array]:
     part = edit.changes[0].part
-    scheme = part.quantized[0].scheme
+    assert part.quantized is not None  # or the edit were none of a quantized weight
+    scheme = part.quantized.scheme
     old = _read_tensors(part, package)
     base = np.array(package.weight(part), np.float32)
     start = _start_values(edit, base, package, requantize)
@@ -138,10 +139,10 @@ def _quantize_like(old: list[Array], wanted: Array, scheme: Scheme, module: str)
 
 def _read_tensors(part: WeightPart, package: Package) -> list[Array]:
     """Values, scale, and the zero point where there is one."""
-    quantization = part.quantized[0]
-    stored = [part.stored, quantization.scale.stored]
-    stored += [tensor.stored for tensor in quantization.zero_point]
-    return [np.asarray(package.read(tensor)) for tensor in stored]
+    places = [part.stored]
+    if part.quantized is not None:
+        places += [tensor.stored for tensor in part.quantized.tensors]
+    return [np.asarray(package.read(place)) for place in places]
 
 
 def _touched_outputs(edit: InitializerEdit, outputs: int) -> Array:

@@ -14,8 +14,9 @@ from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import explain_doubts
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
+from onnx_lora.manifest import GraphInfo
 from onnx_lora.onnxruntime_errors import fail_in_run
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.package import Package
 from onnx_lora.runtime._ort import Device, Options, Providers, make_fed_value, start_session
 from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, bind_adapter, open_package
 from onnx_lora.runtime.lease import Lease

@@ -18,8 +18,11 @@ from onnx_lora.adapters import BoundAdapter
 from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
-from onnx_lora.package import MANIFEST, GraphInfo, Package
+from onnx_lora.heads import VOCABULARY_HEADS
+from onnx_lora.manifest import MANIFEST, GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import NIBBLES, Array, StoredTensor
+from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_blend, open_package
 from onnx_lora.runtime.merge import InitializerEdit, Progress, plan_edits
@@ -40,9 +43,6 @@ _LARGE = 2**20  # bytes
 
 # Copied at once.
 _CHUNK = 16 * 2**20  # bytes
-
-# A language model's head counts the vocabulary, not labels.
-_NO_LABELS = ("lm_head", "embed_out")
 
 
 @dataclass
@@ -290,9 +290,9 @@ def _fix_labels(plans: Sequence[_Plan], config: Path, package: Path) -> None:
 
 def _new_width(edit: InitializerEdit) -> int | None:
     """The labels that a new head counts, where they are not as many as the base's; None of what counts none."""
-    if edit.new is None or edit.new.weight.role != "linear_weight":
+    if edit.new is None or not isinstance(edit.new.weight.role, LinearWeight):
         return None
-    if edit.new.weight.module.rpartition(".")[2] in _NO_LABELS:
+    if edit.new.weight.module.rpartition(".")[2] in VOCABULARY_HEADS:
         return None
     part = edit.new.part
     width: int = edit.new.value.shape[-1]

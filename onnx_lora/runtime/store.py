@@ -12,7 +12,8 @@ import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, blend, stack_rows
 from onnx_lora.errors import SelectionError
-from onnx_lora.package import GraphInfo, Package
+from onnx_lora.manifest import GraphInfo
+from onnx_lora.package import Package
 from onnx_lora.points import Array, digest, in_memory
 from onnx_lora.runtime._ort import Device
 from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
@@ -71,7 +72,7 @@ class Store:
             own = part.tensors.get(name)
             if weight.module not in modules:
                 continue
-            if weight.of_linear:
+            if weight.has_rows:
                 defaults[name] = kept[name] if name in kept else self._package.default(weight)
             elif own is not None and digest(weight.to_torch(own)) == weight.sha256:
                 defaults[name] = own

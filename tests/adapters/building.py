@@ -13,8 +13,9 @@ import safetensors.numpy
 from onnx_lora import Adapter, BoundAdapter, Package, bind
 from onnx_lora.adapters import Delta, Origin, Replacement
 from onnx_lora.kinds import EMBEDDING
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
-from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.points import Array, Branch, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
+from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
 BASE_CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
@@ -61,7 +62,7 @@ class PackageBuilder:
         self.folder, self.dtype = folder, dtype
         self.data = b""
         self.points: list[InjectionPoint] = []
-        self.replaceable: list[Replaceable] = []
+        self.replaceable: list[WholeWeight] = []
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
         self.config: dict[str, Any] = {}
@@ -92,7 +93,7 @@ class PackageBuilder:
         """An embedding's table that is replaceable."""
         part = self._store(f"{module}.weight", values)
         self.replaceable.append(
-            Replaceable(f"{module}.weight", "table", values.shape, self.dtype, True, False, digest(values), (part,))
+            WholeWeight(f"{module}.weight", Table(), values.shape, self.dtype, True, False, digest(values), (part,))
         )
         return self
 
@@ -102,7 +103,7 @@ class PackageBuilder:
         values = numbers(outputs, inputs, seed=77, dtype=self.dtype)
         part = self._store(name, values.T)
         self.replaceable.append(
-            Replaceable(name, "linear_weight", values.shape, self.dtype, free, per_row, digest(values), (part,))
+            WholeWeight(name, LinearWeight(), values.shape, self.dtype, free, per_row, digest(values), (part,))
         )
         return self
 
@@ -110,7 +111,7 @@ class PackageBuilder:
         values = numbers(outputs, seed=78, dtype=self.dtype)
         part = self._store(name, values)
         self.replaceable.append(
-            Replaceable(name, "linear_bias", values.shape, self.dtype, free, per_row, digest(values), (part,))
+            WholeWeight(name, LinearBias(), values.shape, self.dtype, free, per_row, digest(values), (part,))
         )
         return self
 
@@ -118,7 +119,7 @@ class PackageBuilder:
         values = numbers(*shape, seed=79, dtype=self.dtype)
         part = self._store(name, values)
         self.replaceable.append(
-            Replaceable(name, "whole", values.shape, self.dtype, False, False, digest(values), (part,))
+            WholeWeight(name, Parameter(), values.shape, self.dtype, False, False, digest(values), (part,))
         )
         return self
 

@@ -103,11 +103,11 @@ def applied(weight: Array, delta: Delta | MatrixDelta, kind: Kind = LINEAR) -> A
 def changed(weight: Array, change: Change, kind: Kind) -> Array:
     """The weight that a change makes; its other faces must say the same."""
     before = weight.copy()
-    assert change.problem(weight.shape, kind) is None
-    merged = change.merged(weight)
+    assert change.explain_misfit(weight.shape, kind) is None
+    merged = change.apply_to(weight)
     assert merged.dtype == weight.dtype
     assert np.array_equal(weight, before)
-    delta, scale = change.delta(weight), change.output_scale()
+    delta, scale = change.as_factors(weight), change.output_scale()
     if delta is not None:
         assert len(delta.a) * (weight.size // len(weight) + len(weight)) <= weight.size
         assert_close(applied(weight, delta, kind), merged)
@@ -170,10 +170,10 @@ def assert_refuses_other_shapes(adapter: Adapter, model: Any) -> None:
     for name, change in adapter.changes.items():
         module = model.get_submodule(name)
         for wrong in ((1,) * module.weight.ndim, (7,)):
-            text = change.problem(wrong, kind_of(module))
+            text = change.explain_misfit(wrong, kind_of(module))
             assert text is not None, name
             assert str(wrong) in text, text
-        assert change.problem(tuple(module.weight.shape), Conv() if kind_of(module) == EMBEDDING else EMBEDDING)
+        assert change.explain_misfit(tuple(module.weight.shape), Conv() if kind_of(module) == EMBEDDING else EMBEDDING)
 
 
 def assert_no_tensor_is_ignored(folder: Path, unread: str = "nothing") -> None:

@@ -10,7 +10,7 @@ import pytest
 from onnx_lora import Package, bind
 from onnx_lora.adapters import Delta, Replacement
 from onnx_lora.errors import BindError
-from onnx_lora.package import Unplaced
+from onnx_lora.manifest import Unplaced
 from tests.adapters.building import PackageBuilder, adapter, bound, delta, effect, numbers
 from tests.support.numbers import assert_close, assert_same_bits
 

@@ -151,7 +151,7 @@ def test_dora_by_inputs_folds(tmp_path: Path, kernel: tuple[int, ...]) -> None:
     total = base + (up.reshape(6, 2) @ down.reshape(2, -1)).reshape(base.shape)
     assert adapter.changes[NAME].method == "DoRA by inputs of LoRA"
     assert_close(changed(base, adapter.changes[NAME], Conv(kernel) if kernel else LINEAR), decomposed(total, m))
-    assert "must fit" in str(adapter.changes[NAME].problem((6, 5, *kernel), Conv(kernel) if kernel else LINEAR))
+    assert "must fit" in str(adapter.changes[NAME].explain_misfit((6, 5, *kernel), Conv(kernel) if kernel else LINEAR))
 
 
 # --- LyCORIS -----------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ def test_loha_is_a_product_of_products(tmp_path: Path, dora: tuple[int, int] | N
 
 def test_a_magnitude_of_another_size_is_named(tmp_path: Path) -> None:
     own = read(tmp_path, {**hada(2, 6, 4), "dora_scale": numbers(1, 5)}).changes[NAME]
-    assert own.problem((6, 4), LINEAR) == "dora_scale must have one value for each of the weight's 4 inputs, and has 5"
+    misfit = own.explain_misfit((6, 4), LINEAR)
+    assert misfit == "dora_scale must have one value for each of the weight's 4 inputs, and has 5"
 
 
 def test_loha_of_a_kernel_by_modes(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_differences_are_added(tmp_path: Path) -> None:
     base = numbers(6, 4, seed=9)
     assert_close(changed(base, own.changes[NAME], LINEAR), base + numbers(6, 4))
     assert own.replacements[f"{NAME}.bias"] == Replacement(own.replacements[f"{NAME}.bias"].value, operation="add")
-    assert "must have the weight's shape" in str(own.changes[NAME].problem((4, 6), LINEAR))
+    assert "must have the weight's shape" in str(own.changes[NAME].explain_misfit((4, 6), LINEAR))
 
 
 def test_norms_are_added(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_qalora_on_other_modules_is_plain(tmp_path: Path) -> None:
 
 def test_qalora_in_groups_of_one_is_ambiguous(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["lin"], use_qalora=True, qalora_group_size=1, init_lora_weights=False)
-    assert "does not tell" in (saved(wrapped(config), tmp_path).changes["lin"].problem((8, 12), Linear()) or "")
+    assert "does not tell" in (saved(wrapped(config), tmp_path).changes["lin"].explain_misfit((8, 12), Linear()) or "")
 
 
 # --- bare parameters -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_lora_on_parameters_is_what_peft_merges(
         weight = state[name]
         if change is not None:
             weight = merging.changed(weight, change, Linear())
-            assert str((9, 9)) in (change.problem((9, 9), Linear()) or "")
+            assert str((9, 9)) in (change.explain_misfit((9, 9), Linear()) or "")
         assert_close(weight, value.numpy())
 
 
@@ -220,7 +220,7 @@ def test_experts_of_equal_sides_are_ambiguous(tmp_path: Path) -> None:
         r=2, target_modules=[], target_parameters=["experts.gate_up_proj"], init_lora_weights=False
     )
     change = saved(wrapped(config, model=Mixture(False, hidden=10)), tmp_path).changes["experts.gate_up_proj"]
-    problem = change.problem((3, 10, 10), Linear()) or ""
+    problem = change.explain_misfit((3, 10, 10), Linear()) or ""
     assert "(3, 10, 10)" in problem
     assert "nothing in the file tells which axis" in problem
 
@@ -250,15 +250,15 @@ def test_trained_tokens_are_what_peft_merges(tmp_path: Path, alone: bool) -> Non
         config = peft.LoraConfig(r=2, target_modules=["lin"], trainable_token_indices={"emb": [3, 10]})
     adapter = assert_is_peft(wrapped(config), tmp_path)
     change = adapter.changes["emb"]
-    assert change.delta(net().emb.weight.detach().numpy()).a.shape == (2, 11)
+    assert change.as_factors(net().emb.weight.detach().numpy()).a.shape == (2, 11)
     for shape in ((10, 12), (11, 13), (11, 12, 1)):
-        assert str(shape) in (change.problem(shape, EMBEDDING) or "")
+        assert str(shape) in (change.explain_misfit(shape, EMBEDDING) or "")
 
 
 def test_more_tokens_than_pay_fold_only(tmp_path: Path) -> None:
     config = peft.TrainableTokensConfig(target_modules=["emb"], token_indices=list(range(8)))
     adapter = assert_is_peft(wrapped(config), tmp_path)
-    assert adapter.changes["emb"].delta(net().emb.weight.detach().numpy()) is None
+    assert adapter.changes["emb"].as_factors(net().emb.weight.detach().numpy()) is None
 
 
 def test_trained_tokens_of_a_tied_table_are_those_of_the_head_too(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_layer_norms_are_whole_weights(tmp_path: Path) -> None:
 def test_oft_on_a_kernel_is_refused_because_peft_merges_another_thing(tmp_path: Path) -> None:
     config = peft.OFTConfig(oft_block_size=4, target_modules=["conv2"], init_weights=False)
     model = wrapped(config)
-    problem = saved(model, tmp_path).changes["conv2"].problem((6, 4, 3, 3), Conv((3, 3))) or ""
+    problem = saved(model, tmp_path).changes["conv2"].explain_misfit((6, 4, 3, 3), Conv((3, 3))) or ""
     assert "its own merge is another thing" in problem
     with torch.no_grad():
         unmerged, merged = model(*inputs())[7], model.merge_and_unload()(*inputs())[7]
@@ -160,13 +160,13 @@ def test_bofts_three_factors_are_pefts(tmp_path: Path, monkeypatch: pytest.Monke
     model = wrapped(config, model=base)
     change = saved(model, tmp_path).changes["0"]
     with torch.no_grad():
-        assert_close(change.merged(weight), model.merge_and_unload()[0].weight.numpy())
+        assert_close(change.apply_to(weight), model.merge_and_unload()[0].weight.numpy())
 
 
 def test_boft_of_blocks_that_do_not_mix_is_named(tmp_path: Path) -> None:
     tensors = {"m.q.boft_R": numbers(2, 3, 2, 2), "m.q.boft_s": numbers(6, 1)}
     change = read_adapter(method_folder(tmp_path, tensors, "BOFT")).changes["m.q"]
-    assert "even blocks in multiples of 2, and has 3 of 2" in (change.problem((6, 6), LINEAR) or "")
+    assert "even blocks in multiples of 2, and has 3 of 2" in (change.explain_misfit((6, 6), LINEAR) or "")
 
 
 def test_a_reflection_needs_a_direction(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_frequencies_lie_where_pytorch_draws_them(count: int, size: int, seed: i
 
 
 def test_a_weight_of_which_pytorch_draws_in_another_way_is_refused() -> None:
-    assert "another way" in (FourierFT(np.float32([1]), 1.0, 7).problem((20000, 20000), LINEAR) or "")
+    assert "another way" in (FourierFT(np.float32([1]), 1.0, 7).explain_misfit((20000, 20000), LINEAR) or "")
 
 
 def test_shiras_places_may_be_floating_point(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_shiras_places_may_be_floating_point(tmp_path: Path) -> None:
 
 def test_the_values_of_one_place_add_up() -> None:
     change = SHiRA(np.array([[0, 0], [1, 1]]), np.float32([1, 2]))
-    assert np.array_equal(change.merged(np.zeros((1, 2), np.float32)), [[0, 3]])
+    assert np.array_equal(change.apply_to(np.zeros((1, 2), np.float32)), [[0, 3]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

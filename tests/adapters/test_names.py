@@ -12,7 +12,7 @@ from onnx_lora import Package, bind
 from onnx_lora.adapters import Adapter
 from onnx_lora.adapters.names import modules_of, resolved
 from onnx_lora.errors import BindError
-from onnx_lora.package import MANIFEST, GraphInfo
+from onnx_lora.manifest import MANIFEST, GraphInfo
 from tests.adapters.building import PackageBuilder, adapter, delta, numbers
 
 

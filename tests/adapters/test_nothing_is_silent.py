@@ -18,7 +18,7 @@ from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.rebound import rebound
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, BindError, SelectionError
-from onnx_lora.package import MANIFEST
+from onnx_lora.manifest import MANIFEST
 from onnx_lora.points import Branch
 from tests.adapters.building import PackageBuilder, adapter, bound, delta, numbers
 
@@ -48,13 +48,13 @@ class Doubled:
 
     method = "doubling"
 
-    def problem(self, shape: tuple[int, ...], kind: str) -> None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: str) -> None:
         return None
 
-    def merged(self, weight: Any) -> Any:
+    def apply_to(self, weight: Any) -> Any:
         return 2 * weight
 
-    def delta(self, weight: Any) -> None:
+    def as_factors(self, weight: Any) -> None:
         return None
 
     def output_scale(self) -> None:

@@ -128,7 +128,7 @@ def _one(folder: Path, kind: str) -> Package:
 
 
 def _scheme(**changes: object) -> Callable[[dict[str, Any]], None]:
-    return lambda point: point["parts"][0]["quantized"][0]["scheme"].update(changes)
+    return lambda point: point["parts"][0]["quantized"]["scheme"].update(changes)
 
 
 def _part(**changes: object) -> Callable[[dict[str, Any]], None]:
@@ -148,9 +148,9 @@ HOSTILE = {
     "outputs": _part(outputs=1),
     "no outputs": _part(outputs=-2),
     "no parts": lambda point: point.update(parts=[]),
-    "not quantized": _part(quantized=[]),
-    "quantized twice": lambda point: point["parts"][0]["quantized"].append(point["parts"][0]["quantized"][0]),
-    "scale": lambda point: point["parts"][0]["quantized"][0]["scale"]["stored"].update(shape=[3]),
+    "not quantized": _part(quantized=None),
+    "quantized twice": lambda point: point["parts"][0].update(quantized=[point["parts"][0]["quantized"]] * 2),
+    "scale": lambda point: point["parts"][0]["quantized"]["scale"]["stored"].update(shape=[3]),
     "features": lambda point: point.update(in_features=41),
 }
 

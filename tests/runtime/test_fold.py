@@ -12,7 +12,8 @@ import pytest
 
 from onnx_lora.errors import BindError, InputError, MissingDependencyError, PackageError, SelectionError
 from onnx_lora.package import Package
-from onnx_lora.points import Replaceable, StoredTensor, WeightPart
+from onnx_lora.points import StoredTensor, WeightPart, WholeWeight
+from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import AdapterSession, fold, merge
 from onnx_lora.runtime.merge import InitializerEdit, LowRankEdit, NewWeight, fold_weight
 from tests.runtime import tiny
@@ -98,7 +99,7 @@ def test_blocks_cover_the_weight(package, monkeypatch):
 def test_a_delta_goes_on_top_of_a_replacement(package):
     stored = package.points["layer.up"].parts[0].stored
     part = WeightPart("W_up", stored, stored.shape[0], transposed=True)
-    weight = Replaceable("layer.up.weight", "linear_weight", stored.shape, "float32", False, True, "", (part,))
+    weight = WholeWeight("layer.up.weight", LinearWeight(), stored.shape, "float32", False, True, "", (part,))
     value = np.ones((1, 12, 8), "f")
     a, b = np.full((12, 1), 2, "f"), np.full((1, 8), 3, "f")
     edit = InitializerEdit("W_up", stored, NewWeight(weight, part, value), (LowRankEdit("layer.up", part, a, b),))

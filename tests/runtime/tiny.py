@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,8 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.adapters.adapter import Coverage, Origin
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
-from onnx_lora.points import Array, Branch, InjectionPoint, Replaceable, StoredTensor, WeightPart, digest
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest
+from onnx_lora.package import Package
+from onnx_lora.points import Array, Branch, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
+from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Role
 
 IN, HALF, HIDDEN, LABELS = 8, 6, 8, 3
 MODULES = {"layer.q": (IN, HALF), "layer.k": (IN, HALF), "layer.up": (2 * HALF, HIDDEN)}
@@ -84,19 +85,19 @@ def _points(
     return tuple(points)
 
 
-def _replaceable(stored: Mapping[str, StoredTensor], values: Mapping[str, Array]) -> tuple[Replaceable, ...]:
+def _replaceable(stored: Mapping[str, StoredTensor], values: Mapping[str, Array]) -> tuple[WholeWeight, ...]:
     dtype = str(values["norm"].dtype)
 
-    def weight(name: str, role: Any, initializer: str, *, free: bool, transposed: bool = False) -> Replaceable:
+    def weight(name: str, role: Role, initializer: str, *, free: bool, transposed: bool = False) -> WholeWeight:
         part = WeightPart(initializer, stored[initializer], stored[initializer].shape[0], transposed)
         value = values[initializer]
-        rows = role != "whole"
-        return Replaceable(name, role, value.shape, dtype, free, rows, digest(value), (part,))
+        rows = role.has_rows
+        return WholeWeight(name, role, value.shape, dtype, free, rows, digest(value), (part,))
 
     return (
-        weight("score.weight", "linear_weight", "W_score", free=True, transposed=True),
-        weight("score.bias", "linear_bias", "b_score", free=True),
-        weight("norm.weight", "whole", "norm", free=False),
+        weight("score.weight", LinearWeight(), "W_score", free=True, transposed=True),
+        weight("score.bias", LinearBias(), "b_score", free=True),
+        weight("norm.weight", Parameter(), "norm", free=False),
     )
 
 

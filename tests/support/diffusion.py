@@ -15,7 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from onnx_lora.kinds import LINEAR, Conv, Kind
-from onnx_lora.package import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Package
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest
+from onnx_lora.package import Package
 from onnx_lora.points import Branch, InjectionPoint, StoredTensor, WeightPart
 
 __all__ = [

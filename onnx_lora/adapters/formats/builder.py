@@ -1,25 +1,32 @@
-"""What the tensors of a foreign file come to, and what is wrong with them. It knows no format."""
+"""One adapter, built of the tensors of a foreign file: what they come to, and what is wrong with them. It knows no
+format."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, Origin, Replacement
+from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.kinds import Conv
 from onnx_lora.points import Array
 
-__all__ = ["Collected", "alpha_of", "as_matrix", "two_factors"]
+__all__ = ["AdapterBuilder", "TensorError", "alpha_of", "as_matrix", "two_factors"]
 
 
 @dataclass
-class Collected:
-    """`problems`: what is damaged; `unsupported`: what is known, and refused. Both name the tensor first."""
+class AdapterBuilder:
+    """Collects an adapter's parts, and every problem, so that one error can tell all of them.
+
+    `problems`: what is damaged. `unsupported`: what is known, and refused. Both name the tensor or the module first.
+    `notes`: what a reader should know and cannot see in the tensors. `methods`: the names of what was put in.
+    """
 
     deltas: dict[str, Delta | MatrixDelta] = field(default_factory=dict)
     changes: dict[str, Change] = field(default_factory=dict)
@@ -30,64 +37,116 @@ class Collected:
     notes: list[str] = field(default_factory=list)
     with_tied_heads: set[str] = field(default_factory=set)
 
+    # --- what was found --------------------------------------------------------------------------
+
     def put_delta(self, module: str, delta: Delta | MatrixDelta) -> None:
+        """A pair of factors. Its values are checked when it is bound."""
         self.deltas[module] = delta
         self.methods.add("LoRA" if delta.magnitude is None else "DoRA")
 
     def put_change(self, module: str, change: Change, tensors: Mapping[str, Array]) -> None:
-        """`tensors`: what the change is made of; nothing looks into it later."""
+        """`tensors`: what the change is made of, by name. Their values are checked here: nothing looks into a change
+        later."""
         self.changes[module] = change
         self.methods.add(change.method)
         for name, values in tensors.items():
-            bad = values.size - int(np.isfinite(values).sum()) if values.dtype.kind == "f" else 0
-            if bad:
-                self.problems.append(
-                    f"{module}, {name}: {bad} of {values.size} values are NaN or infinite; train or save it again"
-                )
+            self.check_finite(f"{module}.{name}", values)
+
+    def put_replacement(self, parameter: str, replacement: Replacement) -> None:
+        """A whole parameter, or what is added to one or multiplied with it."""
+        self.replacements[parameter] = replacement
+
+    def absorb(self, other: AdapterBuilder, prefix: str = "") -> None:
+        """Take what another builder collected; `prefix` goes before its modules and parameters."""
+        self.deltas |= {prefix + module: delta for module, delta in other.deltas.items()}
+        self.changes |= {prefix + module: change for module, change in other.changes.items()}
+        self.replacements |= {prefix + name: replacement for name, replacement in other.replacements.items()}
+        self.with_tied_heads |= {prefix + module for module in other.with_tied_heads}
+        self.methods |= other.methods
+        self.problems += other.problems
+        self.unsupported += other.unsupported
+        self.notes += other.notes
+
+    # --- what is wrong ---------------------------------------------------------------------------
+
+    @contextmanager
+    def reading(self, where: str) -> Iterator[None]:
+        """A TensorError that is raised inside becomes a problem of `where`, a tensor or a module."""
+        try:
+            yield
+        except TensorError as error:
+            self.problems.append(f"{where}: {error}")
+
+    def check_finite(self, name: str, values: Array) -> None:
+        """A problem where the tensor `name` holds NaN or infinity."""
+        if values.dtype.kind != "f":
+            return
+        bad = values.size - int(np.isfinite(values).sum())
+        if bad:
+            self.problems.append(f"{name}: {bad} of {values.size} values are NaN or infinite; train or save it again")
 
     def floats(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """The tensors that are floating point; the others are problems."""
-        wrong = {name: values for name, values in tensors.items() if values.dtype.kind != "f"}
-        self.problems += [f"{name}: must be floating point, and is {values.dtype}" for name, values in wrong.items()]
-        return {name: values for name, values in tensors.items() if name not in wrong}
+        """The tensors that are floating point; each of the others is a problem."""
+        floating: dict[str, Array] = {}
+        for name, values in tensors.items():
+            if values.dtype.kind == "f":
+                floating[name] = values
+            else:
+                self.problems.append(f"{name}: must be floating point, and is {values.dtype}")
+        return floating
+
+    def refuse(self, path: Path, *, unsupported: str, damaged: str) -> None:
+        """End the reading of the file at `path` where anything is wrong, with the message that fits.
+
+        Raises UnsupportedAdapterError, AdapterFileError: all problems of the file at once.
+        """
+        if self.unsupported:
+            raise UnsupportedAdapterError(unsupported, path=path, problems=[*self.unsupported, *self.problems])
+        if self.problems:
+            raise AdapterFileError(damaged, path=path, problems=self.problems)
+
+    # --- the adapter -----------------------------------------------------------------------------
 
     def adapter(
-        self, path: Path, name: str, *, format: str, base_model: str = "", flat_names: bool = False, sha256: str
+        self, name: str, origin: Origin, *, saved_modules: tuple[str, ...] = (), flat_names: bool = False
     ) -> Adapter:
-        """`sha256`: of the file of weights.
+        """What was collected. Where `origin.method` is empty, it becomes the names of the methods that were put in.
 
-        Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it.
+        Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it; or there is nothing.
         """
-        if not (self.deltas or self.changes or self.replacements or self.problems or self.unsupported):
+        found = self.deltas or self.changes or self.replacements
+        if not (found or self.problems or self.unsupported):
             self.problems.append("holds no tensor of an adapter")
-        if self.unsupported:
-            raise UnsupportedAdapterError(
-                "holds what cannot be applied exactly", path=path, problems=[*self.unsupported, *self.problems]
-            )
-        if self.problems:
-            raise AdapterFileError(f"is no adapter of {format} that can be read", path=path, problems=self.problems)
-        method = ", ".join(sorted(self.methods)) or "whole weights"
+        self.refuse(
+            Path(origin.path),
+            unsupported="holds what cannot be applied exactly",
+            damaged=f"is no adapter of {origin.format} that can be read",
+        )
+        method = origin.method or ", ".join(sorted(self.methods)) or "whole weights"
         return Adapter(
             name=name,
             deltas=self.deltas,
             replacements=self.replacements,
-            origin=Origin(str(path), sha256, format, method, base_model),
-            notes=tuple(self.notes),
+            origin=replace(origin, method=method),
+            saved_modules=saved_modules,
+            notes=tuple(dict.fromkeys(self.notes)),
             changes=self.changes,
             flat_names=flat_names,
             with_tied_heads=frozenset(self.with_tied_heads),
         )
 
 
-def alpha_of(values: Array) -> float | str:
-    """The number that an alpha tensor holds, or what is wrong with it.
+def alpha_of(values: Array) -> float:
+    """The number that an alpha tensor holds.
 
-    Zero is refused: some readers take it for 0, others for an alpha that is missing.
+    Raises TensorError: no number, not finite, or zero, which some readers take for 0 and others for no alpha.
     """
     if values.size != 1 or values.dtype.kind not in "fiu":
-        return f"alpha must be one number, and is {values.dtype} of shape {values.shape}"
+        raise TensorError(f"alpha must be one number, and is {values.dtype} of shape {values.shape}")
     alpha = float(values.reshape(()))
-    return alpha if math.isfinite(alpha) and alpha else f"alpha must be a finite number other than 0, and is {alpha}"
+    if not math.isfinite(alpha) or alpha == 0:
+        raise TensorError(f"alpha must be a finite number other than 0, and is {alpha}")
+    return alpha
 
 
 def as_matrix(values: Array) -> Array | None:
@@ -97,14 +156,16 @@ def as_matrix(values: Array) -> Array | None:
     return values.reshape(values.shape[:2])
 
 
-def two_factors(down: Array, up: Array, scale: float) -> Delta | MatrixDelta | str:
-    """`down` `[r, in]` or `[r, channels, *kernel]`, `up` `[out, r]` with axes of size 1 behind; or what is wrong.
+def two_factors(down: Array, up: Array, scale: float) -> Delta | MatrixDelta:
+    """`down` `[r, in]` or `[r, channels, *kernel]`, `up` `[out, r]` with axes of size 1 behind.
 
     Without a kernel it fits a linear module as well as a convolution, whichever the package has.
+
+    Raises TensorError: other shapes, or two ranks.
     """
     b = as_matrix(up)
     if down.ndim < 2 or b is None or len(down) != b.shape[1] or not down.size or not b.size:
-        return (
+        raise TensorError(
             "the factors must be [rank, in] (with a kernel behind) and [out, rank] of one rank, and have shapes "
             f"{down.shape} and {up.shape}"
         )

@@ -28,17 +28,17 @@ class BDLoRA:
     def method(self) -> str:
         return "BD-LoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
             return not_for("BD-LoRA", "linear modules", shape, kind)
         inputs = self.a.shape[1] * (self.blocks if self.in_a else 1)
         return kernel_unlike("BD-LoRA", (len(self.b), inputs), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._factors()
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors()) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

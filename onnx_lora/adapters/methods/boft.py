@@ -27,7 +27,7 @@ class BOFT:
     def method(self) -> str:
         return "BOFT"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("BOFT", "linear modules and convolutions", shape, kind)
         factors, blocks, size, _ = self.blocks.shape
@@ -39,7 +39,7 @@ class BOFT:
             )
         return kernel_unlike("BOFT", (self.scale.size, blocks * size), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         matrix = wide(weight).reshape(flat(weight.shape))
         halves = wide(self.blocks)
         skew = (halves - halves.swapaxes(2, 3)) / 2
@@ -50,7 +50,7 @@ class BOFT:
             matrix = mixed[:, order]
         return (matrix * wide(self.scale)[:, None]).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -24,20 +24,20 @@ class C3A:
     def method(self) -> str:
         return "C3A"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
             return not_for("C3A", "linear modules", shape, kind)
         rows, columns, size = self.kernels.shape
         return kernel_unlike("C3A", (rows * size, columns * size), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         rows, columns, size = self.kernels.shape
         steps = np.arange(size)
         circles = wide(self.kernels)[:, :, (steps[None] - steps[:, None]) % size]
         dense: Floats = circles.transpose(0, 2, 1, 3).reshape(rows * size, columns * size)
         return wide(weight) + dense / np.float32(weight.shape[1])
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -31,7 +31,7 @@ class FourierFT:
     def method(self) -> str:
         return "FourierFT"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("FourierFT", "linear modules", shape, kind)
         if self.spectrum.size > shape[0] * shape[1]:
@@ -40,13 +40,13 @@ class FourierFT:
             return f"FourierFT on a weight of shape {shape}: PyTorch draws places of so large a one in another way"
         return None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         spectrum = wide(self.spectrum)
         dense = np.zeros(weight.shape, spectrum.dtype)
         dense.reshape(-1)[_first_of_permutation(self.seed, weight.size, spectrum.size)] = spectrum
         return wide(weight) + np.fft.ifft2(dense).real.astype(spectrum.dtype) * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

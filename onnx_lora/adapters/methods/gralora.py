@@ -28,12 +28,12 @@ class GraLoRA:
     def method(self) -> str:
         return "GraLoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
             return not_for("GraLoRA", "linear modules", shape, kind)
         return kernel_unlike("GraLoRA", (len(self.b) * self.b.shape[2], len(self.a) * self.a.shape[1]), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._blocks()
         product: Floats = np.einsum("nijt,jnto->joni", a, b, optimize=True)
         change = product.reshape(weight.shape)
@@ -41,7 +41,7 @@ class GraLoRA:
             change = change + wide(self.general[1]) @ wide(self.general[0])
         return wide(weight) + change * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """One column for each input block, output block and rank of theirs."""
         n, part = len(self.a), self.a.shape[2]
         hybrid = len(self.general[0]) if self.general else 0

@@ -24,17 +24,17 @@ class HiRA:
     def method(self) -> str:
         return "HiRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) != self.on_embedding:
             return not_for("HiRA of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
         sizes = (len(self.b), self.a.shape[1])
         return kernel_unlike("HiRA", sizes[::-1] if self.on_embedding else sizes, shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         own, share = wide(weight), wide(self.b) @ wide(self.a)
         return own + own * (share.T if self.on_embedding else share).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

@@ -28,16 +28,16 @@ class HRA:
     def method(self) -> str:
         return "HRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("HRA", "linear modules and convolutions", shape, kind)
         return kernel_unlike("HRA", (shape[0] if shape else 0, len(self.columns)), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._factors(weight)
         return wide(weight) + (b @ a).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Each reflection takes twice the part along its column away: r of them are of rank r."""
         return pair(*self._factors(weight)) if pays(self.columns.shape[1], weight.shape) else None
 

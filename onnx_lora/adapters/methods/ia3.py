@@ -23,7 +23,7 @@ class IA3:
     def method(self) -> str:
         return "IA3"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) or len(shape) < 2:
             return not_for("IA3", "linear modules and convolutions", shape, kind)
         size = self.vector.size
@@ -34,7 +34,7 @@ class IA3:
             wanted, fits = "inputs", groups == 1 or (isinstance(kind, Conv) and groups > 1 and shape[0] % groups == 0)
         return None if fits else f"IA3 must meet a weight of {size} {wanted}, and this one has shape {shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         vector, kernel = wide(self.vector), (1,) * (weight.ndim - 2)
         if not self.feedforward:
             return wide(weight) * vector.reshape(-1, 1, *kernel)
@@ -42,7 +42,7 @@ class IA3:
         by_group = vector.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
         return wide(weight) * by_group.reshape(*weight.shape[:2], *kernel)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

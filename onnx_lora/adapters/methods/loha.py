@@ -26,17 +26,17 @@ class LoHa:
     def method(self) -> str:
         return "LoHa"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("LoHa", "linear modules and convolutions", shape, kind)
         return kernel_unlike("LoHa", (rows(self.left), columns(self.left)), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
         change: Floats = (b1 @ a1) * (b2 @ a2) * np.float32(self.scale)
         return wide(weight) + change.reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Of the product of both ranks: every column of one with every column of the other."""
         rank = len(self.left[-1]) * len(self.right[-1])
         if not pays(rank, weight.shape):

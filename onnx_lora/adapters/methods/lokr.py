@@ -40,21 +40,21 @@ class LoKr:
         Kronecker product of the weight's own axes."""
         return len(self.second) == 1 and self.second[0].ndim == 3
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("LoKr", "linear modules and convolutions", shape, kind)
         if self._is_conv1d and shape[2:] != self.second[0].shape[2:]:
             return f"LoKr must meet a kernel of shape {self.second[0].shape[2:]}, and this weight has shape {shape}"
         return kernel_unlike("LoKr", self._sizes, shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         if self._is_conv1d:
             product = np.kron(_product(self.first), wide(self.second[0]))
         else:
             product = np.kron(_product(self.first), _product(self.second))
         return wide(weight) + product.reshape(weight.shape) * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """(L1 · R1) ⊗ (L2 · R2) = (L1 ⊗ L2) · (R1 ⊗ R2)."""
         if self._is_conv1d:
             return None

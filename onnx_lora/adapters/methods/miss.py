@@ -26,7 +26,7 @@ class MiSS:
     def method(self) -> str:
         return "MiSS"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("MiSS", "linear modules", shape, kind)
         block, (outputs, inputs) = self.block.shape, shape
@@ -38,7 +38,7 @@ class MiSS:
             fits = outputs == block[1] and inputs >= block[0]
         return None if fits else f"MiSS has a block of shape {block} ({self.form}), and the weight has shape {shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         own = wide(weight)
         if self.form != "bat":
             a, b = self._factors(weight.shape)
@@ -48,7 +48,7 @@ class MiSS:
         changed = tiles @ wide(self.block) + wide(self.block)
         return own + changed.transpose(1, 2, 0, 3).reshape(own.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         if self.form == "bat" or not pays(len(self.block), weight.shape):
             return None
         return pair(*self._factors(weight.shape))

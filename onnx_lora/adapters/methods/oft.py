@@ -39,7 +39,7 @@ class OFT:
         """b, rows of a block."""
         return (1 + math.isqrt(1 + 8 * self.angles.shape[1])) // 2
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) != self.on_embedding:
             return not_for("OFT of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
         if math.prod(shape[2:]) != 1:
@@ -54,7 +54,7 @@ class OFT:
         blocks = "blocks" if self.shared else f"{len(self.angles)} blocks"
         return f"OFT must meet a weight whose inputs are {blocks} of {self.block}, and this one has shape {shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         blocks = self._rotations()
         matrix = wide(weight).reshape(flat(weight.shape))
         if self.shared:
@@ -63,7 +63,7 @@ class OFT:
             blocks = blocks.swapaxes(1, 2)
         return rotated(matrix, blocks).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

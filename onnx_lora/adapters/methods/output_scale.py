@@ -23,18 +23,18 @@ class OutputScale:
     def method(self) -> str:
         return "a factor for each output"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         """Why it fits no weight of this shape, or None."""
         outputs = kind.outputs_of(shape)
         if self.scale.shape == (outputs,):
             return None
         return f"the scale of its outputs must have shape ({outputs},), and has {self.scale.shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         """The scaled weight, `[out, ...]`."""
         return wide(weight) * wide(self.scale).reshape(-1, *(1,) * (weight.ndim - 1))
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """None: no pair of factors scales outputs."""
         del weight
         return None

@@ -31,7 +31,7 @@ class ParameterLora:
     def method(self) -> str:
         return "LoRA on a parameter"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) not in (2, 3):
             return f"LoRA on a parameter must meet a matrix or one for each expert, not a {kind} of shape {shape}"
         found = len(self._fitting(shape))
@@ -45,7 +45,7 @@ class ParameterLora:
             )
         return f"LoRA on a parameter must have factors that fit its shape {shape} at rank {self.rank}, and has {sizes}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._fitting(weight.shape)[0]
         if weight.ndim == 2:
             product = b @ a
@@ -57,7 +57,7 @@ class ParameterLora:
             product = product.swapaxes(-1, -2)
         return wide(weight) + product * np.float32(self.scale)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         if weight.ndim != 2 or not pays(self.rank, weight.shape):
             return None
         a, b = self._fitting(weight.shape)[0]

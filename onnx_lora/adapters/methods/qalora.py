@@ -28,7 +28,7 @@ class QALoRA:
     def method(self) -> str:
         return "QA-LoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
             return not_for("QA-LoRA", "linear modules", shape, kind)
         plain = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1]), shape)
@@ -37,11 +37,11 @@ class QALoRA:
             return f"QA-LoRA in groups of 1 on a weight of shape {shape}: the file does not tell it from plain LoRA"
         return pooled if plain is not None else None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._factors(weight.shape)
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

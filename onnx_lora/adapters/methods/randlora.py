@@ -27,7 +27,7 @@ class RandLoRA:
     def method(self) -> str:
         return "RandLoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("RandLoRA", "linear modules", shape, kind)
         small, bases = min(shape), self.by_rank.shape[1]
@@ -40,7 +40,7 @@ class RandLoRA:
             )
         return None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         small, large, bases = min(weight.shape), max(weight.shape), self.by_rank.shape[1]
         own = wide(self.by_rank)[:, :, None] * wide(self.a[:, :, :small]) * wide(self.by_small)
         shared = wide(self.b[:large, :bases])
@@ -48,7 +48,7 @@ class RandLoRA:
         product = shared.reshape(large, -1) @ own.reshape(-1, small) * wide(self.a).dtype.type(self.scale)
         return wide(weight) + (product if small == weight.shape[1] else product.T)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Its rank is the weight's own."""
         del weight
         return None

@@ -25,7 +25,7 @@ class SHiRA:
     def method(self) -> str:
         return "SHiRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for("SHiRA", "linear modules", shape, kind)
         places = self.places.astype(np.int64)
@@ -34,13 +34,13 @@ class SHiRA:
             return f"SHiRA's places must lie in a weight of shape {shape}, and reach {most} (from {places.min()})"
         return None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         merged = wide(weight).copy()
         outputs, inputs = self.places.astype(np.int64)
         np.add.at(merged, (outputs, inputs), wide(self.values))
         return merged
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

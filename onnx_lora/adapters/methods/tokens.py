@@ -33,19 +33,19 @@ class TokenRows:
     def of_kind(self, kind: Kind) -> TokenRows:
         return replace(self, kind=kind)
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Conv) or len(shape) != 2 or shape[1] != self.rows.shape[1]:
             return f"trained tokens of shape {self.rows.shape} must meet a table as wide, and this has shape {shape}"
         if self.indices and max(self.indices) >= shape[0]:
             return f"token {max(self.indices)} is trained, and the table has shape {shape}; export the resized base"
         return None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         merged = wide(weight).copy()
         merged[list(self.indices)] = wide(self.rows)
         return merged
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         """One column a token, chosen by its row: no larger than the table while there are few of them."""
         count, (rows, features) = len(self.indices), weight.shape
         if not count or count * (rows + features) > rows * features:

@@ -29,17 +29,17 @@ class VBLoRA:
     def method(self) -> str:
         return "VB-LoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
             return not_for("VB-LoRA", "linear modules", shape, kind)
         length = self.bank.shape[1]
         return kernel_unlike("VB-LoRA", (len(self.chosen_b) * length, self.chosen_a.shape[1] * length), shape)
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._factors()
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors()) if pays(len(self.chosen_a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

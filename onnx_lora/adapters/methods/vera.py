@@ -29,7 +29,7 @@ class VeRA:
     def method(self) -> str:
         return self.name
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
             return not_for(self.name, "linear modules", shape, kind)
         most = (len(self.b), self.a.shape[1])
@@ -40,11 +40,11 @@ class VeRA:
             )
         return None
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         a, b = self._factors(weight.shape)
         return wide(weight) + b @ a
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:

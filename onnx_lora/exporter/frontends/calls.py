@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onnx_lora.exporter.checkpoint import Calls, overridden
+from onnx_lora.exporter.calls import Calls
+from onnx_lora.exporter.checkpoint import overridden
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import MissingDependencyError, ModelError
-from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of, quiet, translated
@@ -23,6 +22,8 @@ from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.optimum import reference_of
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
+from onnx_lora.exporter.graph_files import GraphFile
+from onnx_lora.exporter.options import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ def export_pipeline(
         checkpoint = Checkpoint.of_module(networks[network], heads=frozenset())
         with translated(model, f"run ({network})"):
             calls = count_calls(networks[network], {name: reference.answer})
-        sources.append(Source(name, folder / f"{name}.onnx", f"{network}.", checkpoint, calls[name]))
+        sources.append(GraphFile(name, folder / f"{name}.onnx", f"{network}.", checkpoint, calls[name]))
     return Loaded(tuple(sources), origin, companions=_companions(root, folder / "files"), scratch=folder), networks
 
 

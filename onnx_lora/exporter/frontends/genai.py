@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.errors import ExportError
-from onnx_lora.exporter.build import Progress, Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.genai_builder import NoTokenizer, Wish, build_graph, builder_version
@@ -30,6 +29,8 @@ from onnx_lora.exporter.frontends.huggingface import (
 from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
+from onnx_lora.exporter.graph_files import GraphFile
+from onnx_lora.exporter.options import Progress
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def build_checkpoint(
         origin |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
     with translated(model, "run"):
         calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model)})
-    sources = (Source("model", built / "model.onnx", calls=calls["model"]),)
+    sources = (GraphFile("model", built / "model.onnx", calls=calls["model"]),)
     return Loaded(sources, origin, checkpoint, _companions(model, built, torch_model), folder), torch_model
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.heads import TASK_HEADS
 from onnx_lora.onnxruntime_errors import native_failures
 
 __all__ = ["base_of", "config_of", "heads_of", "name_of", "quiet", "short_name", "translated", "without_bars"]
@@ -75,7 +76,7 @@ def heads_of(model: Any) -> frozenset[str]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return frozenset(name for name, module in model.named_modules() if module is output)
-    return frozenset(name for name in ("score", "classifier") if hasattr(model, name))
+    return frozenset(name for name in TASK_HEADS["SEQ_CLS"] if hasattr(model, name))
 
 
 @contextlib.contextmanager

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import base_of, name_of
 from onnx_lora.exporter.frontends.source import COMPANIONS, Loaded, companions_of
 from onnx_lora.exporter.genai_names import GenaiNames
-from onnx_lora.package import MANIFEST
+from onnx_lora.exporter.graph_files import GraphFile
+from onnx_lora.manifest import MANIFEST
 
 __all__ = ["load_onnx"]
 
@@ -40,7 +40,7 @@ def load_onnx(onnx_file: str | os.PathLike[str], checkpoint: str | os.PathLike[s
     names = [file.stem if several or _is_named_in_config(file) else "model" for file in files]
     if clash := [name for name in names if name.startswith("base.") or name == "base"]:
         raise ModelError(f"{clash[0]}.onnx has a name that a package gives its base graph; rename it", path=path)
-    sources = tuple(Source(name, file) for name, file in zip(names, files, strict=True))
+    sources = tuple(GraphFile(name, file) for name, file in zip(names, files, strict=True))
     weights = None
     if checkpoint is not None:
         if not Path(checkpoint).is_dir():

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.build import Source
-from onnx_lora.exporter.checkpoint import Calls, Checkpoint
+from onnx_lora.exporter.calls import Calls
+from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import base_of, heads_of, name_of, quiet, translated, without_bars
 from onnx_lora.exporter.frontends.newer import readable
 from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, companions_of
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
+from onnx_lora.exporter.graph_files import GraphFile
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def export_checkpoint(
     with translated(model, f"run for task {task!r}"):
         calls = count_calls(torch_model, {part.graph: part.answer for part in references(torch_model, task)})
     # A graph that no reference stands behind gets no points: nothing tells what it calls.
-    sources = tuple(Source(file.stem, file, calls=calls.get(file.stem, Calls({}))) for file in files)
+    sources = tuple(GraphFile(file.stem, file, calls=calls.get(file.stem, Calls({}))) for file in files)
     checkpoint = Checkpoint.of_module(torch_model, heads=heads_of(torch_model))
     local = Path(model)
     companions = {file.name: file for file in companions_of(folder)}

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from onnx_lora.companions import leads_out
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.build import Source
-from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.exporter.graph_files import Loaded
 from onnx_lora.points import Array
 
 __all__ = ["COMPANIONS", "Loaded", "Precision", "Reference", "companions_of"]
@@ -75,19 +73,6 @@ class Precision:
     @property
     def quantized(self) -> bool:
         return self.name in _QUANTIZED
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """ONNX files on disk, with what is known about them. `origin` is written into the manifest; files in
-    `scratch` were made for the package alone."""
-
-    sources: tuple[Source, ...]
-    origin: dict[str, str]
-    checkpoint: Checkpoint | None = None
-    companions: tuple[Path, ...] = ()
-    scratch: Path | None = None
-    names: GenaiNames | None = None
 
 
 @dataclass(frozen=True, slots=True)

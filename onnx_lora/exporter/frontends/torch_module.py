@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError
-from onnx_lora.exporter.build import Source
 from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import short_name
 from onnx_lora.exporter.frontends.source import Loaded, Reference
+from onnx_lora.exporter.graph_files import GraphFile
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def export_module(
         raise ExportError(
             f"{type(model).__name__} does not run on its example_inputs: {_first_lines(error)}"
         ) from error
-    return Loaded((Source("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
+    return Loaded((GraphFile("model", file, calls=calls["model"]),), origin, checkpoint, scratch=folder)
 
 
 def _check_names(what: str, names: Sequence[str] | None) -> None:

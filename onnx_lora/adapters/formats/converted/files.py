@@ -98,7 +98,7 @@ def _kept(bound: BoundAdapter) -> dict[str, Array]:
     """The tensors, and DoRA's magnitudes: its scale is the float weight's. A quantized one has norms of its own, and
     a package of that computes it again."""
     points = [point for graph in bound.graphs for point in graph.points if point.module in bound.magnitudes]
-    again = {point.dora_scale for point in points if any(part.quantized for part in point.parts)}
+    again = {point.dora_scale for point in points if point.is_quantized}
     magnitudes = {f"{module}{_MAGNITUDE}": values for module, values in bound.magnitudes.items()}
     return {name: tensor for name, tensor in bound.tensors.items() if name not in again} | magnitudes
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter
-from onnx_lora.adapters.formats.builder import Collected, two_factors
+from onnx_lora.adapters.formats.collected import Collected, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile
 from onnx_lora.points import Array
 

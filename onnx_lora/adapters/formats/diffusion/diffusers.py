@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter
-from onnx_lora.adapters.formats.builder import Collected, alpha_of, two_factors
+from onnx_lora.adapters.formats.collected import Collected, alpha_of, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
 from onnx_lora.adapters.formats.peft.config import parse_config
 from onnx_lora.adapters.formats.peft.methods import METHODS

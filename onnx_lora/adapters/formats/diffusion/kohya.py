@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Change, Replacement
-from onnx_lora.adapters.formats.builder import Collected, alpha_of, as_matrix, two_factors
+from onnx_lora.adapters.formats.collected import Collected, alpha_of, as_matrix, two_factors
 from onnx_lora.adapters.formats.diffusion.lycoris import Difference, ModuleError, Product, decomposed, loha, lokr
 from onnx_lora.adapters.formats.diffusion.sgm import from_sgm
 from onnx_lora.adapters.formats.files.reading import TensorFile

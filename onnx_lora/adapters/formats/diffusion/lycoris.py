@@ -34,16 +34,16 @@ class Difference:
     def method(self) -> str:
         return "full difference"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         del kind
         if self.diff.shape == shape:
             return None
         return f"the difference must have the weight's shape {shape}, and has {self.diff.shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         return wide(weight) + wide(self.diff)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 
@@ -63,16 +63,16 @@ class Product:
     def method(self) -> str:
         return "LoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         del kind
         if shape[0] == len(self.b) and int(np.prod(shape[1:])) == self.a.shape[1]:
             return None
         return f"the factors {self.a.shape} and {self.b.shape} must fit the weight's shape {shape}"
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         return wide(weight) + (wide(self.b) @ wide(self.a) * np.float32(self.scale)).reshape(weight.shape)
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return MatrixDelta(self.a, self.b, self.scale)
 
@@ -95,16 +95,16 @@ class Decomposed:
     def method(self) -> str:
         return f"DoRA by inputs of {self.inner.method}" if self.by_input else f"DoRA of {self.inner.method}"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if wrong := self.inner.problem(shape, kind):
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        if wrong := self.inner.explain_misfit(shape, kind):
             return wrong
         wanted, what = (shape[1], "inputs") if self.by_input else (shape[0], "outputs")
         if self.magnitude.size == wanted:
             return None
         return f"dora_scale must have one value for each of the weight's {wanted} {what}, and has {self.magnitude.size}"
 
-    def merged(self, weight: Array) -> Array:
-        total = wide(self.inner.merged(weight))
+    def apply_to(self, weight: Array) -> Array:
+        total = wide(self.inner.apply_to(weight))
         axis = 1 if self.by_input else 0
         others = tuple(index for index in range(total.ndim) if index != axis)
         norms = np.sqrt(np.square(total, dtype=np.float64).sum(axis=others, keepdims=True)) + np.finfo(np.float32).eps
@@ -112,7 +112,7 @@ class Decomposed:
         merged: Array = (total * (wide(self.magnitude).reshape(shape) / norms)).astype(total.dtype)
         return merged
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

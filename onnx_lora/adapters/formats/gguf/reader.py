@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta
-from onnx_lora.adapters.formats.builder import Collected
+from onnx_lora.adapters.formats.collected import Collected
 from onnx_lora.adapters.formats.files.gguf import GgufFile
 from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.gguf.names import ARCHITECTURES, Architecture
@@ -40,17 +40,17 @@ class InterleavedRows:
     def method(self) -> str:
         return "LoRA"
 
-    def problem(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         del shape, kind
         return (
             "llama.cpp orders the outputs of this module by heads, and neither the file nor the package's config.json "
             f"says how many there are ({self.heads}); put the model's config.json into the package's folder"
         )
 
-    def merged(self, weight: Array) -> Array:
+    def apply_to(self, weight: Array) -> Array:
         raise NotImplementedError
 
-    def delta(self, weight: Array) -> MatrixDelta | None:
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 

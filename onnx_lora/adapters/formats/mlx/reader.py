@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Replacement
-from onnx_lora.adapters.formats.builder import Collected
+from onnx_lora.adapters.formats.collected import Collected
 from onnx_lora.adapters.formats.files.npz import read_npz
 from onnx_lora.adapters.formats.files.reading import opened, read_json, shown
 from onnx_lora.adapters.formats.files.safetensors import read_safetensors

@@ -26,20 +26,13 @@ from onnx_lora.adapters.formats.peft.rules import (
 )
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.expressions import Expression, ExpressionError, Work
+from onnx_lora.heads import TASK_HEADS
 
 __all__ = ["CONFIG", "parse_config", "read_config"]
 
 T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
-
-# peft_model.py: the heads that a task adds to modules_to_save.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
 
 # What LoRA is called by people when a field is set; the first that is counts.
 _NAMES = (
@@ -86,7 +79,7 @@ class _Reader:
             method=next((name for field, name in _NAMES if self.config.get(field)), method.name),
             base_model=self.base_model(),
             bias=self.bias(),
-            task_heads=_TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
+            task_heads=TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
             targets=self.targets(),
             ranks=self.ranks(method),
             fields=self.config,

@@ -1,0 +1,99 @@
+"""Formats and methods by their names: our own, and those that other distributions bring by entry points. It knows none
+of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from onnx_lora.boundary import call_foreign
+from onnx_lora.errors import PluginError
+
+__all__ = ["Plugins"]
+
+T = TypeVar("T")
+
+
+class Plugins(Mapping[str, T], Generic[T]):
+    """Objects of one kind by name, each loaded when it is first asked for: our own in their order, then others'.
+
+    Other distributions declare theirs in `pyproject.toml`, in the table `[project.entry-points."GROUP"]`, as
+    `NAME = "module:object"`. Which there are is looked up once a process.
+    """
+
+    def __init__(self, group: str, kind: type[Any], own: Mapping[str, str]) -> None:
+        """`group`: of entry points, "onnx_lora.methods". `kind`: what each object must be an instance of. `own`: ours,
+        as "module:object"."""
+        self._group = group
+        self._kind = kind
+        self._own = {name: EntryPoint(name, reference, group) for name, reference in own.items()}
+        self._loaded: dict[str, T] = {}
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names that this package brings."""
+        return tuple(self._own)
+
+    def __getitem__(self, name: str) -> T:
+        """Raises KeyError: none of that name. PluginError: another distribution's fails to load, is of another kind, or
+        takes a name that is taken."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        for name in self._others:
+            if name not in self._own:
+                yield name
+
+    def __len__(self) -> int:
+        return len(self._own.keys() | self._others.keys())
+
+    @cached_property
+    def _others(self) -> dict[str, list[EntryPoint]]:
+        """Others' entry points by name, each once: an installed distribution may lie on the path twice."""
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in sorted(entry_points(group=self._group), key=lambda entry: (entry.name, _origin(entry))):
+            same_name = found.setdefault(entry.name, [])
+            if all(_origin(entry) != _origin(other) for other in same_name):
+                same_name.append(entry)
+        return found
+
+    def _load(self, name: str) -> T:
+        others = self._others.get(name, [])
+        own = self._own.get(name)
+        if own is None and not others:
+            raise KeyError(name)
+        if len(others) > 1 or (own is not None and others):
+            brought = [_origin(entry) for entry in others]
+            if own is not None:
+                brought.insert(0, "onnx-lora itself")
+            raise PluginError(
+                f"{name!r} of {self._group} must be brought by one distribution, and is by {' and by '.join(brought)}; "
+                "uninstall all but one"
+            )
+        if own is not None:
+            loaded: T = own.load()
+            return loaded
+        return self._load_foreign(others[0])
+
+    def _load_foreign(self, entry: EntryPoint) -> T:
+        where = f"{entry.name!r} of {self._group}, brought by {_origin(entry)},"
+        value = call_foreign(
+            entry.load, lambda said: PluginError(f"{where} must load, and fails with {said}; correct or uninstall it")
+        )
+        if not isinstance(value, self._kind):
+            raise PluginError(
+                f"{where} must be a {self._kind.__name__}, and {entry.value} is a {type(value).__name__}; correct or "
+                "uninstall it"
+            )
+        loaded: T = value
+        return loaded
+
+
+def _origin(entry: EntryPoint) -> str:
+    """The distribution that brings it, with its version."""
+    return "an unnamed distribution" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
