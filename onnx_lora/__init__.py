@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter, write_bound
     from onnx_lora.errors import OnnxLoraError
     from onnx_lora.package import Package
-    from onnx_lora.runtime import AdapterSession, Chat, Sampling, TextGenerator, fold, fold_to
+    from onnx_lora.runtime import AdapterSession, Chat, Sampling, TextGenerator, fold, fold_to, measure
 
 __all__ = [
     "Adapter",
@@ -28,6 +28,7 @@ __all__ = [
     "bind",
     "fold",
     "fold_to",
+    "measure",
     "read_adapter",
     "write_bound",
 ]
@@ -50,5 +51,6 @@ __getattr__, __dir__ = lazy_names(
         "TextGenerator": "onnx_lora.runtime",
         "fold": "onnx_lora.runtime",
         "fold_to": "onnx_lora.runtime",
+        "measure": "onnx_lora.runtime",
     },
 )

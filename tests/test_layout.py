@@ -96,7 +96,7 @@ ALLOWED = {
     },
     "demo_text": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "demo": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
-    "cli": {
+    "commands": {
         "heat",
         "errors",
         "boundary",
@@ -112,6 +112,7 @@ ALLOWED = {
         "demo_text",
         "report",
     },
+    "cli": {"errors", "boundary", "commands"},
     "__main__": {"cli"},
 }
 

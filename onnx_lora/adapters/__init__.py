@@ -19,10 +19,15 @@ if TYPE_CHECKING:
         Origin,
         Replacement,
     )
+    from onnx_lora.adapters.adapter import refuse_fold_only as refuse_fold_only
     from onnx_lora.adapters.binding import bind
     from onnx_lora.adapters.compose import blend, stack_rows
+    from onnx_lora.adapters.compose import blended as blended
+    from onnx_lora.adapters.effect import effects as effects
     from onnx_lora.adapters.formats.converted.files import write_bound
     from onnx_lora.adapters.read import read_adapter
+    from onnx_lora.adapters.write import FORMATS as FORMATS
+    from onnx_lora.adapters.write import write_adapter as write_adapter
 
 __all__ = [
     "Adapter",
@@ -56,5 +61,11 @@ __getattr__, __dir__ = lazy_names(
         "stack_rows": "onnx_lora.adapters.compose",
         "write_bound": "onnx_lora.adapters.formats.converted.files",
         "read_adapter": "onnx_lora.adapters.read",
+        # For the command line; no promise.
+        "FORMATS": "onnx_lora.adapters.write",
+        "blended": "onnx_lora.adapters.compose",
+        "effects": "onnx_lora.adapters.effect",
+        "refuse_fold_only": "onnx_lora.adapters.adapter",
+        "write_adapter": "onnx_lora.adapters.write",
     },
 )

@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from onnx_lora.runtime.generation.results import Generation, Piece
     from onnx_lora.runtime.generation.sampling import Sampling
     from onnx_lora.runtime.generation.stream import Stream
+    from onnx_lora.runtime.measurement import Advice, CallTimes, GraphMeasurement, Measurement
+    from onnx_lora.runtime.measuring import measure
     from onnx_lora.runtime.requantize import Requantize, Rounding
     from onnx_lora.runtime.session import AdapterSession
     from onnx_lora.runtime.standalone import fold_to
 
 __all__ = [
     "AdapterSession",
+    "Advice",
     "Cache",
+    "CallTimes",
     "Chat",
     "Generation",
+    "GraphMeasurement",
+    "Measurement",
     "Piece",
     "Requantize",
     "Rounding",
@@ -34,6 +40,7 @@ __all__ = [
     "TextGenerator",
     "fold",
     "fold_to",
+    "measure",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -47,6 +54,11 @@ __getattr__, __dir__ = lazy_names(
         "Stream": "onnx_lora.runtime.generation.stream",
         "Sampling": "onnx_lora.runtime.generation.sampling",
         "TextGenerator": "onnx_lora.runtime.generation.generator",
+        "Advice": "onnx_lora.runtime.measurement",
+        "CallTimes": "onnx_lora.runtime.measurement",
+        "GraphMeasurement": "onnx_lora.runtime.measurement",
+        "Measurement": "onnx_lora.runtime.measurement",
+        "measure": "onnx_lora.runtime.measuring",
         "Requantize": "onnx_lora.runtime.requantize",
         "Rounding": "onnx_lora.runtime.requantize",
         "AdapterSession": "onnx_lora.runtime.session",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.compose import blended
 from onnx_lora.adapters.rebound import rebound
-from onnx_lora.errors import BindError, PackageError, SelectionError
+from onnx_lora.errors import BindError, SelectionError
 from onnx_lora.package import Package
 
 __all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "open_package"]
@@ -27,22 +26,11 @@ def open_package(package: AnyPackage, *, allow_unproven: bool = False) -> Packag
     """A package that is open already, or the one in a folder. `allow_unproven`: let adapters be bound to points at
     which the graph may compute something else than the module.
 
-    Raises PackageError: it cannot be opened, or is an ONNX model without points.
+    Raises PackageError: it cannot be opened.
     """
     if isinstance(package, Package):
         return package.allowing_unproven(allow_unproven)
-    _refuse_plain_model(Path(package))
     return Package.open(package, allow_unproven=allow_unproven)
-
-
-def _refuse_plain_model(path: Path) -> None:
-    """Raises PackageError: an ONNX file stands where a package should."""
-    if path.suffix == ".onnx" and path.is_file():
-        raise PackageError(
-            "must be a package, and is an ONNX model without injection points; give it some first: "
-            f"onnx-lora attach {path} PACKAGE",
-            path=path,
-        )
 
 
 def bind_adapter(

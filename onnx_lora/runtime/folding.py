@@ -22,7 +22,7 @@ from onnx_lora.runtime.requantize import Requantize, compute_values
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-__all__ = ["fold"]
+__all__ = ["fold", "folded_bytes"]
 
 # Where ONNX Runtime looks for the weights of a graph that it gets as bytes.
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -31,8 +31,9 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 class _FoldedSession(ort.InferenceSession):  # type: ignore[misc]
     """An InferenceSession that keeps the values it was given: ONNX Runtime only points to them."""
 
-    def __init__(self, *args: Any, values: Mapping[str, Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, values: Mapping[str, Any], size: int, **kwargs: Any) -> None:
         self._values = values
+        self.folded_bytes = size
         super().__init__(*args, **kwargs)
 
 
@@ -76,12 +77,18 @@ def fold(
         options.add_session_config_entry(_FOLDER, str(whole.path))
 
     def make_session(*args: Any, **kwargs: Any) -> InferenceSession:
-        return _FoldedSession(*args, values=kept, **kwargs)
+        size = sum(value.nbytes for value in values.values())
+        return _FoldedSession(*args, values=kept, size=size, **kwargs)
 
     started: InferenceSession = start_session(
         model or path, Options(providers, provider_options, options), path=path, kind=make_session
     )
     return started
+
+
+def folded_bytes(session: InferenceSession) -> int:
+    """The weights that a session of `fold` keeps beside the base's file, in bytes."""
+    return session.folded_bytes if isinstance(session, _FoldedSession) else 0
 
 
 def _fold_weights(

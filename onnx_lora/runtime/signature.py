@@ -11,10 +11,10 @@ import numpy as np
 
 from onnx_lora.errors import FeedError, SelectionError
 
-__all__ = ["Signature"]
+__all__ = ["TYPES", "Signature"]
 
 # ONNX Runtime's names of the types that numpy has too, and their numbers in ONNX (TensorProto.DataType).
-_TYPES = {
+TYPES = {
     "tensor(float)": ("float32", 1),
     "tensor(uint8)": ("uint8", 2),
     "tensor(int8)": ("int8", 3),
@@ -47,7 +47,7 @@ class _Slot:
     @staticmethod
     def of(arg: Any, *, required: bool = True) -> _Slot:
         optional = arg.type.startswith("optional")
-        dtype, element = _TYPES.get(arg.type, ("", 0))
+        dtype, element = TYPES.get(arg.type, ("", 0))
         return _Slot(arg.name, arg.type, dtype, element, tuple(arg.shape or ()), required and not optional)
 
     def __str__(self) -> str:

@@ -16,14 +16,13 @@ from onnx_lora.runtime._ort import Device, Providers
 from onnx_lora.runtime.binding import AnyAdapter, AnyPackage
 from onnx_lora.runtime.generation.cache import Cache
 from onnx_lora.runtime.generation.chat import Chat, ChatTemplate
+from onnx_lora.runtime.generation.families import make_memory
 from onnx_lora.runtime.generation.graph import DecoderGraph
-from onnx_lora.runtime.generation.growing import Growing
 from onnx_lora.runtime.generation.memory import Memory
 from onnx_lora.runtime.generation.prompts import OnePrompt, Prompt, Room, encode_prompts, is_batch
 from onnx_lora.runtime.generation.results import Generation
 from onnx_lora.runtime.generation.sampling import Sampling
 from onnx_lora.runtime.generation.settings import Settings
-from onnx_lora.runtime.generation.shared import Shared
 from onnx_lora.runtime.generation.stream import Stream, Work
 from onnx_lora.runtime.generation.text import TextTokenizer
 from onnx_lora.runtime.selection import AdapterChoice
@@ -95,7 +94,7 @@ class TextGenerator:
                 f"package must be a path, a Package or an AdapterSession, and is a {type(package).__name__}"
             )
         self._settings = Settings.read(self._session.package.path)
-        self._graph = find_decoder(self._session, self._settings)
+        self._graph = _find_decoder(self._session, self._settings)
         self._room = Room(self._settings.context, self._graph.vocabulary)
         self._device = Device.of(self._session)
 
@@ -272,14 +271,8 @@ class TextGenerator:
         return self._tokenizer.decode
 
 
-def find_decoder(session: AdapterSession, settings: Settings) -> DecoderGraph:
+def _find_decoder(session: AdapterSession, settings: Settings) -> DecoderGraph:
     """A session's graph as a decoder. Raises PackageError: it is none."""
     inputs = {arg.name: arg for arg in session.get_inputs()}
     outputs = {arg.name: arg for arg in session.get_outputs()}
     return DecoderGraph.of(session.package.path / session.graph.file, settings, inputs, outputs)
-
-
-def make_memory(graph: DecoderGraph, device: Device, rows: int) -> Memory:
-    """An empty cache, of the kind that the graph takes."""
-    kind = Shared if graph.shared else Growing
-    return kind(graph, device, rows)
