@@ -44,17 +44,22 @@ def load_onnxruntime(need: str, *, part: str = "", extra: str = "cpu", path: str
     Raises MissingDependencyError: ONNX Runtime, or a library that this part of it needs, is not installed.
     """
     try:
-        return import_module(f"onnxruntime.{part}" if part else "onnxruntime")
+        module = import_module("onnxruntime")
     except ImportError as error:
-        missing = error.name or ""
-        if missing.partition(".")[0] not in ("", "onnxruntime"):
-            raise MissingDependencyError(
-                f"{need} {missing}; install it: pip install 'onnx-lora[{extra}]'", path=path
-            ) from error
         raise MissingDependencyError(
             f"{need} ONNX Runtime, and it cannot be imported; install it: pip install 'onnx-lora[{extra}]', or "
             f"'onnx-lora[{extra.replace('cpu', 'gpu')}]' for CUDA (one of them, never both)",
             path=path,
+        ) from error
+    if not part:
+        return module
+    try:
+        return import_module(f"onnxruntime.{part}")
+    except ImportError as error:
+        # Some of its tools raise an error of their own, which names no module.
+        missing = error.name or f"what ONNX Runtime's tool asks for ({first_line(error)})"
+        raise MissingDependencyError(
+            f"{need} {missing}; install it: pip install 'onnx-lora[{extra}]'", path=path
         ) from error
 
 

@@ -27,7 +27,7 @@ from onnx_lora.manifest import GraphInfo
 from onnx_lora.onnxruntime_errors import fail_in_run
 from onnx_lora.package import Package
 from onnx_lora.points import Array
-from onnx_lora.runtime._ort import Device, Options, Providers, ort, start_session
+from onnx_lora.runtime._ort import Device, Options, Providers, copy_options, ort, start_session
 from onnx_lora.runtime.advising import advise
 from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_blend, open_package
 from onnx_lora.runtime.folding import fold, folded_bytes
@@ -112,6 +112,7 @@ def measure(
         names = [info.name for info in whole.manifest.graphs]
     bound = bind_blend(adapter, whole, strict=strict)
     options = Options(providers, None, _make_options(threads))
+    copy_options(options.sess_options)  # starts a session: the first of a process takes longer than its graph does
     run = _Run(whole, bound, options, Limits(rounds, seconds), tokens, progress)
     graphs = tuple(run.measure_graph(name, feeds) for name in names)
     run.check_possible()
