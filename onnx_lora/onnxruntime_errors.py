@@ -44,7 +44,7 @@ def load_onnxruntime(need: str, *, part: str = "", extra: str = "cpu", path: str
     Raises MissingDependencyError: ONNX Runtime, or a library that this part of it needs, is not installed.
     """
     try:
-        module = import_module("onnxruntime")
+        import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
             f"{need} ONNX Runtime, and it cannot be imported; install it: pip install 'onnx-lora[{extra}]', or "
@@ -52,7 +52,7 @@ def load_onnxruntime(need: str, *, part: str = "", extra: str = "cpu", path: str
             path=path,
         ) from error
     if not part:
-        return module
+        return onnxruntime
     try:
         return import_module(f"onnxruntime.{part}")
     except ImportError as error:
