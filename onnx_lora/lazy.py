@@ -6,6 +6,9 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
+from onnx_lora.errors import MissingDependencyError
+from onnx_lora.extras import how_to_install
+
 __all__ = ["lazy_names"]
 
 
@@ -13,13 +16,20 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
     """A package's `__getattr__` and `__dir__`; `homes`: the module that defines each public name.
 
     So that importing a package costs nothing, and what one name needs (ONNX Runtime, torch) need not be installed for
-    the others.
+    the others. Using a name raises MissingDependencyError: an optional library that it needs is not installed.
     """
 
     def load(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(homes[name]), name)
+        try:
+            module = import_module(homes[name])
+        except ModuleNotFoundError as error:
+            cure = how_to_install(error.name or "")
+            if cure is None:
+                raise
+            raise MissingDependencyError(f"{package}.{name} needs {error.name}; install it: {cure}") from error
+        value = getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 

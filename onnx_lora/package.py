@@ -3,7 +3,6 @@ folder; it knows neither ONNX nor adapters."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lora.boundary import public, unread, unwritten
+from onnx_lora.boundary import public, unread
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import InputError, PackageError
+from onnx_lora.json_file import read_json
 from onnx_lora.kinds import Embedding
 from onnx_lora.manifest import MANIFEST, GraphInfo, Manifest, parse_manifest
 from onnx_lora.points import (
@@ -30,7 +30,7 @@ from onnx_lora.points import (
     digest,
 )
 from onnx_lora.quantized import dequantize
-from onnx_lora.staging import scratch
+from onnx_lora.staging import replacing
 
 __all__ = ["Package"]
 
@@ -144,13 +144,8 @@ class Package:
         left = {name: doubt for name, doubt in self.unproven.items() if name not in names}
         proven = tuple(graph.with_doubts(lambda name: left.get(name, "")) for graph in self.manifest.graphs)
         manifest = replace(self.manifest, graphs=proven)
-        target = self.path / MANIFEST
-        try:
-            with scratch(self.path) as folder:
-                (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-                (folder / MANIFEST).replace(target)
-        except OSError as error:
-            raise unwritten(error, target) from error
+        with replacing(self.path / MANIFEST) as place:
+            place.write_text(manifest.to_json(), "utf-8")
         return replace(self, manifest=manifest)
 
     @cached_property
@@ -246,23 +241,13 @@ def _read_manifest(folder: Path) -> Manifest:
         )
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
-    try:
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise PackageError(f"too large for a manifest (limit {_MANIFEST_LIMIT} bytes)", path=file)
-        data = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise PackageError(
             f"no {MANIFEST} in it, so it is not a package, or only half of one; "
             "make one with `onnx-lora export` or `attach`",
             path=folder,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise unread(error, file, PackageError, "make the package again, or copy it again") from error
-    except RecursionError as error:
-        raise PackageError(f"cannot be read: {error}", path=file) from error
-    if not isinstance(data, dict):
-        raise PackageError("must hold a format_version; this is not a manifest of onnx-lora", path=file)
-    return parse_manifest(data, file)
+        )
+    return parse_manifest(read_json(file, PackageError, what="a manifest", limit=_MANIFEST_LIMIT), file)
 
 
 def _check_files(package: Package) -> None:

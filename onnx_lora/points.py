@@ -29,6 +29,7 @@ __all__ = [
     "StoredTensor",
     "WeightPart",
     "WholeWeight",
+    "align_offset",
     "digest",
     "matches",
     "matching",
@@ -47,12 +48,25 @@ NIBBLES = ("int4", "uint4")
 QUANTIZED_TYPES = ("int8", "uint8", *NIBBLES)
 
 
+# Where a tensor may begin in a file of weights. ONNX Runtime maps large ones straight from the file, which works on
+# page boundaries.
+_PAGE = 4096  # bytes
+_LARGE = 2**20  # bytes
+_CACHE_LINE = 64  # bytes
+
+
 def digest(weight: Array) -> str:
     """SHA-256 of a weight's values in C order, in torch's layout (`[out, in]` for Linear).
 
     The same number for every graph of the same base, however its exporter stored the weight.
     """
     return sha256(np.ascontiguousarray(weight).data).hexdigest()
+
+
+def align_offset(offset: int, size: int) -> int:
+    """The first place in a file, from `offset` on, where a tensor may begin. All three in bytes."""
+    alignment = _PAGE if size >= _LARGE else _CACHE_LINE
+    return offset + -offset % alignment
 
 
 def in_memory(values: Array) -> Array:

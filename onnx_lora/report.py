@@ -179,9 +179,12 @@ def by_reason(doubts: Mapping[str, str]) -> dict[str, list[str]]:
 
 def adapter_facts(adapter: Adapter) -> Facts:
     """What an adapter's files hold."""
-    values = [*(array for delta in adapter.deltas.values() for array in (delta.a, delta.b))]
-    values += [replacement.value for replacement in adapter.replacements.values()]
-    ranks = Counter(delta.a.shape[0] for delta in adapter.deltas.values())
+    size = 0
+    for delta in adapter.deltas.values():
+        size += delta.a.nbytes + delta.b.nbytes
+    for replacement in adapter.replacements.values():
+        size += replacement.value.nbytes
+    ranks = Counter(delta.rank for delta in adapter.deltas.values())
     scales = Counter(round(delta.scale, 6) for delta in adapter.deltas.values())
     return {
         "adapter": adapter.origin.path,
@@ -193,7 +196,7 @@ def adapter_facts(adapter: Adapter) -> Facts:
         "ranks": {f"rank {rank}": f"{count} modules" for rank, count in sorted(ranks.items())},
         "scales": {f"scale {scale:g}": f"{count} modules" for scale, count in sorted(scales.items())},
         "whole_weights": {name: _whole(entry) for name, entry in adapter.replacements.items()},
-        "size": _size(sum(value.nbytes for value in values)),
+        "size": _size(size),
         "notes": list(adapter.notes),
     }
 

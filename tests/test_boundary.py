@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from onnx_lora import AdapterSession, Package, TextGenerator, bind, read_adapter
+from onnx_lora import AdapterSession, Package, TextGenerator, bind, errors, read_adapter
 from onnx_lora.boundary import public
 from onnx_lora.demo_text import WRITER
 from onnx_lora.errors import ExportError, InputError, InternalError, OnnxLoraError, OutsideError, StorageError
@@ -37,7 +37,6 @@ MODULES = [
 # Plain data, and types for checkers: they refuse nothing, and what they are given to does.
 DATA = [
     "Adapter",
-    "AdapterFormat",
     "BoundAdapter",
     "Change",
     "Comparison",
@@ -47,7 +46,8 @@ DATA = [
     "FORMATS",
     "Generation",
 ]
-DATA += ["OnnxLoraError", "Origin", "Piece", "Replacement", "Rounding", "__version__"]
+DATA += ["Origin", "Piece", "Replacement", "Rounding", "__version__"]
+DATA += [name for name in errors.__all__ if name != "printable"]
 
 # Called by the package alone, with what it has checked.
 OURS = ["Cache", "Stream", "verify_module"]

@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 
 import onnx_lora
+import onnx_lora.errors
 from onnx_lora.cli import COMMANDS
 
 ROOT = Path(onnx_lora.__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-# README makes what the other pages go on with.
-PAGES.sort(key=lambda page: page.name != "README.md")
+# These make what the other pages go on with.
+FIRST = ["commands.md", "README.md"]
+PAGES.sort(key=lambda page: -FIRST.index(page.name) if page.name in FIRST else 1)
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# Commands of a reader's environment, and of downloads.
+UNRUN = ["python3", ".", "git", ["pip", "download"], ["unzip", "-q"]]
 
 # Languages of blocks that are no commands.
 _PICTURES = {"", "text", "json"}
@@ -45,26 +49,22 @@ def _commands(block: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, checkpoints: Make, packages: Make) -> Path:
-    """A folder with what a reader has: a checkpoint, two adapters, an ONNX file, and inputs."""
+def desk(tmp_path_factory: pytest.TempPathFactory, checkpoints: Make) -> Path:
+    """A folder with what a reader has: a clone, a checkpoint, and two adapters."""
     import shutil
 
     from tests.support.models import make_adapter, make_model
 
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(checkpoints("llama"), folder / "my-model")
-    shutil.copyfile(packages("llama") / "base.onnx", folder / "model.onnx")
-    shutil.copyfile(packages("llama") / "model.onnx.data", folder / "model.onnx.data")
+    for part in ("onnx_lora", "constraints.txt"):
+        (folder / part).symlink_to(ROOT / part)
     for name, options in {"sql": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "polite": {"r": 2}}.items():
         targets: dict[str, Any] = {"target_modules": "all-linear"} | options
         make_adapter(make_model("llama"), folder / "adapters" / name, seed=len(name), **targets)
     _make_llm(folder)
     if importlib.util.find_spec("diffusers"):
         _make_pipeline(folder)
-    ids = np.array([[11, 42, 7], [3, 5, 8]])
-    np.savez(
-        folder / "feeds.npz", input_ids=ids, attention_mask=np.ones_like(ids), position_ids=np.array([[0, 1, 2]] * 2)
-    )
     return folder
 
 
@@ -96,11 +96,12 @@ def _make_pipeline(folder: Path) -> None:
     make_style(pipeline, folder / "styles" / "oil.safetensors", seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page: Path, desk: Path) -> None:
     if page.name == "genai.md":
         pytest.importorskip("onnxruntime_genai", reason="needs ONNX Runtime GenAI: pip install onnx-lora[genai]")
-    if page.name == "diffusion.md":
+    if page.name in ("diffusion.md", "diffusion-styles.md"):
         pytest.importorskip("diffusers", reason="needs diffusers: pip install onnx-lora[diffusion]")
     for language, block in _blocks(page):
         if language == "python":
@@ -118,7 +119,7 @@ def _run_command(words: list[str], desk: Path) -> None:
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), words
     elif words[:2] == ["pip", "install"]:
-        extras = re.fullmatch(r"onnx-lora\[(.*)\]", words[-1])
+        extras = re.fullmatch(r"(?:onnx-lora|\.)\[(.*)\]", words[-1])
         known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
         assert extras, words
         assert set(extras[1].split(",")) <= set(known), words
@@ -128,7 +129,7 @@ def _run_command(words: list[str], desk: Path) -> None:
         assert (ROOT / words[1]).is_file(), words
         _run([sys.executable, str(ROOT / words[1]), "--help"], desk)
     else:
-        assert words[:2] in (["pip", "download"], ["unzip", "-q"]), f"a command that nothing runs: {words}"
+        assert words[0] in UNRUN or words[:2] in UNRUN, f"a command that nothing runs: {words}"
 
 
 def _run(command: list[str], desk: Path) -> None:
@@ -142,11 +143,23 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    tree = next(block for language, block in _blocks(ROOT / "README.md") if not language and "onnx_lora/" in block)
-    named = set(re.findall(r"(\w+\.py)", tree))
-    existing = {file.name for file in (ROOT / "onnx_lora").rglob("*.py")}
-    assert named <= existing, f"the tree names {sorted(named - existing)}"
+def test_the_figure_in_the_readme_is_the_measured_one() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text("utf-8"))
+    milliseconds = results["int4"]["milliseconds a token"]
+    shown = {
+        "onnx-lora, int4": milliseconds["r=16 on all seven"],
+        "GenAI, int4": milliseconds["GenAI: package, r=16 on all seven"],
+        "llama.cpp, Q4_0": milliseconds["llama.cpp: r=16 on all seven"],
+        "PEFT, PyTorch": milliseconds["PEFT (fp32): r=16 on all seven"],
+    }
+    best = 1000 / min(shown.values())
+    lines = []
+    for name, each in shown.items():
+        speed = 1000 / each  # tokens a second
+        bar = "█" * round(40 * speed / best)
+        lines.append(f"{name:18}{bar:40}  {speed:3.0f}")
+    figure = "\n".join(lines)
+    assert figure in (ROOT / "README.md").read_text("utf-8"), f"the README must show\n{figure}"
 
 
 def test_the_ratios_in_the_docs_are_the_measured_ones() -> None:
@@ -186,3 +199,29 @@ def test_every_command_has_an_example_that_names_real_options(name: str) -> None
     known = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(--[\w-]+)", example[0])) <= known
     assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option)), name
+
+
+def test_the_site_shows_every_page_once() -> None:
+    """The site's builder refuses broken links, and says nothing of pages that its navigation misses."""
+    from scripts.build_site import page_names
+
+    configuration = (ROOT / "mkdocs.yml").read_text("utf-8")
+    shown = re.findall(r"^\s+- .*: ([\w-]+\.md)$", configuration, re.MULTILINE)
+    assert sorted(shown) == sorted(page_names().values())
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    named = set(re.findall(r"^::: onnx_lora\.(\w+)$", page, re.MULTILINE))
+    errors = {name for name in onnx_lora.__all__ if name in onnx_lora.errors.__all__}
+    assert named - {"errors"} == set(onnx_lora.__all__) - errors - {"__version__"}
+
+
+def test_a_page_of_the_site_has_the_links_of_the_site() -> None:
+    from scripts.build_site import in_site
+
+    text, linked = in_site(
+        "[a](../README.md) [b](genai.md#x) [c](../tests/test_docs.py) [d](https://x/y) [e](#f)", "docs"
+    )
+    assert text == "[a](index.md) [b](genai.md#x) [c](source/tests/test_docs.py) [d](https://x/y) [e](#f)"
+    assert linked == {"tests/test_docs.py"}

@@ -17,12 +17,14 @@ ROOT = Path(onnx_lora.__file__).parent
 # DESIGN: cli -> exporter, adapters, runtime; exporter and runtime meet only in a package on disk.
 ALLOWED = {
     "errors": set[str](),
-    "lazy": set(),
+    "extras": set(),
+    "lazy": {"errors", "extras"},
     "arguments": set(),
-    "boundary": {"errors", "arguments"},
+    "boundary": {"errors", "extras", "arguments"},
     "staging": {"errors", "boundary"},
     "companions": {"errors"},
     "onnxruntime_errors": {"errors"},
+    "json_file": {"errors", "boundary"},
     "expressions": set(),
     "quantized": set(),
     "kinds": set(),
@@ -32,13 +34,14 @@ ALLOWED = {
     "older_manifests": set(),
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
-    "package": {"errors", "boundary", "companions", "kinds", "points", "manifest", "quantized", "staging"},
+    "package": {"errors", "boundary", "companions", "json_file", "kinds", "points", "manifest", "quantized", "staging"},
     "adapters": {
         "lazy",
         "errors",
         "arguments",
         "onnxruntime_errors",
         "boundary",
+        "json_file",
         "staging",
         "kinds",
         "points",
@@ -53,6 +56,7 @@ ALLOWED = {
         "errors",
         "onnxruntime_errors",
         "boundary",
+        "json_file",
         "staging",
         "companions",
         "kinds",
@@ -70,6 +74,7 @@ ALLOWED = {
         "arguments",
         "onnxruntime_errors",
         "boundary",
+        "json_file",
         "staging",
         "companions",
         "kinds",
@@ -113,7 +118,7 @@ ALLOWED = {
         "report",
     },
     "cli": {"errors", "boundary", "commands"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "extras"},
 }
 
 

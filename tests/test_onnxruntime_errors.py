@@ -29,6 +29,7 @@ CALLS = {
     "IOBinding",
     "InferenceSession",
     "bind_ortvalue_input",
+    "export_adapter",
     "ortvalue_from_numpy",
     "ortvalue_from_numpy_with_onnx_type",
     "quantize_dynamic",

@@ -74,7 +74,7 @@ def _of_format(path: Path, root: Path) -> str:
 
 def _of_config(path: Path) -> str:
     try:
-        method = read_config(path).method
+        method = read_config(path).method_name
     except OnnxLoraError as error:
         return f"| {path.name} | | {_cell(_refusal(error, path))} |"
     return f"| {path.name} | {_cell(method)} | read |"

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     )
     from onnx_lora.adapters.adapter import refuse_fold_only as refuse_fold_only
     from onnx_lora.adapters.binding import bind
-    from onnx_lora.adapters.compose import blend, stack_rows
-    from onnx_lora.adapters.compose import blended as blended
+    from onnx_lora.adapters.compose import blend
+    from onnx_lora.adapters.compose import make_blend as make_blend
     from onnx_lora.adapters.effect import effects as effects
-    from onnx_lora.adapters.formats.converted.files import write_bound
     from onnx_lora.adapters.read import read_adapter
+    from onnx_lora.adapters.row_stacking import stack_rows
     from onnx_lora.adapters.write import FORMATS as FORMATS
-    from onnx_lora.adapters.write import write_adapter as write_adapter
+    from onnx_lora.adapters.write import write_adapter, write_bound
 
 __all__ = [
     "Adapter",
@@ -42,6 +42,7 @@ __all__ = [
     "blend",
     "read_adapter",
     "stack_rows",
+    "write_adapter",
     "write_bound",
 ]
 
@@ -58,14 +59,14 @@ __getattr__, __dir__ = lazy_names(
         "Replacement": "onnx_lora.adapters.adapter",
         "bind": "onnx_lora.adapters.binding",
         "blend": "onnx_lora.adapters.compose",
-        "stack_rows": "onnx_lora.adapters.compose",
-        "write_bound": "onnx_lora.adapters.formats.converted.files",
+        "stack_rows": "onnx_lora.adapters.row_stacking",
         "read_adapter": "onnx_lora.adapters.read",
+        "write_adapter": "onnx_lora.adapters.write",
+        "write_bound": "onnx_lora.adapters.write",
         # For the command line; no promise.
         "FORMATS": "onnx_lora.adapters.write",
-        "blended": "onnx_lora.adapters.compose",
         "effects": "onnx_lora.adapters.effect",
+        "make_blend": "onnx_lora.adapters.compose",
         "refuse_fold_only": "onnx_lora.adapters.adapter",
-        "write_adapter": "onnx_lora.adapters.write",
     },
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx_lora.adapters.formats.files.reading import read_json
 from onnx_lora.errors import AdapterFileError
-from onnx_lora.package import Package
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
 
 __all__ = ["config_of"]
 

@@ -1,25 +1,37 @@
-"""Commands on adapters" files: convert, and inspect, which shows packages too."""
+"""Commands on files of adapters: convert, and inspect, which shows packages too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import FORMATS, bind, blended, effects, read_adapter, write_adapter
+from onnx_lora.adapters import FORMATS, bind, effects, make_blend, read_adapter, write_adapter
 from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
 from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
 
-if TYPE_CHECKING:
-    from onnx_lora.adapters.write import AdapterFormat
-
 __all__ = ["convert", "inspect"]
+
+
+class _FormatChoice(click.Choice[str]):
+    """The formats that adapters can be written in. Those of other distributions are looked up when they are shown, or
+    when the one that was given is none of ours."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(FORMATS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value in FORMATS else super().convert(value, param, ctx)
 
 
 @click.command()
@@ -32,7 +44,7 @@ __all__ = ["convert", "inspect"]
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(list(FORMATS)),
+    type=_FormatChoice(),
     help="Default: what OUT ends with; a PEFT folder where it ends with nothing.",
 )
 @click.option(
@@ -48,7 +60,7 @@ def convert(
     out: Path,
     adapters: Sequence[str],
     package: Path | None,
-    kind: AdapterFormat | None,
+    kind: str | None,
     initial: Path | None,
     allow_unproven: bool,
     strict: bool,
@@ -72,14 +84,14 @@ def convert(
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
-        bound = blended(parts, name=out.stem)
+        bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
         facts = report.coverage_facts(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)
 
 
 def _convert_one(
-    path: Path, out: Path, kind: AdapterFormat, package: Package | None, initial: Path | None, *, strict: bool
+    path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
 ) -> dict[str, Any]:
     adapter = read_adapter(path, initial=initial)
     if package is None:
@@ -90,7 +102,7 @@ def _convert_one(
     return report.coverage_facts(bound)
 
 
-def choose_format(out: Path, kind: AdapterFormat | None) -> AdapterFormat:
+def choose_format(out: Path, kind: str | None) -> str:
     """What to write to `out`: `kind`, or the first format whose names end so."""
     fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
     if kind is None and fitting:

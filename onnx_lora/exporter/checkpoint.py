@@ -3,7 +3,6 @@ its values. It reads a torch model or a folder of safetensors; it knows no graph
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from onnx_lora.errors import ModelError
+from onnx_lora.json_file import read_json
 from onnx_lora.kinds import Conv, Embedding, Kind, Linear
 from onnx_lora.package import Package
 from onnx_lora.points import Array, Bias, InjectionPoint, WholeWeight
@@ -32,6 +32,9 @@ __all__ = ["NEVER_CALLED", "Checkpoint", "Match", "overridden", "scaled_axis"]
 
 # Why `nn.MultiheadAttention`'s `out_proj` gets no point.
 NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
+
+# An index of shards has 100 bytes for each tensor: this is one of 600,000.
+_INDEX_LIMIT = 64 * 2**20  # bytes
 
 _ALL = (slice(None), slice(None))
 _FIRST_ROW = (slice(0, 1), slice(None))
@@ -376,11 +379,11 @@ def _refusal(module: nn.Module, kind: type[Kind]) -> str | None:
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ModelError(f"must be an index of safetensors shards: {error!r}", path=index) from error
-        files = [folder / Path(name).name for name in names]
+        content = read_json(index, ModelError, what="an index of safetensors shards", limit=_INDEX_LIMIT)
+        places = content.get("weight_map")
+        if not isinstance(places, dict):
+            raise ModelError("must be an index of safetensors shards, with a weight_map", path=index)
+        files = [folder / Path(name).name for name in sorted(set(map(str, places.values())))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(f"the checkpoint lacks {', '.join(missing)}", path=folder)

@@ -3,12 +3,12 @@ table, used where no weights can be compared."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.located import Occurrence
+from onnx_lora.json_file import read_json
 
 __all__ = ["GenaiNames"]
 
@@ -38,8 +38,9 @@ class GenaiNames:
         file = folder / "genai_config.json"
         if not file.is_file():
             return None
+        config = read_json(file, ModelError)
         try:
-            model = json.loads(file.read_text("utf-8"))["model"]
+            model = config["model"]
             decoder = model["decoder"]
             size = int(decoder["head_size"])
             heads, key_heads = int(decoder["num_attention_heads"]), int(decoder["num_key_value_heads"])

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
-from onnx_lora.adapters.bases import base_problem
-from onnx_lora.adapters.compose import blended
-from onnx_lora.adapters.rebound import rebound
-from onnx_lora.errors import BindError, SelectionError
+from onnx_lora.adapters.compose import make_blend
+from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
 __all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "open_package"]
@@ -40,12 +38,7 @@ def bind_adapter(
 
     Raises AdapterError: it cannot be read, or does not fit. SelectionError: it is no adapter.
     """
-    if isinstance(adapter, BoundAdapter):
-        problem = base_problem(adapter.origin.base_model, package) if strict else None
-        if problem is not None:
-            raise BindError(f"the adapter {adapter.name!r} does not fit: {problem}", path=adapter.origin.path or None)
-        return rebound(adapter, package)
-    if isinstance(adapter, Adapter):
+    if isinstance(adapter, Adapter | BoundAdapter):
         return bind(adapter, package, strict=strict)
     if isinstance(adapter, (str, os.PathLike)):
         return bind(read_adapter(adapter, name=name), package, strict=strict)
@@ -68,7 +61,7 @@ def bind_blend(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool 
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
     parts = [(bind_adapter(part, package, strict=strict), weight) for part, weight in pairs]
-    return blended(parts, name="blend")
+    return make_blend(parts, name="blend")
 
 
 def _are_pairs(given: object) -> bool:

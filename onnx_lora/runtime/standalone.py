@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -19,9 +19,10 @@ from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.heads import VOCABULARY_HEADS
+from onnx_lora.json_file import parse_json
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
-from onnx_lora.points import NIBBLES, Array, StoredTensor
+from onnx_lora.points import NIBBLES, Array, StoredTensor, align_offset
 from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import _onnx
 from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_blend, open_package
@@ -36,11 +37,6 @@ _log = logging.getLogger(__name__)
 _MODEL = "model.onnx"
 _DATA = "model.onnx.data"
 
-# Where a tensor may begin. Large ones begin at a page, so that they can be mapped.
-_ALIGNMENT = 64  # bytes
-_PAGE = 4096  # bytes
-_LARGE = 2**20  # bytes
-
 # Copied at once.
 _CHUNK = 16 * 2**20  # bytes
 
@@ -54,8 +50,8 @@ class _Data:
 
     def put(self, key: object, length: int, write: Callable[[IO[bytes]], None]) -> tuple[int, int]:
         if key not in self.places:
-            align = _PAGE if length > _LARGE else _ALIGNMENT
-            self.file.write(bytes(-self.file.tell() % align))
+            end = self.file.tell()
+            self.file.write(bytes(align_offset(end, length) - end))
             self.places[key] = self.file.tell(), length
             write(self.file)
         return self.places[key]
@@ -274,12 +270,7 @@ def _fix_labels(plans: Sequence[_Plan], config: Path, package: Path) -> None:
                 widths.add(width)
     if not widths or not config.is_file():
         return
-    try:
-        content: Any = json.loads(config.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"must be JSON: {error}; correct it", path=package / config.name) from error
-    if not isinstance(content, dict):
-        raise PackageError("must hold a JSON object; correct it", path=package / config.name)
+    content = parse_json(config.read_bytes(), package / config.name, PackageError, what="a config")
     for key in ("id2label", "label2id", "num_labels"):
         content.pop(key, None)
     if len(widths) == 1:

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from onnx_lora.adapters.formats.files import safetensors as safetensors_file
-from onnx_lora.adapters.formats.files import torch_pickle
+from onnx_lora.adapters.formats.files import safetensors_file, torch_pickle
 from onnx_lora.adapters.formats.files.reading import opened
 from onnx_lora.errors import AdapterFileError
 from tests.adapters.building import lora, numbers

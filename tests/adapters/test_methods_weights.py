@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_frequency": 20, "target_modules": ["lin", "wide"], "random_loc_seed": 12345678901}
         | {"n_frequency_pattern": {"wide": 9}, "scaling": 3.5},
     ),
+    "beft": ("Beft", {"target_modules": ["lin"], "init_weights": False}),
     "c3a": ("C3A", {"block_size": 4, "target_modules": ["lin", "wide"], "init_weights": False}),
     "c3a, patterns": ("C3A", {"block_size": 4, "target_modules": ["lin", "wide"], "block_size_pattern": {"wide": 12}}),
 }

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from onnx_lora import TextGenerator
 from onnx_lora.exporter import export
 from tests.support.models import make_adapter
+from tests.support.once import made_once
 
 __all__ = ["ARCHITECTURES", "FAMILIES", "Decoder", "open_generator"]
 
@@ -175,33 +176,26 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def decoders_of(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The decoder of an architecture in a family, made once a session."""
-    made: dict[tuple[str, str], Decoder] = {}
-    checkpoints: dict[str, tuple[Path, dict[str, Path]]] = {}
+    """The decoder of an architecture in a family, made once a run."""
 
     def make(name: str, family: str) -> Decoder:
-        if name not in checkpoints:
-            folder = tmp_path_factory.mktemp(name)
-            checkpoint = make_checkpoint(name, folder / "checkpoint")
-            adapters = {
-                adapter: make_adapter(
-                    hf.AutoModelForCausalLM.from_pretrained(checkpoint),
-                    folder / adapter,
-                    seed=seed,
-                    r=rank,
-                    lora_alpha=2 * rank,
-                    target_modules=ARCHITECTURES[name][1],
-                )
-                for adapter, seed, rank in (("a", 1, 4), ("b", 2, 2))
-            }
-            checkpoints[name] = checkpoint, adapters
-        if (name, family) not in made:
-            checkpoint, adapters = checkpoints[name]
-            folder = tmp_path_factory.mktemp(f"{name}.{family}")
-            made[name, family] = Decoder(checkpoint, make_package(checkpoint, family, folder), adapters)
-        return made[name, family]
+        trained = made_once(tmp_path_factory, f"decoder.{name}", lambda folder: _make_trained(name, folder))
+        checkpoint = trained / "checkpoint"
+        exported = made_once(
+            tmp_path_factory, f"decoder.{name}.{family}", lambda folder: make_package(checkpoint, family, folder)
+        )
+        return Decoder(checkpoint, exported / "package", {"a": trained / "a", "b": trained / "b"})
 
     return make
+
+
+def _make_trained(name: str, folder: Path) -> None:
+    """A checkpoint and two adapters for it."""
+    checkpoint = make_checkpoint(name, folder / "checkpoint")
+    for adapter, seed, rank in (("a", 1, 4), ("b", 2, 2)):
+        model = hf.AutoModelForCausalLM.from_pretrained(checkpoint)
+        options = {"r": rank, "lora_alpha": 2 * rank, "target_modules": ARCHITECTURES[name][1]}
+        make_adapter(model, folder / adapter, seed=seed, **options)
 
 
 @pytest.fixture(scope="session", params=["growing", "shared"])

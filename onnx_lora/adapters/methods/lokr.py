@@ -1,4 +1,8 @@
-"""LoKr: a Kronecker product. LyCORIS (Yeh et al. 2023), section 3; PEFT's `LoKrLayer.get_delta_weight`."""
+"""LoKr: a Kronecker product is added.
+
+LyCORIS (Yeh et al. 2023), section 3: `W = W0 + alpha / r · W1 ⊗ W2`, each of the two whole or a product of low rank.
+The reference is PEFT 0.21: `lokr/layer.py`, `get_delta_weight`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, columns, kernel_unlike, not_for, pair, pays, rows, thin, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, columns, read_product, rows, thin
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["LoKr"]
+__all__ = ["METHOD", "LoKr", "read_lokr"]
 
 
 @dataclass(frozen=True)
 class LoKr:
-    """`W = W0 + scale · W1 ⊗ W2`; each is one array, or a pair whose product it is, or by modes (`thin`).
-
-    `first` is `[a, c]`, `second` `[b, d]` or with a kernel behind, and the weight `[a · b, c · d, *kernel]`.
-    """
+    """`first` `[a, c]` and `second` `[b, d, *kernel]`, of a weight `[a · b, c · d, *kernel]`. Each is one array, or a
+    pair whose product it is, or by modes (`products.thin`)."""
 
     first: tuple[Array, ...]
     second: tuple[Array, ...]
@@ -89,3 +94,39 @@ def _smallest(parts: tuple[Array, ...]) -> tuple[Floats, Floats]:
     matrix = _product(parts)
     identity = np.eye(rank, dtype=matrix.dtype)
     return (identity, matrix) if len(matrix) == rank else (matrix, identity)
+
+
+def read_lokr(module: Module) -> Part:
+    """`lokr_w1` `[a, c]`, or its factors `lokr_w1_a` `[a, r]` and `lokr_w1_b` `[r, c]`; `lokr_w2` `[b, d, *kernel]`, or
+    `lokr_w2_a` `[b, r]` and `lokr_w2_b` `[r, d · kernel]`; with the core `lokr_t2` `[r, r, *kernel]` those are `[r, b]`
+    and `[r, d]`.
+
+    Raises TensorError: one of them is missing or there twice, the ranks are not the config's, or the shapes do not fit.
+    """
+    first = _read_whole(module, "lokr_w1", axes=(2,)) or read_product(module, "lokr_w1")
+    second = _read_whole(module, "lokr_w2", axes=(2, 3, 4)) or read_product(module, "lokr_w2", "lokr_t2")
+    return Part(change=LoKr(first, second, module.scale))
+
+
+def _read_whole(module: Module, name: str, axes: tuple[int, ...]) -> tuple[Array] | None:
+    """One array; None where there are factors in its place. Raises TensorError: another number of axes, or both."""
+    if not module.has(name):
+        return None
+    whole = module.tensor(name)
+    module.must(whole.ndim in axes and whole.size > 0, f"{name} must have {' or '.join(map(str, axes))} axes")
+    factors = {f"{name}_a", f"{name}_b", name.replace("_w", "_t")} & set(module.tensors)
+    module.must(not factors, f"{name} must be whole, or made of factors")
+    return (whole,)
+
+
+METHOD = Method(
+    peft_type="LOKR",
+    name="LoKr",
+    read=read_lokr,
+    docs=(DocsRow("`LOKR`", "delta, with `use_effective_conv2d` too; a Conv1d's whole `lokr_w2` folds"),),
+    tensors=bare_parameters("lokr_t2", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    fields=LYCORIS_FIELDS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    rank="r",
+    alpha="alpha",
+    patterns=True,
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from onnx_lora.exporter.frontends.source import Loaded, Precision, Reference, co
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.exporter.graph_files import GraphFile
 from onnx_lora.exporter.options import Progress
+from onnx_lora.json_file import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,7 +78,7 @@ def is_pipeline(model: str | os.PathLike[str]) -> bool:
 
 
 def _refuse_parts(folder: Path) -> None:
-    own = _json(folder / "config.json") if (folder / "config.json").is_file() else None
+    own = read_json(folder / "config.json", ModelError) if (folder / "config.json").is_file() else None
     if isinstance(own, dict) and "_diffusers_version" in own:
         raise ModelError(
             f"is one network of a pipeline ({own.get('_class_name')}); give the folder of the whole pipeline, the one "
@@ -138,7 +138,7 @@ def _loaded(model: str | os.PathLike[str], task: str | None, precision: str) -> 
         import torch
 
         root = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(str(model)))
-        index = _json(root / _INDEX)
+        index = read_json(root / _INDEX, ModelError)
         _check(index, root)
         if task is not None and task not in _TASKS:
             raise ModelError(f"a pipeline is exported for {', '.join(_TASKS)}, and not for {task!r}", path=model)
@@ -215,13 +215,6 @@ def _has(index: Mapping[str, Any], name: str) -> bool:
     """Whether an index names a class for a part: `[library, class]`, and `[null, null]` where there is none."""
     entry = index.get(name)
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"must be JSON, and cannot be read: {error}", path=file) from error
 
 
 def _task_of(pipeline: Any) -> str:

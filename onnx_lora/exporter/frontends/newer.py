@@ -18,6 +18,7 @@ from typing import Any
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.frontends.huggingface import config_of
 from onnx_lora.exporter.frontends.rope import RopeError, rope_fields
+from onnx_lora.json_file import read_json
 
 __all__ = ["is_newer", "readable", "translated_config"]
 
@@ -78,7 +79,7 @@ def readable(model: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
         root = _snapshot(model)
     configs: dict[Path, dict[str, Any]] = {}
     for file in sorted([*root.glob(_CONFIG), *root.glob(f"*/{_CONFIG}")]):  # a pipeline's networks have their own
-        config = _json(file)
+        config = read_json(file, ModelError)
         translated = translated_config(config, file)
         if translated != config:
             configs[file.relative_to(root)] = translated
@@ -220,14 +221,6 @@ def _fields_of(kind: type[Any]) -> dict[str, object]:
             names |= dict.fromkeys(read)
     names |= dict.fromkeys(getattr(kind, "attribute_map", {}))
     return names | {name: value.default for name, value in inspect.signature(kind.__init__).parameters.items()}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"must be JSON, and cannot be read: {error}", path=file) from error
-    return config if isinstance(config, dict) else {}
 
 
 def _snapshot(model: str | os.PathLike[str]) -> Path:

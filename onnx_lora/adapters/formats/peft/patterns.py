@@ -6,13 +6,13 @@ The reference is PEFT 0.21: `get_pattern_key`, `check_target_module_exists`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from onnx_lora.expressions import Expression, ExpressionError, Work
 
-__all__ = ["Endings", "Patterns", "tails"]
+__all__ = ["Patterns"]
 
 # How PEFT wraps the expressions of rank_pattern and alpha_pattern, and those of modules_to_save.
 _WRAPPERS = {"at end": r"(.*\.)?({})$", "around": r"(^|.*\.){}($|\..*)"}
@@ -25,34 +25,6 @@ _NAME = re.compile(r"(?P<begin>\^?)(?P<name>(?:[^\\^$*+?{}\[\]|()]|\\\W)*)(?P<en
 
 # Any character, in the tables of plain names. No tensor's name has it.
 _ANY = "\0"
-
-
-def tails(module: str) -> Iterator[str]:
-    """A module's name, and what stands behind each of its dots."""
-    yield module
-    while "." in module:
-        module = module.partition(".")[2]
-        yield module
-
-
-class Endings:
-    """Names that others may end with, wherever they begin there."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._numbers: dict[str, int] = {}
-        for number, name in enumerate(names):
-            self._numbers.setdefault(name, number)
-        self._lengths = sorted({len(name) for name in self._numbers})
-
-    def first(self, module: str) -> int | None:
-        """The number of the first name that `module` ends with, or None."""
-        ends = (module[len(module) - length :] for length in self._lengths if length <= len(module))
-        return min((self._numbers[end] for end in ends if end in self._numbers), default=None)
-
-    def take(self, module: str) -> bool:
-        """Whether `module`, or a module around it, ends with a name: as `points.matches`, of many names."""
-        parts = module.split(".")
-        return any(self.first(".".join(parts[:end])) is not None for end in range(1, len(parts) + 1))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Which extra of this distribution installs an optional library. It knows names, and imports none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["EXTRAS", "how_to_install"]
+
+# The smallest extra that declares each library, by the library's import name. A test compares this with pyproject.toml.
+EXTRAS: Mapping[str, str] = {
+    "click": "cli",
+    "diffusers": "diffusion",
+    "gguf": "gguf",
+    "google": "fold",
+    "huggingface_hub": "export",
+    "jinja2": "generate",
+    "matplotlib": "plot",
+    "ml_dtypes": "attach",
+    "onnx": "fold",
+    "onnx_ir": "attach",
+    "onnxruntime": "cpu",
+    "onnxruntime_genai": "genai",
+    "onnxscript": "export",
+    "optimum": "export",
+    "peft": "export",
+    "rich": "cli",
+    "sympy": "attach",
+    "tokenizers": "generate",
+    "torch": "export",
+    "transformers": "export",
+}
+
+
+def how_to_install(module: str) -> str | None:
+    """The command that installs what `import module` needs; None: no extra of ours brings it."""
+    extra = EXTRAS.get(module.partition(".")[0])
+    if extra is None:
+        return None
+    return f"pip install 'onnx-lora[{extra}]'"

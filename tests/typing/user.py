@@ -1,0 +1,136 @@
+"""What a user may write: every public name, in a file that `mypy --strict` must accept (`tests/test_public.py`).
+
+It is checked and never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import onnx_lora
+from onnx_lora import (
+    Adapter,
+    AdapterError,
+    AdapterFileError,
+    AdapterSession,
+    BindError,
+    BoundAdapter,
+    Cache,
+    CacheError,
+    Chat,
+    ExportError,
+    FeedError,
+    Generation,
+    InputError,
+    InternalError,
+    MissingDependencyError,
+    ModelError,
+    OnnxLoraError,
+    OutputExistsError,
+    OutsideError,
+    Package,
+    PackageError,
+    Piece,
+    PromptError,
+    Requantize,
+    RunError,
+    Sampling,
+    SamplingError,
+    SelectionError,
+    StorageError,
+    Stream,
+    TextGenerator,
+    UnsupportedAdapterError,
+    VerificationError,
+    attach,
+    bind,
+    export,
+    fold,
+    fold_to,
+    quantize,
+    read_adapter,
+    verify,
+    write_adapter,
+    write_bound,
+)
+
+Array = np.ndarray[Any, Any]
+
+
+def make_packages(checkpoint: Path, graphs: Path, out: Path) -> list[Package]:
+    exported: Package = export(str(checkpoint), out / "exported", task="text-generation")
+    attached: Package = attach(graphs, out / "attached", targets=["q_proj", "v_proj"])
+    quantized: Package = quantize(exported, out / "int4")
+    for comparison in verify(exported, str(checkpoint)):
+        print(comparison)
+    return [exported, attached, quantized]
+
+
+def convert(file: Path, package: Package, out: Path) -> BoundAdapter:
+    adapter: Adapter = read_adapter(file)
+    bound: BoundAdapter = bind(adapter, package)
+    written: Path = write_adapter(adapter, out / "peft", format="peft")
+    print(written, write_bound(bound, out / "bound.safetensors"))
+    return bound
+
+
+def switch(folder: Path, feeds: Mapping[str, Array]) -> Iterable[Any]:
+    session = AdapterSession(folder)
+    session.load_adapter("sql", folder / "sql")
+    yield session.run(None, feeds)
+    yield session.run(None, feeds, adapter="sql")
+    yield session.run(None, feeds, adapter={"sql": 0.5})
+    yield session.run(None, feeds, adapter=["sql", None])
+
+
+def merge(package: Package, adapter: BoundAdapter, out: Path) -> Any:
+    leave = Requantize()
+    fold_to(package, adapter, out, requantize=leave)
+    print(leave.rounding)
+    return fold(package, adapter).run(None, {})
+
+
+def write(folder: Path) -> str:
+    generator = TextGenerator(folder)
+    sampling = Sampling(max_tokens=8, temperature=0.7)
+    stream: Stream = generator.stream("The king", sampling=sampling)
+    pieces: list[Piece] = list(stream)
+    results: list[Generation] = generator.generate([Chat([{"role": "user", "content": "Hello"}])], sampling=sampling)
+    cache: Cache | None = results[0].cache
+    return "".join(piece.text for piece in pieces) + str(cache)
+
+
+# A program that tells every error apart, the narrow ones first.
+REASONS: Mapping[type[OnnxLoraError], str] = {
+    AdapterFileError: "a damaged file",
+    UnsupportedAdapterError: "a method that is refused",
+    BindError: "an adapter of another model",
+    AdapterError: "an adapter",
+    ModelError: "a model",
+    PackageError: "a package",
+    SelectionError: "a choice of adapters",
+    FeedError: "inputs",
+    PromptError: "a prompt",
+    SamplingError: "settings",
+    CacheError: "a cache",
+    OutputExistsError: "a place that is taken",
+    InputError: "what was given",
+    MissingDependencyError: "a library that is not installed",
+    StorageError: "the disk",
+    ExportError: "an exporter",
+    RunError: "a run",
+    VerificationError: "other numbers than the reference's",
+    OutsideError: "the world",
+    InternalError: "a fault of the library",
+}
+
+
+def explain(error: OnnxLoraError) -> tuple[str, int, tuple[str, ...]]:
+    for kind, reason in REASONS.items():
+        if isinstance(error, kind):
+            return f"{onnx_lora.__version__}: {reason}", error.exit_code, error.problems
+    return str(error), error.exit_code, error.problems
