@@ -19,14 +19,10 @@ if TYPE_CHECKING:
         Origin,
         Replacement,
     )
-    from onnx_lora.adapters.adapter import refuse_fold_only as refuse_fold_only
     from onnx_lora.adapters.binding import bind
     from onnx_lora.adapters.compose import blend
-    from onnx_lora.adapters.compose import make_blend as make_blend
-    from onnx_lora.adapters.effect import effects as effects
     from onnx_lora.adapters.read import read_adapter
     from onnx_lora.adapters.row_stacking import stack_rows
-    from onnx_lora.adapters.write import FORMATS as FORMATS
     from onnx_lora.adapters.write import write_adapter, write_bound
 
 __all__ = [
@@ -63,10 +59,5 @@ __getattr__, __dir__ = lazy_names(
         "read_adapter": "onnx_lora.adapters.read",
         "write_adapter": "onnx_lora.adapters.write",
         "write_bound": "onnx_lora.adapters.write",
-        # For the command line; no promise.
-        "FORMATS": "onnx_lora.adapters.write",
-        "effects": "onnx_lora.adapters.effect",
-        "make_blend": "onnx_lora.adapters.compose",
-        "refuse_fold_only": "onnx_lora.adapters.adapter",
     },
 )

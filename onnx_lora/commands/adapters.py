@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import FORMATS, bind, effects, make_blend, read_adapter, write_adapter
+from onnx_lora.adapters import bind, read_adapter, write_adapter
+from onnx_lora.adapters.compose import make_blend
+from onnx_lora.adapters.effect import effects
 from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
 from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
@@ -17,6 +19,13 @@ from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
 
 __all__ = ["convert", "inspect"]
+
+
+def _formats() -> Mapping[str, str]:
+    """What adapters can be written as, and how the names of its files end."""
+    from onnx_lora.adapters.write import FORMATS
+
+    return FORMATS
 
 
 class _FormatChoice(click.Choice[str]):
@@ -28,10 +37,10 @@ class _FormatChoice(click.Choice[str]):
 
     @property
     def choices(self) -> Sequence[str]:  # type: ignore[override]
-        return tuple(FORMATS)
+        return tuple(_formats())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return value if value in FORMATS else super().convert(value, param, ctx)
+        return value if value in _formats() else super().convert(value, param, ctx)
 
 
 @click.command()
@@ -103,15 +112,16 @@ def _convert_one(
 
 
 def choose_format(out: Path, kind: str | None) -> str:
-    """What to write to `out`: `kind`, or the first format whose names end so."""
-    fitting = [name for name, suffix in FORMATS.items() if suffix == out.suffix]
-    if kind is None and fitting:
-        return fitting[0]
+    """What to write to `out`: `kind`, or the first format whose names end so. Raises InputError: none fits."""
+    endings = _formats()
+    fitting = [name for name, ending in endings.items() if ending == out.suffix]
     if kind is None:
-        ends = ", ".join(dict.fromkeys(suffix for suffix in FORMATS.values() if suffix))
+        if fitting:
+            return fitting[0]
+        ends = ", ".join(dict.fromkeys(ending for ending in endings.values() if ending))
         raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
-    if FORMATS[kind] and not out.suffix:
-        raise InputError(f"--format {kind} is a file whose name ends with {FORMATS[kind]}", path=out)
+    if endings[kind] and not out.suffix:
+        raise InputError(f"--format {kind} is a file whose name ends with {endings[kind]}", path=out)
     if out.suffix and fitting and kind not in fitting:
         raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
     return kind

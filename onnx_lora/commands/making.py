@@ -10,7 +10,8 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import bind, read_adapter, refuse_fold_only
+from onnx_lora.adapters import bind, read_adapter
+from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
 from onnx_lora.package import Package

@@ -127,8 +127,10 @@ def _check_kind(
     """Raises PackageError: the graph is something else than a decoder."""
     first, _ = names.layer(0)[0]
     problems = [f"it has no input {name}" for name in (names.ids, names.mask) if name not in inputs]
-    problems += [] if names.logits in outputs else [f"it has no output {names.logits}"]
-    problems += [] if pairs else [f"it has no input {first}"]
+    if names.logits not in outputs:
+        problems.append(f"it has no output {names.logits}")
+    if not pairs:
+        problems.append(f"it has no input {first}")
     if problems:
         raise PackageError(
             "must be a decoder with a cache for text to be generated (token ids and past in, logits and present out); "
@@ -151,8 +153,9 @@ def _naming_problems(
     problems += [f"the input {past} is missing" for past, _ in pairs if past not in inputs]
     problems += [f"the output {present} is missing" for _, present in pairs if present not in outputs]
     for kind, used in (("input", taken), ("output", given)):
-        twice = [name for name, times in used.items() if times > 1]
-        problems += [f"the {kind} {name} is named for two purposes in genai_config.json" for name in twice]
+        for name, times in used.items():
+            if times > 1:
+                problems.append(f"the {kind} {name} is named for two purposes in genai_config.json")
     layers = len(pairs) // 2
     if settings.layers not in (None, layers):
         problems.append(f"its cache has {layers} layers, and genai_config.json says {settings.layers}")
