@@ -26,9 +26,39 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 """
 
+# What a program on a device does: a package's folder, an adapter, and one with a head of another width.
+_CALLS = """
+import json
+import numpy as np
+import onnx_lora
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+folder, adapter, head = sys.argv[1:]
+feeds = {"x": np.ones((1, 2, 8), np.float32), "mask": np.ones((1, 2), np.int64)}
+session = onnx_lora.AdapterSession(folder)
+session.load_adapter("a", adapter)
+apart = session.run(None, feeds, adapter="a")[0]
+folded = onnx_lora.fold(folder, adapter).run(None, feeds)[0]
+found = {"difference": float(abs(apart - folded).max())}
+found["measure"] = onnx_lora.measure(folder, adapter, rounds=1).advice.switching
+calls = {
+    "fold a head of another width": lambda: onnx_lora.fold(folder, head),
+    "fold_to": lambda: onnx_lora.fold_to(folder, adapter, folder + "-folded"),
+    "attach": lambda: onnx_lora.attach(folder, folder + "-again"),
+}
+for name, call in calls.items():
+    try:
+        call()
+        found[name] = "done"
+    except onnx_lora.MissingDependencyError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_importing_the_runtime_loads_neither_torch_nor_onnx():
@@ -54,35 +84,7 @@ def test_a_device_runs_folds_and_measures_with_numpy_safetensors_and_onnxruntime
     package = tiny.make_package(tmp_path / "package")
     write_bound(tiny.adapter("a", 1), tmp_path / "a.safetensors")
     write_bound(tiny.adapter("head", 2, labels=7), tmp_path / "head.safetensors")
-    done = python(
-        BLOCKED
-        + f"""
-import json
-import numpy as np
-import onnx_lora
-
-folder, adapter, head = {str(package.path)!r}, {str(tmp_path / "a.safetensors")!r}, {str(tmp_path / "head.safetensors")!r}
-feeds = {{"x": np.ones((1, 2, 8), np.float32), "mask": np.ones((1, 2), np.int64)}}
-session = onnx_lora.AdapterSession(folder)
-session.load_adapter("a", adapter)
-apart = session.run(None, feeds, adapter="a")[0]
-folded = onnx_lora.fold(folder, adapter).run(None, feeds)[0]
-found = {{"difference": float(abs(apart - folded).max())}}
-found["measure"] = onnx_lora.measure(folder, adapter, rounds=1).advice.switching
-calls = {{
-    "fold a head of another width": lambda: onnx_lora.fold(folder, head),
-    "fold_to": lambda: onnx_lora.fold_to(folder, adapter, folder + "-folded"),
-    "attach": lambda: onnx_lora.attach(folder, folder + "-again"),
-}}
-for name, call in calls.items():
-    try:
-        call()
-        found[name] = "done"
-    except onnx_lora.MissingDependencyError as error:
-        found[name] = str(error)
-print(json.dumps(found))
-"""
-    )
+    done = python(BLOCKED + _CALLS, package.path, tmp_path / "a.safetensors", tmp_path / "head.safetensors")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["difference"] < 1e-5

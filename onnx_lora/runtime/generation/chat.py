@@ -145,11 +145,9 @@ def _plain(value: object, place: str, depth: int = 0) -> object:
     if isinstance(value, list | tuple):
         return [_plain(each, f"{place}[{index}]", depth + 1) for index, each in enumerate(value)]
     if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
-        raise PromptError(
-            f"{printable(place, _PLACE)} must be a number that can be written, and has {value.bit_length()} bits"
-        )
+        shown = printable(place, _PLACE)
+        raise PromptError(f"{shown} must be a number that can be written, and has {value.bit_length()} bits")
     if value is None or isinstance(value, str | int | float):
         return value
-    raise PromptError(
-        f"{printable(place, _PLACE)} must be what JSON can hold (texts, numbers, lists, mappings), and is a {type(value).__name__}"
-    )
+    shown, kind = printable(place, _PLACE), type(value).__name__
+    raise PromptError(f"{shown} must be what JSON can hold (texts, numbers, lists, mappings), and is a {kind}")
