@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
-    from onnx_lora.exporter.verification import Comparison
+    from onnx_lora.exporter import Comparison
     from onnx_lora.heat import Heat
     from onnx_lora.package import Package
     from onnx_lora.runtime import GraphMeasurement, Measurement, Requantize

@@ -61,6 +61,7 @@ ERRORS = {
     "OutputExistsError",
     "OutsideError",
     "PackageError",
+    "PluginError",
     "PromptError",
     "RunError",
     "SamplingError",

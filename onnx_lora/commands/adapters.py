@@ -112,18 +112,21 @@ def _convert_one(
 
 
 def choose_format(out: Path, kind: str | None) -> str:
-    """What to write to `out`: `kind`, or the first format whose names end so. Raises InputError: none fits."""
+    """What to write to `out`: `kind`, or the first format whose names end so. Formats of other distributions are looked
+    at where none of ours decides. Raises InputError: none fits."""
     endings = _formats()
-    fitting = [name for name, ending in endings.items() if ending == out.suffix]
+    if kind is not None and endings[kind] == out.suffix:
+        return kind
+    fitting = next((name for name in endings if endings[name] == out.suffix), None)
     if kind is None:
-        if fitting:
-            return fitting[0]
+        if fitting is not None:
+            return fitting
         ends = ", ".join(dict.fromkeys(ending for ending in endings.values() if ending))
         raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
-    if endings[kind] and not out.suffix:
+    if not out.suffix:
         raise InputError(f"--format {kind} is a file whose name ends with {endings[kind]}", path=out)
-    if out.suffix and fitting and kind not in fitting:
-        raise InputError(f"--format {kind} contradicts the name, which says {fitting[0]}; change one of them", path=out)
+    if fitting is not None:
+        raise InputError(f"--format {kind} contradicts the name, which says {fitting}; change one of them", path=out)
     return kind
 
 

@@ -14,6 +14,7 @@ from onnx_lora.adapters import bind, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
+from onnx_lora.exporter.frontends.exporters import EXPORTERS
 from onnx_lora.package import Package
 
 __all__ = ["attach", "export", "quantize", "verify"]
@@ -72,7 +73,7 @@ def point_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.option("--task", help="What to export it for, as Optimum names it (default: what its config says).")
 @click.option(
     "--via",
-    type=click.Choice(["optimum", "genai"]),
+    type=click.Choice(list(EXPORTERS)),
     help="What makes the graph (default: ONNX Runtime GenAI's builder where it is installed and right for the model).",
 )
 @click.option(
@@ -165,8 +166,8 @@ def quantize(
     \b
     Example:  onnx-lora quantize smollm smollm-int4 --bits 4
     """
-    from onnx_lora.exporter.quantization import Method
-    from onnx_lora.exporter.quantization import quantize as run_quantize
+    from onnx_lora.exporter import Method
+    from onnx_lora.exporter import quantize as run_quantize
 
     with report.progress("quantizing") as progress:
         result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
@@ -186,7 +187,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     \b
     Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
     """
-    from onnx_lora.exporter.verification import verify as run_verify
+    from onnx_lora.exporter import verify as run_verify
 
     opened = Package.open(package, allow_unproven=True)
     tensors = None if adapter is None else _verifiable(adapter, opened)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.onnxruntime_errors import fail_as, is_unsupported, load_onnxruntime
 from onnx_lora.points import Array
 
@@ -27,7 +28,8 @@ def check_opens(file: Path, source: Path) -> None:
         with fail_as(lambda said: ModelError(f"ONNX Runtime cannot open {made}: {said}", path=source)):
             _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except ModelError as error:
-        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings.
+        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings: the graph may
+        # still be sound.
         if error.__cause__ is None or not is_unsupported(error.__cause__):
             raise
 
@@ -39,14 +41,15 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
     Raises ModelError: something went wrong that is no error of ours, and ONNX Runtime refuses one of `files` too. Of
     graphs that it opens the fault is ours, and stays as it is.
     """
-    try:
+
+    def blame(error: Exception) -> OnnxLoraError | None:
+        if not isinstance(error, OSError):
+            for file in files:
+                check_opens(file, file)
+        return None
+
+    with translate_failures(blame):
         yield
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception:
-        for file in files:
-            check_opens(file, file)
-        raise
 
 
 def _onnxruntime() -> Any:
@@ -70,16 +73,17 @@ def open_graph(file: Path, model: bytes | None = None) -> Any:
     options = _options()
     if model is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    with _fail_on(file):
+    with _name_failure(file):
         return _onnxruntime().InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs by name. Raises ExportError: the graph cannot run."""
     names = [value.name for value in session.get_outputs()]
-    with _fail_on(file):
+    with _name_failure(file):
         return dict(zip(names, session.run(None, dict(feeds)), strict=True))
 
 
-def _fail_on(file: Path) -> AbstractContextManager[None]:
+def _name_failure(file: Path) -> AbstractContextManager[None]:
+    """Raises ExportError: ONNX Runtime failed with a graph of ours."""
     return fail_as(lambda said: ExportError(f"ONNX Runtime cannot run the graph that was made: {said}", path=file.name))

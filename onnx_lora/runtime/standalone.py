@@ -19,7 +19,7 @@ from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.heads import VOCABULARY_HEADS
-from onnx_lora.json_file import parse_json
+from onnx_lora.json_text import parse_json
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
 from onnx_lora.points import NIBBLES, Array, StoredTensor, align_offset
