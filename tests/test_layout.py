@@ -33,7 +33,7 @@ ALLOWED = {
     "roles": set(),
     "codec": set(),
     "heads": set(),
-    "older_manifests": set(),
+    "older_manifests": {"kinds", "roles"},
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
