@@ -46,6 +46,7 @@ DATA = [
     "FORMATS",
     "Generation",
 ]
+DATA += ["Checkpoint", "OnnxFiles", "Pipeline", "TorchModule"]
 DATA += ["Origin", "Piece", "Replacement", "Rounding", "__version__"]
 DATA += [name for name in errors.__all__ if name != "printable"]
 

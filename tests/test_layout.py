@@ -24,6 +24,7 @@ ALLOWED = {
     "boundary": {"errors", "extras", "arguments"},
     "staging": {"errors", "boundary"},
     "companions": {"errors"},
+    "onnxruntime_errors": {"errors"},
     "json_text": {"errors"},
     "json_file": {"errors", "boundary", "json_text"},
     "expressions": set(),
@@ -51,6 +52,8 @@ ALLOWED = {
     "adapters": {
         "lazy",
         "errors",
+        "arguments",
+        "onnxruntime_errors",
         "boundary",
         "json_file",
         "json_text",
@@ -66,6 +69,7 @@ ALLOWED = {
     "exporter": {
         "lazy",
         "errors",
+        "onnxruntime_errors",
         "boundary",
         "json_file",
         "json_text",
@@ -83,6 +87,8 @@ ALLOWED = {
     "runtime": {
         "lazy",
         "errors",
+        "arguments",
+        "onnxruntime_errors",
         "boundary",
         "json_file",
         "json_text",
@@ -112,7 +118,7 @@ ALLOWED = {
     },
     "demo_text": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "demo": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
-    "cli": {
+    "commands": {
         "heat",
         "errors",
         "boundary",
@@ -128,6 +134,7 @@ ALLOWED = {
         "demo_text",
         "report",
     },
+    "cli": {"errors", "boundary", "commands"},
     "__main__": {"cli", "extras"},
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from onnx_lora.exporter.frontends.exporters import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.model_config import ModelConfig
+from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
@@ -29,9 +28,8 @@ if TYPE_CHECKING:
 
     from onnx_lora.exporter.request import Progress
     from onnx_lora.package import Package
-    from onnx_lora.points import Array
 
-__all__ = ["EXPORTER", "OptimumExporter", "load_model", "reference_of", "references"]
+__all__ = ["EXPORTER", "OptimumExporter", "load_model", "references"]
 
 # What Optimum puts behind a task whose graphs have a cache.
 _WITH_PAST = "-with-past"
@@ -100,7 +98,7 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
 
 
 def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, str]:
-    with library_failures(config.model, _export_for(task)):
+    with quiet(), library_failures(config.model, _export_for(task)):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
@@ -209,56 +207,6 @@ def references(model: Any, task: str) -> list[Reference]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return [reference_of(name, part, config) for name, (part, config) in parts.items()]
-
-
-def reference_of(name: str, part: Any, config: Any) -> Reference:
-    """Inputs for one of Optimum's graphs, and what the module behind it answers to them. `config`: Optimum's own of
-    the graph, an `OnnxConfig`."""
-    inputs = {key: _mask_little(key, value) for key, value in config.generate_dummy_inputs(framework="pt").items()}
-
-    def answer() -> dict[str, Array]:
-        import torch
-
-        # Models write into their cache: every run gets a fresh copy.
-        arguments = config.rename_ambiguous_inputs(copy.deepcopy(inputs))
-        with quiet(), config.patch_model_for_export(part), torch.inference_mode():
-            outputs = part(**arguments)
-        flat: dict[str, Array] = {}
-        for key, value in outputs.items():
-            onnx_name = config.torch_to_onnx_output_map.get(key, "present" if key == "past_key_values" else key)
-            flat.update(_flatten(config, onnx_name, value))
-        return flat
-
-    def feeds(names: Sequence[str]) -> dict[str, Array]:
-        flat: dict[str, Array] = {}
-        for key, value in config.generate_dummy_inputs_for_validation(copy.deepcopy(inputs), list(names)).items():
-            flat.update(_flatten(config, key, value))
-        return flat
-
-    return Reference(name, feeds, answer)
-
-
-def _mask_little(name: str, value: Any) -> Any:
-    """A mask `[rows, positions]` that leaves most of them; other inputs as they are.
-
-    Optimum masks any number, and all but one often: then attention has nothing to choose from, and what keys and
-    queries compute is not seen.
-    """
-    if not name.endswith("attention_mask") or getattr(value, "ndim", 0) != 2 or value.is_floating_point():
-        return value
-    few = value.shape[1] // 4
-    masked = slice(None, few) if value[-1, 0] == 0 else slice(value.shape[1] - few, None)
-    mask = value.new_ones(value.shape)
-    mask[-1, masked] = 0
-    return mask
-
-
-def _flatten(config: Any, name: str, value: Any) -> dict[str, Array]:
-    if isinstance(value, list | tuple):
-        value = config.flatten_output_collection_property(name, value)
-    if isinstance(value, dict):
-        return {key: item.numpy() for key, item in value.items()}
-    return {name: value.numpy()}
 
 
 def _companions(config: ModelConfig, folder: Path) -> tuple[Path, ...]:

@@ -20,7 +20,7 @@ from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.names import base_of, name_of
 from onnx_lora.exporter.frontends.newer import open_readable
-from onnx_lora.exporter.frontends.optimum import reference_of
+from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.whole import LOADING, check_whole
