@@ -177,11 +177,12 @@ LAYERS: dict[str, list[list[set[str]]]] = {
         [{"formats.files"}, {"formats.peft"}, {"read"}],
     ],
     "exporter": [
-        [{"foreign"}, {"functions", "intake"}, {"load"}, {"build"}],
-        [{"products", "surgery"}, {"branches"}, {"inject"}, {"build"}, {"api", "quantization"}],
+        [{"foreign_libraries"}, {"functions", "intake"}, {"load"}, {"build"}],
+        [{"product", "surgery"}, {"graph_kinds"}, {"inject"}, {"build"}, {"api", "quantization"}],
         [{"scopes"}, {"traces"}, {"located"}, {"locate"}, {"build"}],
         [{"located"}, {"sites"}, {"whole_weights"}, {"untie"}, {"build"}],
-        [{"checkpoint"}, {"frontends"}, {"api", "quantization", "verification"}],
+        [{"checkpoint_weights"}, {"frontends"}, {"api", "quantization", "verification"}],
+        [{"comparison"}, {"random_adapters"}, {"verification"}],
     ],
     "runtime": [
         [{"_ort"}, {"store"}, {"lease"}, {"session"}, {"generation"}],
@@ -247,14 +248,6 @@ NOT_YET: dict[str, set[str]] = {
         "adapters/read.py",
     },
     "any exception": {
-        "exporter/axes.py",
-        "exporter/foreign.py",
-        "exporter/frontends/huggingface.py",
-        "exporter/frontends/torch_module.py",
-        "exporter/intake.py",
-        "exporter/load.py",
-        "exporter/ort_check.py",
-        "exporter/quantization.py",
         "runtime/generation/template.py",
         "runtime/generation/text.py",
     },
@@ -318,7 +311,7 @@ def test_foreign_names_stand_in_the_formats_alone() -> None:
             if any(spelling in text for spelling in FOREIGN) and not file.startswith("adapters/formats/"):
                 found.add(file)
     # Which asks PEFT itself for its tensors, in PyTorch.
-    assert found <= NOT_YET["foreign names"] | {"exporter/verification.py"}
+    assert found <= NOT_YET["foreign names"] | {"exporter/random_adapters.py"}
 
 
 def _texts(tree: ast.Module) -> Iterator[str]:
@@ -337,7 +330,8 @@ def test_any_exception_is_caught_at_the_boundary_alone() -> None:
                 found.add(file)
     # The command's main has no boundary above it; the child process of templates has a foreign program below it.
     last = {"cli.py", "runtime/generation/template_child.py"}
-    assert found <= NOT_YET["any exception"] | {"boundary.py"} | last
+    # Libraries that the exporter hands graphs to have their own, which names the step and the file.
+    assert found <= NOT_YET["any exception"] | {"boundary.py", "exporter/foreign_libraries.py"} | last
 
 
 def _catches_everything(handler: ast.ExceptHandler) -> bool:
