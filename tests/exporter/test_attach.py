@@ -207,7 +207,7 @@ def test_broken_packages_are_refused(tmp_path: Path) -> None:
     refused(json.dumps(whole | {"producer": 7}), "producer must be str")
     refused("[1]", "must be a JSON object")
     nowhere = whole["graphs"][0] | {"file": "\ud800.onnx"}
-    refused(json.dumps(whole | {"graphs": [nowhere]}), "is missing")
+    refused(json.dumps(whole | {"graphs": [nowhere]}), "surrogates not allowed")
     refused("{", "must be JSON, and is damaged")
     stray = json.loads(json.dumps(whole))
     stray["graphs"][0]["file"] = "../model.onnx"
