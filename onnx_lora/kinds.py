@@ -1,7 +1,7 @@
 """The kinds of modules that adapters change: what each computes with its weight, and how PyTorch and PEFT lay that out.
 
-A kind knows shapes and names. It knows no graph: the exporter registers a builder of branches for each kind
-(`exporter/branches.py`). A new kind is a class here and a builder there.
+A kind knows shapes and names. It knows no graph: the exporter registers for each kind how its nodes are read and how
+its branches are built (`exporter/graph_kinds`). A new kind is a class here and a file there.
 
 Throughout, W0 is a matrix `[in, out]`, as the graph multiplies by it; PyTorch keeps it in the shape `torch_shape`."""
 
@@ -178,13 +178,16 @@ class Embedding:
 class Conv:
     """`y` is every window of `x`, times W0. PyTorch keeps `[out, channels / groups, *kernel]`.
 
-    `kernel`: the lengths of the window's axes, one to three of them. A branch's inputs are channels times kernel, in
-    PyTorch's order. In `groups`, W0 has only `in / groups` inputs; PEFT's A has all of them, and its B is
-    `[out, rank / groups]`, each group's part below the other. The sum of the two is then no weight of the module.
+    A branch's inputs are channels times kernel, in PyTorch's order. In groups, W0 has only `in / groups` inputs; PEFT's
+    A has all of them, and its B is `[out, rank / groups]`, each group's part below the other. W0 + A · B is then no
+    weight of the module.
     """
 
     kernel: tuple[int, ...] = ()
+    """The lengths of the window's axes, one to three of them."""
+
     groups: int = 1
+    """Into how many groups the channels are cut."""
 
     name: ClassVar[str] = "conv"
     factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")

@@ -50,25 +50,39 @@ class Unplaced:
     """A weighted node that got no point, and why."""
 
     node: str
+    """The node's name, or what stands for it."""
+
     reason: str
+    """Why it got no point."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphInfo:
-    """One graph of a package: `file` has the injection points, `base_file` has none.
-
-    `branches` say through which inputs the points' tensors enter. `untargeted` are modules that were found,
-    but not asked for when the points were made.
-    """
+    """One graph of a package, with injection points and without."""
 
     name: str
+    """What the graph is called where a package has several."""
+
     file: str
+    """The ONNX file with injection points."""
+
     base_file: str
+    """The ONNX file without."""
+
     points: tuple[InjectionPoint, ...]
+    """The injection points."""
+
     branches: tuple[Branch, ...] = ()
+    """Through which graph inputs the points' tensors enter: every point is in one."""
+
     replaceable: tuple[WholeWeight, ...] = ()
+    """The whole weights that adapters may replace."""
+
     untargeted: tuple[str, ...] = ()
+    """Modules that were found, and not asked for when the points were made."""
+
     unplaced: tuple[Unplaced, ...] = ()
+    """Nodes with weights that got no point."""
 
     @property
     def modules(self) -> frozenset[str]:
@@ -101,12 +115,20 @@ class GraphInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `onnx_lora.json` holds. `source` says what made the package, from what."""
+    """What `onnx_lora.json` holds."""
 
     format_version: int
+    """The version of the format that the writer wrote."""
+
     producer: str
+    """What wrote it."""
+
     source: dict[str, str]
+    """What it was made from: `made_by`, `from`, `base` (the model's name by its config or the hub's cache), `task`,
+    `precision`."""
+
     graphs: tuple[GraphInfo, ...]
+    """The package's graphs, at least one."""
 
     @property
     def minimum_reader(self) -> int:

@@ -1,11 +1,11 @@
-"""The package: a folder with graphs, weights and a manifest. It reads, checks and writes the
-folder; it knows neither ONNX nor adapters."""
+"""The package: a folder with graphs, weights and a manifest. It opens the folder and reads weights; it knows neither
+ONNX nor adapters."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -13,28 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lora.boundary import public, unread, unwritten
+from onnx_lora.boundary import public, unread
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import InputError, PackageError
-from onnx_lora.kinds import Embedding
+from onnx_lora.json_file import read_json
 from onnx_lora.manifest import MANIFEST, GraphInfo, Manifest, parse_manifest
-from onnx_lora.points import (
-    FLOAT_TYPES,
-    NIBBLES,
-    QUANTIZED_TYPES,
-    Array,
-    InjectionPoint,
-    StoredTensor,
-    WeightPart,
-    WholeWeight,
-    digest,
-)
+from onnx_lora.manifest_checks import find_problems
+from onnx_lora.points import NIBBLES, Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
 from onnx_lora.quantized import dequantize
-from onnx_lora.staging import scratch
+from onnx_lora.staging import replacing
 
 __all__ = ["Package"]
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
+# Of packages that these made, the manifest's `from` is a file or a class, and no checkpoint.
+_WITHOUT_CHECKPOINT = ("attach", "torch.onnx")
+
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
 
@@ -66,9 +60,12 @@ class Package:
         if folder.is_dir():
             check_folder(folder, PackageError)
         manifest = _read_manifest(folder)
-        package = Package(folder, manifest, allow_unproven)
-        _check_files(package)
-        return package
+        problems = find_problems(manifest.graphs, folder)
+        if problems:
+            raise PackageError(
+                "the package is not whole; make it again, or copy it again", path=folder, problems=problems
+            )
+        return Package(folder, manifest, allow_unproven)
 
     def allowing_unproven(self, allowed: bool) -> Package:
         """The same package, whose unproven points take adapters if it is `allowed`, or was before."""
@@ -76,6 +73,7 @@ class Package:
 
     @property
     def name(self) -> str:
+        """The folder's own name."""
         return self.path.resolve().name
 
     def graph(self, name: str | None = None) -> GraphInfo:
@@ -95,24 +93,29 @@ class Package:
     def points(self) -> Mapping[str, InjectionPoint]:
         """Every injection point by module, over all graphs; `per_row` where every graph has it."""
         points: dict[str, InjectionPoint] = {}
-        for point in (point for graph in self.manifest.graphs for point in graph.points):
-            known = points.get(point.module, point)
-            points[point.module] = replace(
-                point, per_row=point.per_row and known.per_row, unproven=known.unproven or point.unproven
-            )
+        for graph in self.manifest.graphs:
+            for point in graph.points:
+                known = points.get(point.module, point)
+                points[point.module] = replace(
+                    point,
+                    per_row=point.per_row and known.per_row,
+                    unproven=known.unproven or point.unproven,
+                )
         return points
 
     @cached_property
     def replaceable(self) -> Mapping[str, WholeWeight]:
         """Every replaceable weight by torch parameter name, over all graphs; `per_row` where every graph has it."""
         weights: dict[str, WholeWeight] = {}
-        for weight in (weight for graph in self.manifest.graphs for weight in graph.replaceable):
-            known = weights.get(weight.name, weight)
-            free = weight.free_outputs and known.free_outputs
-            doubt = known.unproven or weight.unproven
-            weights[weight.name] = replace(
-                weight, per_row=weight.per_row and known.per_row, free_outputs=free, unproven=doubt
-            )
+        for graph in self.manifest.graphs:
+            for weight in graph.replaceable:
+                known = weights.get(weight.name, weight)
+                weights[weight.name] = replace(
+                    weight,
+                    per_row=weight.per_row and known.per_row,
+                    free_outputs=weight.free_outputs and known.free_outputs,
+                    unproven=known.unproven or weight.unproven,
+                )
         return weights
 
     @property
@@ -120,7 +123,7 @@ class Package:
         """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
         source = self.manifest.source
         names = [source.get("base", "")]
-        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+        if source.get("made_by", "attach") not in _WITHOUT_CHECKPOINT:
             names.append(source.get("from", ""))
         return tuple(name for name in dict.fromkeys(names) if name)
 
@@ -132,9 +135,14 @@ class Package:
     @cached_property
     def unproven(self) -> Mapping[str, str]:
         """Modules and parameters of which the graph may compute something else, and why."""
-        doubts = {module: point.unproven for module, point in self.points.items()}
-        doubts |= {name: weight.unproven for name, weight in self.replaceable.items()}
-        return {name: doubt for name, doubt in doubts.items() if doubt}
+        doubts: dict[str, str] = {}
+        for module, point in self.points.items():
+            if point.unproven:
+                doubts[module] = point.unproven
+        for name, weight in self.replaceable.items():
+            if weight.unproven:
+                doubts[name] = weight.unproven
+        return doubts
 
     def record_proof(self, names: Collection[str]) -> Package:
         """Write down that these modules and parameters were proven, and give the package as it is then.
@@ -144,20 +152,15 @@ class Package:
         left = {name: doubt for name, doubt in self.unproven.items() if name not in names}
         proven = tuple(graph.with_doubts(lambda name: left.get(name, "")) for graph in self.manifest.graphs)
         manifest = replace(self.manifest, graphs=proven)
-        target = self.path / MANIFEST
-        try:
-            with scratch(self.path) as folder:
-                (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
-                (folder / MANIFEST).replace(target)
-        except OSError as error:
-            raise unwritten(error, target) from error
+        with replacing(self.path / MANIFEST) as place:
+            place.write_text(manifest.to_json(), "utf-8")
         return replace(self, manifest=manifest)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base weights of all points: equal for equal bases with equal points."""
-        lines = sorted(f"{point.module} {point.sha256}\n" for point in self.points.values())
-        return sha256("".join(lines).encode()).hexdigest()
+        lines = [f"{point.module} {point.sha256}\n" for point in self.points.values()]
+        return sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def read(self, stored: StoredTensor) -> Array:
         """A stored tensor, read-only: mapped from disk, so nothing may keep it; 4-bit numbers as 8-bit ones, in memory.
@@ -180,9 +183,13 @@ class Package:
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))
-        numbers = np.stack([data & 15, data >> 4], axis=-1).reshape(-1)[: int(np.prod(stored.shape))]
-        signed = numbers.astype(np.int8) - ((numbers & 8) << 1).astype(np.int8)
-        return (signed if stored.dtype == "int4" else numbers).reshape(stored.shape)
+        pairs = np.stack([data & 15, data >> 4], axis=-1)
+        numbers = pairs.reshape(-1)[: math.prod(stored.shape)]
+        if stored.dtype == "uint4":
+            return numbers.reshape(stored.shape)
+        sign = (numbers & 8) << 1  # 16 where the number is negative
+        signed = numbers.astype(np.int8) - sign.astype(np.int8)
+        return signed.reshape(stored.shape)
 
     def weight(self, part: WeightPart) -> Array:
         """The values of a part's whole initializer; of a quantized one in float32, `[rows, columns]`."""
@@ -211,9 +218,11 @@ class Package:
     @cached_property
     def dora(self) -> frozenset[str]:
         """The modules that take DoRA's scale in every graph that has them."""
-        branches = [branch for graph in self.manifest.graphs for branch in graph.branches]
-        without = {module for branch in branches if not branch.dora for module in branch.modules}
-        return frozenset(module for branch in branches for module in branch.modules) - without
+        taking, without = set[str](), set[str]()
+        for graph in self.manifest.graphs:
+            for branch in graph.branches:
+                (taking if branch.dora else without).update(branch.modules)
+        return frozenset(taking - without)
 
     @property
     def quantized(self) -> bool:
@@ -238,139 +247,18 @@ class Package:
 
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
+    if folder.suffix == ".onnx" and folder.is_file():
+        raise PackageError(
+            "must be a package, and is an ONNX model without injection points; give it some first: "
+            f"onnx-lora attach {folder} PACKAGE",
+            path=folder,
+        )
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
-    try:
-        if file.stat().st_size > _MANIFEST_LIMIT:
-            raise PackageError(f"too large for a manifest (limit {_MANIFEST_LIMIT} bytes)", path=file)
-        data = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise PackageError(
             f"no {MANIFEST} in it, so it is not a package, or only half of one; "
             "make one with `onnx-lora export` or `attach`",
             path=folder,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise unread(error, file, PackageError, "make the package again, or copy it again") from error
-    except RecursionError as error:
-        raise PackageError(f"cannot be read: {error}", path=file) from error
-    if not isinstance(data, dict):
-        raise PackageError("must hold a format_version; this is not a manifest of onnx-lora", path=file)
-    return parse_manifest(data, file)
-
-
-def _check_files(package: Package) -> None:
-    problems: list[str] = []
-    lengths: dict[str, int] = {}
-    needed: dict[str, int] = {}
-    for graph in package.manifest.graphs:
-        for file in (graph.file, graph.base_file):
-            needed[file] = max(needed.get(file, 0), 1)
-        owners: tuple[InjectionPoint | WholeWeight, ...] = (*graph.points, *graph.replaceable)
-        for owner in owners:
-            if owner.dtype not in FLOAT_TYPES:
-                problems.append(f"{owner.dtype} is no type of weights known here; known are {FLOAT_TYPES}")
-                continue
-            problems += [f"{part.initializer}: {problem}" for part in owner.parts for problem in _part_problems(part)]
-            if isinstance(owner, InjectionPoint):
-                problems += _coverage_problems(owner)
-            else:
-                problems += _whole_problems(owner)
-            for name, stored, allowed in (entry for part in owner.parts for entry in _tensors(part)):
-                if stored.dtype not in allowed or stored.offset < 0 or min(stored.shape, default=1) < 0:
-                    problems.append(f"{name}: impossible offset, shape or type")
-                    continue
-                end = stored.offset + stored.size
-                needed[stored.file] = max(needed.get(stored.file, 0), end)
-        problems += _branch_problems(graph)
-    for file, length in sorted(needed.items()):
-        if Path(file).name != file:
-            problems.append(f"{file!r}: files must lie in the package folder itself")
-            continue
-        try:
-            lengths[file] = (package.path / file).stat().st_size
-        except (OSError, ValueError):  # of names that no file can have too
-            problems.append(f"{file} is missing")
-            continue
-        if lengths[file] < length:
-            problems.append(f"{file} has {lengths[file]} bytes and must have at least {length}: it was cut off")
-    if problems:
-        raise PackageError(
-            "the package is not whole; make it again, or copy it again",
-            path=package.path,
-            problems=sorted(set(problems)),
         )
-
-
-def _tensors(part: WeightPart) -> Iterator[tuple[str, StoredTensor, tuple[str, ...]]]:
-    """Every tensor a part is made of: name, place, and the types it may have."""
-    quantized = part.quantized
-    if quantized is None:
-        yield part.initializer, part.stored, FLOAT_TYPES
-        return
-    yield part.initializer, part.stored, QUANTIZED_TYPES
-    yield quantized.scale.initializer, quantized.scale.stored, FLOAT_TYPES
-    if quantized.zero_point is not None:
-        yield quantized.zero_point.initializer, quantized.zero_point.stored, (*QUANTIZED_TYPES, *FLOAT_TYPES)
-
-
-def _part_problems(part: WeightPart) -> list[str]:
-    """What of a part contradicts itself. Sizes only: the values are anybody's."""
-    if min(part.start, part.first, part.outputs - 1) < 0:
-        return ["impossible outputs"]
-    quantized = part.quantized
-    if quantized is None:
-        return []
-    zero_point = quantized.zero_point
-    zeros = None if zero_point is None else (zero_point.stored.dtype, zero_point.stored.shape)
-    wrong = quantized.scheme.problem(part.stored.shape, quantized.scale.stored.shape, zeros)
-    return [] if wrong is None else [wrong]
-
-
-def _coverage_problems(point: InjectionPoint) -> list[str]:
-    """Where the parts of a point are not its whole weight."""
-    problems: list[str] = []
-    if (wrong := point.kind.problem(point.in_features, point.out_features)) is not None:
-        return [f"{point.module}: {wrong}"]
-    for part in point.parts:
-        inputs, outputs = part.matrix
-        if inputs != point.weight_inputs or part.start + part.outputs > outputs:
-            problems.append(f"{part.initializer}: does not hold {point.module}'s weight")
-        # MatMulNBits keeps blocks along the inputs, a table along its features.
-        in_blocks = part.quantized is not None and part.quantized.scheme.layout == "blocks"
-        if in_blocks and part.transposed == isinstance(point.kind, Embedding):
-            problems.append(f"{part.initializer}: its blocks lie along the wrong axis")
-    pieces = sorted({(part.first, part.first + part.outputs) for part in point.parts})
-    if [0, *(end for _, end in pieces)] != [*(begin for begin, _ in pieces), point.out_features]:
-        problems.append(f"{point.module}: its parts are not its whole weight")
-    return problems
-
-
-def _whole_problems(weight: WholeWeight) -> list[str]:
-    """Where a whole weight has not the shape of its role, or not one place."""
-    if min(weight.shape, default=1) < 0:
-        return [f"{weight.name}: impossible shape"]
-    if not weight.parts:
-        return [f"{weight.name}: lies nowhere"]
-    wrong = weight.role.problem(weight.shape)
-    if wrong is None and weight.free_outputs and weight.role.free_axis is None:
-        wrong = "has no axis whose length is free"
-    return [] if wrong is None else [f"{weight.name}: {wrong}"]
-
-
-def _branch_problems(graph: GraphInfo) -> list[str]:
-    """A point without a branch would take adapters and do nothing."""
-    known = {point.module: (point.kind, point.in_features, point.dtype) for point in graph.points}
-    points, entered = set(known), [set(branch.modules) for branch in graph.branches]
-    all_entered = set().union(*entered)
-    return [
-        *(f"{module}: a point that no branch leads to" for module in sorted(points - all_entered)),
-        *(f"{module}: a branch to what is no point" for module in sorted(all_entered - points)),
-        *(f"graph {graph.name}: a branch without modules" for modules in entered if not modules),
-        *(
-            f"{branch.name}: a branch whose modules differ in inputs or type, or come twice"
-            for branch in graph.branches
-            if len({known.get(module) for module in branch.modules}) > 1
-            or len(set(branch.modules)) < len(branch.modules)
-        ),
-    ]
+    return parse_manifest(read_json(file, PackageError, what="a manifest", limit=_MANIFEST_LIMIT), file)

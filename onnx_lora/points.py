@@ -1,5 +1,5 @@
-"""The contract between exporter, adapters and runtime: what an injection point and a replaceable
-weight are, and how their tensors are laid out. It knows no file, no graph and no adapter format."""
+"""The contract between exporter, adapters and runtime: what an injection point and a whole weight are, where they lie
+in a package, and how their tensors are laid out. It knows no file, no graph and no adapter format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ __all__ = [
     "StoredTensor",
     "WeightPart",
     "WholeWeight",
+    "align_offset",
     "digest",
+    "in_memory",
     "matches",
     "matching",
 ]
@@ -46,6 +48,12 @@ FLOAT_TYPES = ("float32", "float16", "float64")
 NIBBLES = ("int4", "uint4")
 QUANTIZED_TYPES = ("int8", "uint8", *NIBBLES)
 
+# Where a tensor may begin in a file of weights. ONNX Runtime maps large ones straight from the file, which works on
+# page boundaries.
+_PAGE = 4096  # bytes
+_LARGE = 2**20  # bytes
+_CACHE_LINE = 64  # bytes
+
 
 def digest(weight: Array) -> str:
     """SHA-256 of a weight's values in C order, in torch's layout (`[out, in]` for Linear).
@@ -53,6 +61,12 @@ def digest(weight: Array) -> str:
     The same number for every graph of the same base, however its exporter stored the weight.
     """
     return sha256(np.ascontiguousarray(weight).data).hexdigest()
+
+
+def align_offset(offset: int, size: int) -> int:
+    """The first place in a file, from `offset` on, where a tensor of `size` may begin. All three in bytes."""
+    alignment = _PAGE if size >= _LARGE else _CACHE_LINE
+    return offset + -offset % alignment
 
 
 def in_memory(values: Array) -> Array:
@@ -71,21 +85,27 @@ def matches(module: str, names: Sequence[str]) -> bool:
     PEFT's rule for `modules_to_save` (`_set_trainable`): plain suffixes, so that `classifier` takes
     `classifier.dense` with it, and `pre_classifier` too.
     """
-    return any(path.endswith(name) for path in _around(module) for name in names)
+    return any(path.endswith(tuple(names)) for path in _around(module))
 
 
 def matching(names: Iterable[str], modules: Iterable[str]) -> set[str]:
-    """Those of `names` by which `matches` finds one of `modules`, of however many of both."""
+    """Those of `names` by which `matches` finds one of `modules`. Its time grows with the sum of both, not with their
+    product."""
     wanted = set(names)
     lengths = {len(name) for name in wanted}
+    paths = set[str]()
+    for module in modules:
+        paths.update(_around(module))
     found = set[str]()
-    for path in {path for module in modules for path in _around(module)}:
-        found.update(path[len(path) - length :] for length in lengths if length <= len(path))
+    for path in paths:
+        for length in lengths:
+            if length <= len(path):
+                found.add(path[len(path) - length :])
     return found & wanted
 
 
 def _around(module: str) -> list[str]:
-    """A module, and those around it."""
+    """A module, and those around it: `a`, `a.b` and `a.b.c`."""
     parts = module.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
@@ -96,18 +116,23 @@ class StoredTensor:
     numbers in a byte, the first in its low bits."""
 
     file: str
-    offset: int  # bytes
+    """A file of the package's folder."""
+
+    offset: int
+    """Where the first byte lies in it, in bytes."""
+
     shape: tuple[int, ...]
+    """The initializer's shape."""
+
     dtype: str
+    """`float32`, `float16`, `float64`, or of a quantized tensor `int8`, `uint8`, `int4`, `uint4`."""
 
     @property
     def size(self) -> int:
         """In bytes."""
-        count = 1
-        for dim in self.shape:
-            count *= dim
+        count = math.prod(self.shape)
         if self.dtype in NIBBLES:
-            return -(-count // 2)
+            return (count + 1) // 2
         return count * np.dtype(self.dtype).itemsize
 
 
@@ -116,17 +141,24 @@ class NamedTensor:
     """An initializer of the base graph, and where it lies."""
 
     initializer: str
+    """Its name in the base graph."""
+
     stored: StoredTensor
+    """Where its bytes lie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What stands beside a quantized initializer: how its numbers stand for floats, and by what scale and zero
-    point."""
+    """What stands beside a quantized initializer."""
 
     scheme: Scheme
+    """How its numbers stand for floats."""
+
     scale: NamedTensor
+    """The scales."""
+
     zero_point: NamedTensor | None = None
+    """The zero points; without them the scheme has a zero of its own."""
 
     @property
     def tensors(self) -> tuple[NamedTensor, ...]:
@@ -138,20 +170,31 @@ class Quantization:
 class WeightPart:
     """A module's weight, or outputs of it, inside one initializer of the base graph.
 
-    `transposed`: the initializer is stored `[out, in]`, as torch keeps a Linear weight; else
-    `[in, out]`. A packed projection (q, k and v in one initializer) has one part per module:
-    the initializer's outputs `start` to `start + outputs` are the module's. A module that was cut up
-    (gate and up of one weight, in two initializers) has one part per piece: they are the module's
-    outputs `first` to `first + outputs`. `quantized`: what stands beside a quantized initializer.
+    A packed projection (q, k and v in one initializer) has one part per module: `start` says which of the initializer's
+    outputs are the module's. A module that was cut up (gate and up of one weight, in two initializers) has one part per
+    piece: `first` says which of the module's outputs it holds.
     """
 
     initializer: str
+    """Its name in the base graph."""
+
     stored: StoredTensor
+    """Where the whole initializer lies."""
+
     outputs: int
+    """How many outputs of the module it holds."""
+
     transposed: bool = False
+    """The initializer is stored `[out, in]`, as torch keeps a Linear weight; else `[in, out]`."""
+
     start: int = 0
+    """The first of the initializer's outputs that is the module's."""
+
     first: int = 0
+    """Which of the module's outputs that is."""
+
     quantized: Quantization | None = None
+    """Of a quantized initializer, what stands beside it."""
 
     def window(self, values: Array) -> Array:
         """The module's part of the initializer's values, as a view `[in, outputs]`. A kernel's axes count as `in`."""
@@ -175,43 +218,58 @@ class WeightPart:
 class InjectionPoint:
     """A place where an adapter enters a graph: `y' = (y + (x · lora_A) · lora_B) · dora_scale`, before any bias.
 
-    kind        y, with W0 `[in, out]`              in
-    Linear      x · W0                              features
-    Embedding   row x of W0                         rows of the table
-    Conv        every window of x, times W0         channels · kernel, in torch's order
-
-    An adapter's tensors for it: `lora_a` `[rows, in, rank]` and `lora_b` `[rows, rank, out]`, of type
-    `dtype`. `parts` say where W0 lies in the base graph: usually once, more often where a module is
-    used by several nodes with a copy each. `sha256` is W0's before it was quantized, where that is known.
-
-    `unproven`: why the graph may compute something else here than the module does, where it shows traces of an
-    optimiser; empty where there is no such doubt. Comparing the package with its checkpoint settles it.
+    An adapter's tensors for it: `<module>.lora_A.weight` `[rows, in, rank]` and `<module>.lora_B.weight`
+    `[rows, rank, out]`, of type `dtype`, the scale multiplied into B; where the branch takes DoRA's scale,
+    `<module>.dora_scale` `[rows, 1, out]` too.
     """
 
     module: str
+    """The torch module path."""
+
     in_features: int
+    """`in`: features, rows of an embedding's table, or of a convolution channels times kernel."""
+
     out_features: int
+    """`out`: features, or channels."""
+
     dtype: str
+    """The type of the adapter's tensors: `float32`, `float16` or `float64`."""
+
     per_row: bool
+    """Whether rows of one batch may differ here."""
+
     sha256: str
+    """SHA-256 of W0 in torch's layout, C order, before it was quantized where the source is known: what converted
+    adapters are checked against."""
+
     parts: tuple[WeightPart, ...]
+    """Where W0 lies in the base graph: usually once, more often where a module is used by several nodes with a copy
+    each, or was cut up."""
+
     kind: Kind = LINEAR
+    """What the module computes with W0."""
+
     bias: Bias = "unknown"
+    """Whether the module adds a bias."""
+
     unproven: str = ""
+    """Why the graph may compute something else here than the module, or nothing; empty where nothing says so. Comparing
+    the package with its checkpoint settles it: [unproven.md](unproven.md)."""
 
     @property
     def lora_a(self) -> str:
-        """`[rows, in, rank]`."""
+        """The name of A, `[rows, in, rank]`."""
         return f"{self.module}.lora_A.weight"
 
     @property
     def lora_b(self) -> str:
-        """`[rows, rank, out]`, the scale multiplied in."""
+        """The name of B, `[rows, rank, out]`, the scale multiplied in."""
         return f"{self.module}.lora_B.weight"
 
     @property
     def dora_scale(self) -> str:
-        """`[rows, 1, out]`. DoRA (Liu et al. 2024), equation 5: m / ‖W0 + A · B‖, the norm of each output's weights."""
+        """The name of `[rows, 1, out]`. DoRA (Liu et al. 2024), equation 5: m / ‖W0 + A · B‖, the norm of each output's
+        weights."""
         return f"{self.module}.dora_scale"
 
     @property
@@ -226,7 +284,7 @@ class InjectionPoint:
 
     @property
     def factor_shape(self) -> tuple[int, ...]:
-        """Of A behind its rank, as PEFT keeps it: `[in]`, or `[channels, *kernel]`."""
+        """The shape of A behind its rank, as PEFT keeps it: `[in]`, or `[channels, *kernel]`."""
         return self.kind.factor_shape(self.in_features)
 
     @property
@@ -236,7 +294,8 @@ class InjectionPoint:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Of W0 as PEFT sees it: `[out, in]`, `[rows of the table, features]`, `[out, channels / groups, *kernel]`."""
+        """The shape of W0 as PEFT sees it: `[out, in]`, `[rows of the table, features]`, `[out, channels / groups,
+        *kernel]`."""
         return self.kind.torch_shape(self.in_features, self.out_features)
 
     def to_torch(self, weight: Array) -> Array:
@@ -250,16 +309,20 @@ class InjectionPoint:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """The graph inputs through which the adapters of `modules` enter: those whose outputs one place
-    computes side by side. `dora`: whether there is one for DoRA's scale.
+    """The graph inputs through which the adapters of `modules` enter: those whose outputs one place computes side by
+    side.
 
-    One module: the inputs are the module's own tensors. Several (packed q, k and v): A side by side and B
-    block-diagonal, so that one pair of products serves them all. Measured on an int4 graph of 30 layers
-    against a pair for each and a Concat: half the cost without an adapter, 0.4 ms less a token with one.
+    One module: the inputs are the module's own tensors. Several (q, k and v packed into one weight): the A of all of
+    them side by side and their B in the blocks of a diagonal, so that one pair of products serves them all. Measured on
+    an int4 graph of 30 layers against a pair for each and a Concat: half the cost without an adapter, 0.4 ms less a
+    token with one.
     """
 
     modules: tuple[str, ...]
+    """The points whose tensors enter here, in the order of the outputs."""
+
     dora: bool = False
+    """Whether there is an input for DoRA's scale too."""
 
     @property
     def name(self) -> str:
@@ -268,7 +331,8 @@ class Branch:
         if len(parents) > 1:
             return "+".join(self.modules)
         parent, dot, _ = self.modules[0].rpartition(".")
-        return f"{parent}{dot}{'+'.join(module.rpartition('.')[2] for module in self.modules)}"
+        own = [module.rpartition(".")[2] for module in self.modules]
+        return f"{parent}{dot}{'+'.join(own)}"
 
     @property
     def lora_a(self) -> str:
@@ -288,24 +352,28 @@ class Branch:
     @property
     def names(self) -> tuple[str, ...]:
         """All of its graph inputs."""
-        return (self.lora_a, self.lora_b, *([self.dora_scale] if self.dora else []))
+        factors = (self.lora_a, self.lora_b)
+        return (*factors, self.dora_scale) if self.dora else factors
 
     def inputs(self, tensors: Mapping[str, Array], points: Mapping[str, InjectionPoint]) -> dict[str, Array]:
         """The graph inputs, made of an adapter's tensors by point; those that the adapter does not touch stay out."""
         if len(self.modules) == 1:
             return {name: tensors[name] for name in self.names if name in tensors}
         own = [points[module] for module in self.modules]
-        return self._factors(tensors, own) | (self._scales(tensors, own) if self.dora else {})
+        inputs = self._join_factors(tensors, own)
+        if self.dora:
+            inputs |= self._join_scales(tensors, own)
+        return inputs
 
-    def _factors(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
+    def _join_factors(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
         """A side by side, B in the blocks of a diagonal."""
         having = [point for point in points if point.lora_a in tensors]
         if not having:
             return {}
-        a = [tensors[point.lora_a] for point in having]
-        rows = max(len(factor) for factor in a)
-        joined = np.concatenate([np.broadcast_to(factor, (rows, *factor.shape[1:])) for factor in a], axis=2)
-        blocks = np.zeros((rows, joined.shape[2], sum(point.out_features for point in points)), a[0].dtype)
+        joined = _join([tensors[point.lora_a] for point in having])
+        rows, _, ranks = joined.shape
+        outputs = sum(point.out_features for point in points)
+        blocks = np.zeros((rows, ranks, outputs), joined.dtype)
         rank = start = 0
         for point in points:
             if point in having:
@@ -313,38 +381,58 @@ class Branch:
                 blocks[:, rank : rank + b.shape[1], start : start + point.out_features] = b
                 rank += b.shape[1]
             start += point.out_features
-        return {self.lora_a: np.ascontiguousarray(joined), self.lora_b: blocks}
+        return {self.lora_a: joined, self.lora_b: blocks}
 
-    def _scales(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
+    def _join_scales(self, tensors: Mapping[str, Array], points: Sequence[InjectionPoint]) -> dict[str, Array]:
         """Side by side; ones for modules that have none."""
         if not any(point.dora_scale in tensors for point in points):
             return {}
-        scales = [
-            tensors.get(point.dora_scale, np.ones((1, 1, point.out_features), np.dtype(point.dtype)))
-            for point in points
-        ]
-        rows = max(len(scale) for scale in scales)
-        joined = np.concatenate([np.broadcast_to(scale, (rows, *scale.shape[1:])) for scale in scales], axis=2)
-        return {self.dora_scale: np.ascontiguousarray(joined)}
+        scales: list[Array] = []
+        for point in points:
+            ones = np.ones((1, 1, point.out_features), np.dtype(point.dtype))
+            scales.append(tensors.get(point.dora_scale, ones))
+        return {self.dora_scale: _join(scales)}
+
+
+def _join(tensors: Sequence[Array]) -> Array:
+    """Tensors `[rows, n, m]` side by side along the last axis; one row stands for all of the others' rows."""
+    rows = max(len(tensor) for tensor in tensors)
+    spread = [np.broadcast_to(tensor, (rows, *tensor.shape[1:])) for tensor in tensors]
+    return np.ascontiguousarray(np.concatenate(spread, axis=2))
 
 
 @dataclass(frozen=True, slots=True)
 class WholeWeight:
-    """A whole weight that an adapter may replace, by its torch parameter name. Its `role` says how it is laid out.
-
-    `shape`: in PyTorch. `free_outputs`: an adapter may bring another length along the role's free axis (the outputs of
-    a classifier's head, the entries of a table). `unproven`: as of a point.
-    """
+    """A whole weight that an adapter may replace. Its graph input has the parameter's name, and the base's own value as
+    its default."""
 
     name: str
+    """The torch parameter name."""
+
     role: Role
+    """What the parameter is to its module, and so the shape of the graph input."""
+
     shape: tuple[int, ...]
+    """The parameter's shape in torch."""
+
     dtype: str
+    """The type of the graph input: `float32`, `float16` or `float64`."""
+
     free_outputs: bool
+    """An adapter may bring another length along the role's free axis: outputs of a classifier's head, or entries of a
+    table."""
+
     per_row: bool
+    """Whether rows of one batch may differ here."""
+
     sha256: str
+    """SHA-256 of the parameter in torch's layout, C order."""
+
     parts: tuple[WeightPart, ...]
+    """Where it lies in the base graph."""
+
     unproven: str = ""
+    """Why the graph may use something else here than the parameter; empty where nothing says so."""
 
     @property
     def module(self) -> str:

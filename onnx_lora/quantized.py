@@ -28,7 +28,7 @@ _CUT = 4.0  # steps
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a quantized weight `[first axis, second axis]` is kept: `w = (value - zero point) · scale`.
+    """How a quantized weight `[rows, columns]` is kept: `w = (value - zero point) · scale`.
 
     layout      values                                    scale
     "blocks"    uint8 `[out, blocks, bytes]`, packed      `[out, blocks]`
@@ -37,18 +37,26 @@ class Scheme:
 
     Zero points are as the scales, for "blocks" packed like the values or float; without them zero is 0, or
     the middle of the range for "blocks".
-
-    "blocks" is MatMulNBits' of ONNX Runtime: `bits` each, low bits first, blocks of `block_size` along
-    `in`, the last one padded. "affine" is DequantizeLinear's of ONNX; `axis` is -1 for one scale.
-    `rows`, `columns`: of the weight as stored (`[out, in]` for "blocks").
     """
 
     layout: Literal["blocks", "affine"]
+    """`blocks`: as MatMulNBits of ONNX Runtime keeps weights, blocks along the columns, low bits first, the last block
+    padded. `affine`: as DequantizeLinear of ONNX does."""
+
     bits: int
+    """How many bits a number has."""
+
     block_size: int
+    """How many numbers share a scale; 0 where `affine` has no blocks."""
+
     axis: int
+    """Of `affine`: the axis along which scales differ; -1 where there is one scale."""
+
     rows: int
+    """Of the weight as stored: outputs, of `blocks`."""
+
     columns: int
+    """Of the weight as stored: inputs, of `blocks`."""
 
     def problem(
         self, values: tuple[int, ...], scale: tuple[int, ...], zero_point: tuple[str, tuple[int, ...]] | None
@@ -119,16 +127,20 @@ def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_
     inputs or outputs were scaled above all.
     """
     steps = _spread_scale(scheme, scale)
-    ends = _range(scheme, values)
+    lowest, highest = _range(scheme, values)
     zeros: Any = _spread_zeros(scheme, zero_point)
     numbers: Any = _spread_numbers(scheme, values)
     with np.errstate(divide="ignore", invalid="ignore"):
         exact = weight / steps
-    exact = np.where(steps == 0, np.where(weight == 0, numbers - zeros, np.inf), exact) + zeros
+    # A scale of zero holds zeros alone.
+    of_no_scale = np.where(weight == 0, numbers - zeros, np.inf)
+    exact = np.where(steps == 0, of_no_scale, exact) + zeros
     off = exact - numbers
+    cut_below = (numbers <= lowest) & (off < 0)
+    cut_above = (numbers >= highest) & (off > 0)
     allowed = _NEAREST + np.abs(numbers - zeros) * _OF_FLOAT16
-    cut = ((numbers <= ends[0]) & (off < 0)) | ((numbers >= ends[1]) & (off > 0))
-    return bool((np.abs(off) <= np.where(cut, _CUT, allowed)).all())
+    allowed = np.where(cut_below | cut_above, _CUT, allowed)
+    return bool((np.abs(off) <= allowed).all())
 
 
 def quantize(
@@ -144,7 +156,7 @@ def quantize(
 
 def _from_blocks(scheme: Scheme, values: Array, scale: Array, zero_point: Array | None) -> Array:
     rows, blocks = scheme.rows, scheme.blocks
-    numbers = _unpacked(values.reshape(rows, blocks, -1), scheme.bits).astype(np.float32)
+    numbers = _unpack(values.reshape(rows, blocks, -1), scheme.bits).astype(np.float32)
     numbers -= _block_zeros(scheme, zero_point)
     numbers *= scale.reshape(rows, blocks, 1).astype(np.float32)
     return numbers.reshape(rows, -1)[:, : scheme.columns]
@@ -155,7 +167,7 @@ def _block_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
     if zero_point is None:
         return np.float32(2.0 ** (scheme.bits - 1))
     if zero_point.dtype == np.uint8:
-        unpacked = _unpacked(zero_point.reshape(scheme.rows, -1), scheme.bits)
+        unpacked = _unpack(zero_point.reshape(scheme.rows, -1), scheme.bits)
         return unpacked[:, : scheme.blocks, None].astype(np.float32)
     return zero_point.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
 
@@ -167,21 +179,32 @@ def _to_blocks(scheme: Scheme, weight: Array, zero_point: Array | None) -> tuple
     padded[:, : scheme.columns] = weight
     blocks = padded.reshape(scheme.rows, scheme.blocks, scheme.block_size)
     top = float(2**scheme.bits - 1)
-    low, high = blocks.min(axis=2).clip(max=0.0), blocks.max(axis=2).clip(min=0.0)
+    low = blocks.min(axis=2).clip(max=0.0)
+    high = blocks.max(axis=2).clip(min=0.0)
     zeros: Array | None = None
     if zero_point is None:
         middle: Any = 2.0 ** (scheme.bits - 1)
-        scale = np.where(np.abs(high) > np.abs(low), high, low) / -middle
+        furthest = np.where(np.abs(high) > np.abs(low), high, low)
+        scale = furthest / -middle
     elif zero_point.dtype == np.uint8:
         scale = (high - low) / top
-        middle = np.rint(-low / np.where(scale == 0, 1, scale)).clip(0, top)[:, :, None]
-        zeros = _packed(_even(middle[:, :, 0], scheme.bits), scheme.bits).reshape(zero_point.shape)
+        exact = -low / _without_zeros(scale)
+        rounded = np.rint(exact).clip(0, top)
+        zeros = _pack(_pad_to_bytes(rounded, scheme.bits), scheme.bits).reshape(zero_point.shape)
+        middle = rounded[:, :, None]
     else:
         scale = (high - low) / top
-        zeros = (-low / np.where(scale == 0, 1, scale)).astype(zero_point.dtype).reshape(zero_point.shape)
+        exact = -low / _without_zeros(scale)
+        zeros = exact.astype(zero_point.dtype).reshape(zero_point.shape)
         middle = zeros.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
-    numbers = np.rint(blocks / np.where(scale == 0, 1, scale)[:, :, None] + middle).clip(0, top)
-    return _packed(numbers, scheme.bits), scale.astype(np.float32), zeros
+    steps = _without_zeros(scale)[:, :, None]
+    numbers = np.rint(blocks / steps + middle).clip(0, top)
+    return _pack(numbers, scheme.bits), scale.astype(np.float32), zeros
+
+
+def _without_zeros(scale: Array) -> Array:
+    """Scales to divide by: of a block of zeros any does."""
+    return np.where(scale == 0, 1, scale)
 
 
 def _to_affine(
@@ -189,24 +212,29 @@ def _to_affine(
 ) -> tuple[Array, Array, Array | None]:
     lowest, highest = _range(scheme, values)
     low, high = _ends(scheme, weight)
-    symmetric = zero_point is None or (lowest < 0 and not zero_point.astype(np.int16).any())
-    if symmetric:
-        scale = np.maximum(-low, high) / min(highest, -lowest) if lowest < 0 else high / highest
-        zeros: Any = np.zeros_like(scale)
-    else:
+    is_symmetric = zero_point is None or (lowest < 0 and not zero_point.astype(np.int16).any())
+    if not is_symmetric:
         scale = (high - low) / (highest - lowest)
-        zeros = np.rint(lowest - low / np.where(scale == 0, 1, scale)).clip(lowest, highest)
-    scale = np.where(scale == 0, 1, scale).astype(np.float32)
+        zeros: Any = np.rint(lowest - low / _without_zeros(scale)).clip(lowest, highest)
+    elif lowest < 0:
+        scale = np.maximum(-low, high) / min(highest, -lowest)
+        zeros = np.zeros_like(scale)
+    else:
+        scale = high / highest
+        zeros = np.zeros_like(scale)
+    scale = _without_zeros(scale).astype(np.float32)
     numbers = np.rint(weight / _spread(scale, scheme) + _spread(zeros.astype(np.float32), scheme))
-    kept = None if zero_point is None else zeros.astype(zero_point.dtype).reshape(zero_point.shape)
-    return numbers.clip(lowest, highest).astype(values.dtype), scale, kept
+    numbers = numbers.clip(lowest, highest).astype(values.dtype)
+    if zero_point is None:
+        return numbers, scale, None
+    return numbers, scale, zeros.astype(zero_point.dtype).reshape(zero_point.shape)
 
 
 def _spread_numbers(scheme: Scheme, values: Array) -> Array:
     """The stored numbers as float32 `[rows, columns]`."""
     if scheme.layout == "affine":
         return values.astype(np.float32)
-    numbers = _unpacked(values.reshape(scheme.rows, scheme.blocks, -1), scheme.bits)
+    numbers = _unpack(values.reshape(scheme.rows, scheme.blocks, -1), scheme.bits)
     return numbers.reshape(scheme.rows, -1)[:, : scheme.columns].astype(np.float32)
 
 
@@ -230,11 +258,12 @@ def _range(scheme: Scheme, values: Array) -> tuple[int, int]:
     """The numbers a weight's own quantizer used: 7 of 8 bits where it reduced the range (old AVX2 machines)."""
     if scheme.layout == "blocks":
         return 0, 2**scheme.bits - 1
-    if values.astype(np.int16).min(initial=0) >= 0 and values.dtype.name.startswith("u"):
+    numbers = values.astype(np.int16)
+    if numbers.min(initial=0) >= 0 and values.dtype.name.startswith("u"):
         return 0, 2**scheme.bits - 1
     reach = 2 ** (scheme.bits - 1)
-    used = int(np.abs(values.astype(np.int16)).max(initial=0))
     half = reach // 2
+    used = int(np.abs(numbers).max(initial=0))
     return (-half, half) if 0 < used <= half else (-reach, reach - 1)
 
 
@@ -248,9 +277,11 @@ def _ends(scheme: Scheme, weight: Array) -> tuple[Array, Array]:
         padded = np.zeros((along.shape[0], count * scheme.block_size), np.float32)
         padded[:, : along.shape[1]] = along
         cut = padded.reshape(along.shape[0], count, scheme.block_size)
-        low, high = (np.moveaxis(ends, -1, scheme.axis) for ends in (cut.min(axis=2), cut.max(axis=2)))
+        low = np.moveaxis(cut.min(axis=2), -1, scheme.axis)
+        high = np.moveaxis(cut.max(axis=2), -1, scheme.axis)
     else:
-        low, high = weight.min(axis=1 - scheme.axis), weight.max(axis=1 - scheme.axis)
+        other = 1 - scheme.axis
+        low, high = weight.min(axis=other), weight.max(axis=other)
     return np.minimum(low, 0.0), np.maximum(high, 0.0)
 
 
@@ -265,7 +296,7 @@ def _spread(numbers: Array, scheme: Scheme) -> Array:
     return numbers.reshape((-1, 1) if scheme.axis == 0 else (1, -1))
 
 
-def _unpacked(data: Array, bits: int) -> Array:
+def _unpack(data: Array, bits: int) -> Array:
     """Bytes `[..., n]` as numbers `[..., n · 8 / bits]`, low bits first."""
     if bits == 8:
         return data
@@ -274,7 +305,7 @@ def _unpacked(data: Array, bits: int) -> Array:
     return numbers.reshape(*data.shape[:-1], -1)
 
 
-def _packed(numbers: Array, bits: int) -> Array:
+def _pack(numbers: Array, bits: int) -> Array:
     """Numbers `[..., n]` as bytes, low bits first; `n` must fill whole bytes."""
     small = numbers.astype(np.uint8)
     if bits == 8:
@@ -285,7 +316,7 @@ def _packed(numbers: Array, bits: int) -> Array:
     return packed
 
 
-def _even(numbers: Array, bits: int) -> Array:
+def _pad_to_bytes(numbers: Array, bits: int) -> Array:
     """Padded with zeros so that the last axis fills whole bytes."""
     missing = -numbers.shape[-1] % (8 // bits)
     return np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, missing)])

@@ -67,10 +67,11 @@ class Role(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
-    """A linear module's weight: PyTorch keeps `[out, in]`, or `[in, out]` where `in_out`. The graph input is
-    `[rows, in, out]`, and its outputs are free."""
+    """A linear module's weight: PyTorch keeps `[out, in]`, the graph input is `[rows, in, out]`. Its outputs may be
+    free."""
 
     in_out: bool = False
+    """PyTorch keeps it `[in, out]`, as transformers' Conv1D does."""
 
     name: ClassVar[str] = "linear_weight"
     has_rows: ClassVar[bool] = True
@@ -113,7 +114,7 @@ class LinearWeight:
 
 @dataclass(frozen=True, slots=True)
 class LinearBias:
-    """A linear module's bias: PyTorch keeps `[out]`, the graph input is `[rows, 1, out]`, and its outputs are free."""
+    """A linear module's bias: PyTorch keeps `[out]`, the graph input is `[rows, 1, out]`. Its outputs may be free."""
 
     name: ClassVar[str] = "linear_bias"
     has_rows: ClassVar[bool] = True
@@ -154,7 +155,8 @@ class LinearBias:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """An embedding's weight, `[entries, features]` everywhere: it has no rows, and its entries are free."""
+    """An embedding's weight, `[entries, features]` in PyTorch and as graph input: it has no rows. Its entries may be
+    free."""
 
     name: ClassVar[str] = "table"
     has_rows: ClassVar[bool] = False
@@ -190,8 +192,8 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Any other parameter (a norm's, a position table's), in torch's shape everywhere: it has no rows, and its shape
-    is the base's."""
+    """Any other parameter, such as a norm's, in PyTorch's shape as graph input too: it has no rows, and its shape is
+    the base's."""
 
     name: ClassVar[str] = "parameter"
     has_rows: ClassVar[bool] = False

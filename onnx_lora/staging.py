@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["scratch", "staged", "staged_place"]
+__all__ = ["replacing", "scratch", "staged", "staged_place"]
 
 # Another host may share the disk and not its locks; it leaves alone what is not its own.
 _HOST = sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:8]
@@ -66,6 +66,24 @@ def staged(out: str | os.PathLike[str]) -> Iterator[Path]:
     with staged_place(out) as folder:
         folder.mkdir()
         yield folder
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A free path beside `file`. The file that the block writes there takes the place of `file` when the block ends
+    well, at once: whoever reads finds the old one or the new one, whole.
+
+    Raises StorageError: it cannot be written, and the old one is as it was.
+    """
+    try:
+        with scratch(file.parent) as folder:
+            place = folder / file.name
+            yield place
+            place.replace(file)
+    except OSError as error:
+        if not _is_of(error, file):
+            raise
+        raise unwritten(error, file) from error
 
 
 @contextmanager

@@ -57,6 +57,7 @@ METHODS: dict[str, tuple[Any, bool]] = {  # the config, and whether it runs unfo
     "vera": (peft.VeraConfig(r=4, target_modules=["up"], save_projection=True), True),
     "hra": (peft.HRAConfig(r=2, target_modules=BOTH), True),
     "fourierft": (peft.FourierFTConfig(n_frequency=20, target_modules=BOTH), False),
+    "beft": (peft.BeftConfig(target_modules=["up"], init_weights=False), True),
     "dora": (LoraConfig(r=2, target_modules=BOTH, use_dora=True, init_lora_weights=False), True),
     "lora with a bias": (LoraConfig(r=2, target_modules=["up"], lora_bias=True, init_lora_weights=False), True),
 }
@@ -92,6 +93,12 @@ def test_a_method_equals_peft(method: str, package: Package, tmp_path: Path) -> 
         session.load_adapter("a", folder)
     with pytest.raises(BindError, match="use fold or fold_to"):
         write_bound(bound, tmp_path / "a.safetensors")
+
+
+def test_beft_of_a_module_without_a_bias_is_refused(package: Package, tmp_path: Path) -> None:
+    folder = _saved(tmp_path / "a", peft.BeftConfig(target_modules=["up", "down"], init_weights=False))
+    with pytest.raises(BindError, match=r"down\.bias: the module has no bias in this base"):
+        bind(read_adapter(folder), package)
 
 
 IDS = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]])

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from onnx_lora import AdapterSession, BoundAdapter, OnnxLoraError, Package, bind, fold, read_adapter
 from onnx_lora.adapters.formats.files.reading import opened
-from onnx_lora.adapters.formats.files.safetensors import read_safetensors
+from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
 from tests.support.bases import BASES, Answers, Base

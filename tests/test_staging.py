@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from onnx_lora import staging
 from onnx_lora.errors import OutputExistsError, StorageError
-from onnx_lora.staging import scratch, staged, staged_place
+from onnx_lora.staging import replacing, scratch, staged, staged_place
 
 pytest.importorskip("fcntl", reason="without locks nothing is swept")
 
@@ -231,3 +232,17 @@ onnx_lora.__main__.main()
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text("old")
+    with replacing(file) as place:
+        place.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    with suppress(RuntimeError), replacing(file) as place:
+        place.write_text("half")
+        raise RuntimeError
+    assert file.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]

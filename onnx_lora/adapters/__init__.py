@@ -20,10 +20,10 @@ if TYPE_CHECKING:
         Replacement,
     )
     from onnx_lora.adapters.binding import bind
-    from onnx_lora.adapters.compose import blend, stack_rows
-    from onnx_lora.adapters.formats.converted.files import write_bound
+    from onnx_lora.adapters.compose import blend
     from onnx_lora.adapters.read import read_adapter
-    from onnx_lora.adapters.write import write_adapter
+    from onnx_lora.adapters.row_stacking import stack_rows
+    from onnx_lora.adapters.write import write_adapter, write_bound
 
 __all__ = [
     "Adapter",
@@ -55,9 +55,9 @@ __getattr__, __dir__ = lazy_names(
         "Replacement": "onnx_lora.adapters.adapter",
         "bind": "onnx_lora.adapters.binding",
         "blend": "onnx_lora.adapters.compose",
-        "stack_rows": "onnx_lora.adapters.compose",
-        "write_bound": "onnx_lora.adapters.formats.converted.files",
+        "stack_rows": "onnx_lora.adapters.row_stacking",
         "read_adapter": "onnx_lora.adapters.read",
         "write_adapter": "onnx_lora.adapters.write",
+        "write_bound": "onnx_lora.adapters.write",
     },
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from onnx_lora.errors import BindError
 from onnx_lora.kinds import LINEAR, Kind
-from onnx_lora.manifest import GraphInfo
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.manifest import GraphInfo
+    from onnx_lora.points import Array
 
 __all__ = [
     "NO_SCALE",
@@ -226,8 +228,12 @@ class BoundAdapter:
     @property
     def graph_inputs(self) -> dict[str, Array]:
         """What to feed the package's graphs: as `tensors`, the modules of packed projections put together."""
-        inputs = [graph.inputs(self.tensors) for graph in self.graphs]
-        return {name: value for one in inputs for name, value in one.items()} if inputs else dict(self.tensors)
+        if not self.graphs:
+            return dict(self.tensors)
+        inputs: dict[str, Array] = {}
+        for graph in self.graphs:
+            inputs.update(graph.inputs(self.tensors))
+        return inputs
 
 
 def refuse_fold_only(bound: BoundAdapter, modules: Collection[str]) -> None:

@@ -4,12 +4,15 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter
-from onnx_lora.package import Package
-from onnx_lora.points import InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array, InjectionPoint
 
 __all__ = ["effects"]
 
@@ -17,31 +20,43 @@ __all__ = ["effects"]
 def effects(bound: BoundAdapter, package: Package) -> Mapping[str, float]:
     """‖ΔW‖ / ‖W0‖ of every module that the adapter changes, in the package's order; infinite where W0 is zero.
 
-    Whole weights that it brings are not among them: they have no W0 left to speak of.
+    Whole weights that it brings are not among them: they have no W0 left to compare with.
     """
     moved: dict[str, float] = {}
     for module in bound.coverage.applied:
         point = package.points[module]
         weight = package.module_weight(point)
-        size, change = float(np.linalg.norm(weight.astype(np.float64))), _change(bound, point, package)
-        moved[module] = change / size if size else float("inf") if change else 0.0
+        weight_norm = float(np.linalg.norm(weight.astype(np.float64)))
+        change_norm = _change_norm(bound, point, weight)
+        if weight_norm:
+            moved[module] = change_norm / weight_norm
+        else:
+            moved[module] = float("inf") if change_norm else 0.0
     return moved
 
 
-def _change(bound: BoundAdapter, point: InjectionPoint, package: Package) -> float:
-    """‖ΔW‖."""
-    scale, method = bound.tensors.get(point.dora_scale), bound.changes.get(point.module)
-    if scale is None and method is None:
-        # Of a pair of factors without their product: ‖A·B‖² is the sum of AᵀA times B·Bᵀ, element by element.
-        a, b = (bound.tensors[name][0].astype(np.float64) for name in (point.lora_a, point.lora_b))
-        return float(np.sqrt(max(0.0, np.sum((a.T @ a) * (b @ b.T)))))
-    before = package.module_weight(point).astype(np.float32)
-    if method is not None:
-        after = point.from_torch(method.apply_to(point.to_torch(before)))
-    else:
-        assert scale is not None  # one of the two is there
+def _change_norm(bound: BoundAdapter, point: InjectionPoint, weight: Array) -> float:
+    """‖ΔW‖; `weight`: W0 `[in, out]`."""
+    change = bound.changes.get(point.module)
+    scale = bound.tensors.get(point.dora_scale)
+    before = weight.astype(np.float32)
+    if change is not None:
+        after = point.from_torch(change.apply_to(point.to_torch(before)))
+    elif scale is not None:
         after = before.copy()
         if point.lora_a in bound.tensors:
             after += bound.tensors[point.lora_a][0] @ bound.tensors[point.lora_b][0]
         after *= scale[0]
+    else:
+        return _product_norm(bound.tensors[point.lora_a][0], bound.tensors[point.lora_b][0])
     return float(np.linalg.norm(np.subtract(after, before, dtype=np.float64)))
+
+
+def _product_norm(a: Array, b: Array) -> float:
+    """‖A · B‖ without the product: its square is the sum of AᵀA times B·Bᵀ, element by element.
+
+    `a` `[in, r]`, `b` `[r, out]`.
+    """
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    square = float(np.sum((wide_a.T @ wide_a) * (wide_b @ wide_b.T)))
+    return float(np.sqrt(max(0.0, square)))

@@ -1,14 +1,30 @@
-"""The factors of a delta against the point they enter: what must hold of them, and their arithmetic. It knows no
-adapter and no package."""
+"""A delta or another change against the point it enters: what must hold of its tensors, and the arithmetic of factors.
+It knows no adapter and no package."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from onnx_lora.adapters.adapter import Change, Delta, MatrixDelta
-from onnx_lora.points import Array, InjectionPoint
+from onnx_lora.adapters.adapter import Change, Delta, HasTensors, MatrixDelta
 
-__all__ = ["as_matrices", "as_torch", "column_norms", "delta_problems", "depends_on_weight", "value_problems"]
+if TYPE_CHECKING:
+    from onnx_lora.points import Array, InjectionPoint
+
+__all__ = [
+    "as_matrices",
+    "as_torch",
+    "change_as_factors",
+    "change_problems",
+    "column_norms",
+    "delta_problems",
+    "depends_on_weight",
+    "finite_problems",
+    "value_problems",
+]
 
 # Outputs of a weight looked at together, so that W0 + A · B never stands in memory whole.
 _BLOCK = 1024
@@ -16,36 +32,59 @@ _BLOCK = 1024
 
 def delta_problems(point: InjectionPoint, delta: Delta | MatrixDelta) -> list[str]:
     """Every reason why a delta cannot enter a point."""
-    name, kind = point.module, point.kind
     torch_delta = as_torch(point, delta) if isinstance(delta, MatrixDelta) else delta
-    if torch_delta.kind.name != kind.name:
-        return [f"{name}: the delta is for {torch_delta.kind.noun}, and the package has {kind.noun} there"]
-    a_name, b_name = kind.factor_names
+    if torch_delta.kind.name != point.kind.name:
+        return [
+            f"{point.module}: the delta is for {torch_delta.kind.noun}, and the package has {point.kind.noun} there"
+        ]
     a, b = torch_delta.a, torch_delta.b
+    problem = _axes_problem(point, a, b)
+    if problem is not None:
+        return [problem]
+    problems = [*_size_problems(point, a, b), *_rank_problems(point, a, b)]
+    if not np.isfinite(torch_delta.scale):
+        problems.append(f"{point.module}: the scale must be finite, and is {torch_delta.scale}")
+    if torch_delta.magnitude is not None:
+        problems.extend(_magnitude_problems(point, torch_delta.magnitude))
+    a_key, b_key = point.factor_keys
+    return [*problems, *value_problems(a_key, a), *value_problems(b_key, b)]
+
+
+def _axes_problem(point: InjectionPoint, a: Array, b: Array) -> str | None:
+    a_name, b_name = point.kind.factor_names
     axes = len(point.factor_shape) + 1
-    if a.ndim != axes or b.ndim != 2:
-        return [f"{name}: {a_name} must have {axes} axes and {b_name} 2, and they have shapes {a.shape} and {b.shape}"]
+    if a.ndim == axes and b.ndim == 2:
+        return None
+    return (
+        f"{point.module}: {a_name} must have {axes} axes and {b_name} 2, and they have shapes {a.shape} and {b.shape}"
+    )
+
+
+def _size_problems(point: InjectionPoint, a: Array, b: Array) -> list[str]:
+    """Where the factors' inputs and outputs are not the point's."""
+    a_name, b_name = point.kind.factor_names
     problems: list[str] = []
     if a.shape[1:] != point.factor_shape:
         if a.ndim == 2:
             wanted, found = f"{point.in_features} inputs", str(a.shape[1])
         else:
             wanted, found = f"shape (rank, {', '.join(map(str, point.factor_shape))})", str(a.shape)
-        problems.append(f"{name}: {a_name} must have {wanted}, and has {found} (shape {a.shape})")
+        problems.append(f"{point.module}: {a_name} must have {wanted}, and has {found} (shape {a.shape})")
     if b.shape[0] != point.out_features:
         problems.append(
-            f"{name}: {b_name} must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
+            f"{point.module}: {b_name} must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
         )
-    if a.shape[0] != kind.dense_rank(b.shape[1]) or a.shape[0] < 1:
-        groups = f" (of {kind.dense_rank(1)} groups)" if kind.dense_rank(1) > 1 else ""
-        problems.append(
-            f"{name}: the ranks must agree and be at least 1, and are {a.shape[0]} and {b.shape[1]}{groups}"
-        )
-    if not np.isfinite(torch_delta.scale):
-        problems.append(f"{name}: the scale must be finite, and is {torch_delta.scale}")
-    if torch_delta.magnitude is not None:
-        problems += _magnitude_problems(point, torch_delta.magnitude)
-    return problems + value_problems(point.factor_keys[0], a) + value_problems(point.factor_keys[1], b)
+    return problems
+
+
+def _rank_problems(point: InjectionPoint, a: Array, b: Array) -> list[str]:
+    """Where the factors' ranks disagree, or there is no rank. In groups, B has a part of A's rank."""
+    a_rank, b_rank = a.shape[0], b.shape[1]
+    if a_rank == point.kind.dense_rank(b_rank) and a_rank >= 1:
+        return []
+    groups = point.kind.dense_rank(1)
+    of_groups = f" (of {groups} groups)" if groups > 1 else ""
+    return [f"{point.module}: the ranks must agree and be at least 1, and are {a_rank} and {b_rank}{of_groups}"]
 
 
 def _magnitude_problems(point: InjectionPoint, magnitude: Array) -> list[str]:
@@ -57,11 +96,52 @@ def _magnitude_problems(point: InjectionPoint, magnitude: Array) -> list[str]:
 
 
 def value_problems(name: str, value: Array) -> list[str]:
-    """Why numbers cannot be applied, or nothing."""
+    """Why numbers cannot be applied: they must be floating point, and finite. An empty list where they can."""
     if value.dtype.kind != "f":
         return [f"{name}: must be floating point, and is {value.dtype.name}"]
     bad = value.size - int(np.isfinite(value).sum())
     return [f"{name}: {bad} of {value.size} values are NaN or infinite; train or save it again"] if bad else []
+
+
+def change_problems(point: InjectionPoint, change: Change) -> list[str]:
+    """Every reason why a change cannot be applied to the weight of a point."""
+    misfit = change.explain_misfit(point.torch_shape, point.kind)
+    if misfit is not None:
+        return [f"{point.module}: {misfit}"]
+    if not point.kind.foldable:
+        return [f"{point.module}: {change.method} on {point.kind.noun} is not applied"]
+    return finite_problems(point.module, change)
+
+
+def finite_problems(name: str, change: Change) -> list[str]:
+    """Where the tensors that a change was made of are not finite. Whole numbers (indices) always are.
+
+    name: of the module or parameter that it changes.
+    """
+    problems: list[str] = []
+    for tensor, values in _tensors_of(change).items():
+        if values.dtype.kind == "f":
+            problems.extend(value_problems(f"{name}, {tensor}", values))
+    return problems
+
+
+def _tensors_of(change: Change) -> Mapping[str, Array]:
+    """What a change was made of, by the names of its file where it gives them, and else by those of its own fields."""
+    if isinstance(change, HasTensors):
+        return change.tensors()
+    return dict(_arrays_in(change, change.method))
+
+
+def _arrays_in(value: object, name: str) -> Iterator[tuple[str, Array]]:
+    """The arrays in the fields of a dataclass, and in tuples and lists there, with names for messages."""
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for index, entry in enumerate(value):
+            yield from _arrays_in(entry, f"{name}[{index}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _arrays_in(getattr(value, field.name), field.name)
 
 
 def as_torch(point: InjectionPoint, delta: MatrixDelta) -> Delta:
@@ -79,6 +159,15 @@ def as_matrices(point: InjectionPoint, delta: Delta | MatrixDelta) -> MatrixDelt
     if isinstance(delta, MatrixDelta):
         return delta
     return MatrixDelta(delta.a.reshape(len(delta.a), -1), point.kind.dense_b(delta.b), delta.scale, delta.magnitude)
+
+
+def change_as_factors(change: Change, point: InjectionPoint, weight: Array) -> MatrixDelta | None:
+    """A change, of which `change_problems` found nothing wrong, as a pair of factors; None where it is none.
+
+    weight: W0 of the point `[in, out]`, as the package has it.
+    """
+    in_torch = point.to_torch(weight)
+    return change.as_factors(in_torch.astype(np.promote_types(weight.dtype, np.float32), copy=False))
 
 
 def depends_on_weight(change: Change, delta: MatrixDelta, shape: tuple[int, ...]) -> bool:

@@ -36,6 +36,10 @@ class Plugins(Mapping[str, T], Generic[T]):
         """The names that this package brings."""
         return tuple(self._own)
 
+    def distribution(self, name: str) -> str | None:
+        """The other distribution that brings an object, with its version; None: this package brings it."""
+        return None if name in self._own else _origin(self._others[name][0])
+
     def __getitem__(self, name: str) -> T:
         """Raises KeyError: none of that name. PluginError: another distribution's fails to load, is of another kind, or
         takes a name that is taken."""
@@ -82,16 +86,22 @@ class Plugins(Mapping[str, T], Generic[T]):
 
     def _load_foreign(self, entry: EntryPoint) -> T:
         where = f"{entry.name!r} of {self._group}, brought by {_origin(entry)},"
-        value = call_foreign(
-            entry.load, lambda said: PluginError(f"{where} must load, and fails with {said}; correct or uninstall it")
+        value, is_of_kind = call_foreign(
+            lambda: self._load_and_judge(entry),
+            lambda said: PluginError(f"{where} must load, and fails with {said}; correct or uninstall it"),
         )
-        if not isinstance(value, self._kind):
+        if not is_of_kind:
             raise PluginError(
                 f"{where} must be a {self._kind.__name__}, and {entry.value} is a {type(value).__name__}; correct or "
                 "uninstall it"
             )
         loaded: T = value
         return loaded
+
+    def _load_and_judge(self, entry: EntryPoint) -> tuple[Any, bool]:
+        """The object, and whether it is of the kind. To ask that calls the object's own code."""
+        value = entry.load()
+        return value, isinstance(value, self._kind)
 
 
 def _origin(entry: EntryPoint) -> str:

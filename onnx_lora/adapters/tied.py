@@ -1,102 +1,133 @@
-"""What an adapter does to a table of embeddings it may do to an output head that is tied to that too; the file names
-the table alone. It knows how a package shows a tie, and nothing of formats."""
+"""Output heads that are tied to a table of embeddings: which those are in a package, and what of an adapter reaches
+them through the table, whose name alone the adapter's file has. It knows no format and no method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta
+from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, OfTable
 from onnx_lora.adapters.factors import as_matrices
-from onnx_lora.adapters.methods.tokens import TokenRows
-from onnx_lora.adapters.model_config import config_of
 from onnx_lora.heads import TIED_OUTPUT_LAYERS
 from onnx_lora.kinds import Embedding
-from onnx_lora.package import Package
-from onnx_lora.points import InjectionPoint
 
-__all__ = ["with_tied"]
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import InjectionPoint
+
+__all__ = ["SpreadAdapter", "spread_to_tied_heads"]
 
 _UNTIE = '"tie_word_embeddings": false in the package\'s config.json says that nothing is tied'
 
 
-def with_tied(adapter: Adapter, package: Package) -> tuple[Adapter, list[str]]:
-    """The adapter with what reaches a table put into what is tied to it too, and why that cannot be said of some.
+@dataclass(frozen=True)
+class SpreadAdapter:
+    """An adapter whose changes of a table stand at the tied heads too; `problems`: where that cannot be decided."""
 
-    PEFT puts trained tokens into a tied head, MLX its LoRA on a table; PEFT's own LoRA stays at the table.
-    """
-    spread = _Spread(adapter, package)
-    for module, change in adapter.changes.items():
-        if isinstance(change, TokenRows):
-            spread.tokens(module, change)
-    for module, delta in adapter.deltas.items():
-        point = package.points.get(module) if module in adapter.with_tied_heads else None
-        if point is not None and isinstance(point.kind, Embedding):
-            spread.factors(point, as_matrices(point, delta))
-    return replace(adapter, changes=spread.changes, deltas=spread.deltas), spread.problems
-
-
-@dataclass
-class _Spread:
     adapter: Adapter
-    package: Package
-    changes: dict[str, Change] = field(init=False)
-    deltas: dict[str, Delta | MatrixDelta] = field(init=False)
-    problems: list[str] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.changes, self.deltas = dict(self.adapter.changes), dict(self.adapter.deltas)
 
-    def tokens(self, module: str, change: TokenRows) -> None:
-        point = self.package.points.get(module)
-        if point is None:
-            return
-        self.changes[module] = change.of_kind(point.kind)
+def spread_to_tied_heads(adapter: Adapter, package: Package, config: Mapping[str, Any]) -> SpreadAdapter:
+    """Put what reaches a table into the heads that are tied to it too. `config`: of the package's model.
+
+    The tool that trained the adapter decides: PEFT puts trained tokens (`OfTable`) into a tied head, MLX its LoRA on a
+    table (`Adapter.with_tied_heads`); PEFT's own LoRA on a table stays there.
+    """
+    ties = _Ties(package, config.get("tie_word_embeddings"))
+    changes: dict[str, Change] = dict(adapter.changes)
+    deltas: dict[str, Delta | MatrixDelta] = dict(adapter.deltas)
+    problems: list[str] = []
+    for module, change in adapter.changes.items():
+        point = package.points.get(module)
+        if point is None or not isinstance(change, OfTable):
+            continue
+        changes[module] = change.of_kind(point.kind)
         if isinstance(point.kind, Embedding):
-            for head in self._tied(point, "trained tokens"):
-                if head.module not in self.adapter.changes:
-                    self.changes[head.module] = change.of_kind(head.kind)
-
-    def factors(self, point: InjectionPoint, delta: MatrixDelta) -> None:
-        """The table's change, `[entries, features]`, is a linear head's the other way round."""
-        for head in self._tied(point, "this LoRA on its table"):
-            if head.module in self.adapter.deltas:
-                self.problems.append(f"{head.module}: is tied to {point.module}, and has a delta of its own too")
+            for head in ties.heads_of(point, change.method, problems):
+                if head.module not in adapter.changes:
+                    changes[head.module] = change.of_kind(head.kind)
+    for module, delta in adapter.deltas.items():
+        point = package.points.get(module)
+        if point is None or module not in adapter.with_tied_heads or not isinstance(point.kind, Embedding):
+            continue
+        for head in ties.heads_of(point, "this LoRA", problems):
+            if head.module in adapter.deltas:
+                problems.append(f"{head.module}: is tied to {module}, and the adapter has a delta for each of the two")
             else:
-                self.deltas[head.module] = replace(delta, a=delta.b.T, b=delta.a.T)
+                deltas[head.module] = _of_head(as_matrices(point, delta))
+    return SpreadAdapter(replace(adapter, changes=changes, deltas=deltas), tuple(problems))
 
-    def _tied(self, table: InjectionPoint, what: str) -> list[InjectionPoint]:
-        """The points whose weight is the table's own. Where that cannot be told, a problem says so."""
-        says = config_of(self.package).get("tie_word_embeddings")
-        if says is False:
+
+def _of_head(delta: MatrixDelta) -> MatrixDelta:
+    """A change of a table, `[entries, features]`, as that of a linear head, whose outputs are the entries."""
+    return replace(delta, a=delta.b.T, b=delta.a.T)
+
+
+@dataclass(frozen=True)
+class _Ties:
+    """What a package says of its ties: by its config, by equal weights, and by the names of its modules.
+
+    `tied_by_config`: the config's `tie_word_embeddings`; None where it does not say.
+    """
+
+    package: Package
+    tied_by_config: object
+
+    def heads_of(self, table: InjectionPoint, what: str, problems: list[str]) -> list[InjectionPoint]:
+        """The points whose weight is the table's own. Where that cannot be decided, a problem is added.
+
+        what: what of the adapter changes the table, for messages.
+        """
+        if self.tied_by_config is False:
             return []
-        points = self.package.points
-        equal = [point for point in self._by_weight[table.sha256] if point.module != table.module]
-        tied = [point for point in equal if _comparable(point, table)]
-        placed = [name for name in self._heads if name != table.module]
-        unknown = [name for name in placed if not _comparable(points[name], table)]
-        heads = [name for name in self._heads_without_points if name not in points or name == table.module]
-        if heads:
-            self.problems.append(
-                f"{table.module}: {what} must reach {heads[0]} too if that is tied to it, and without a point there "
-                f"nothing tells; export again with --targets including {heads[0].rpartition('.')[2]}, or, if it is not "
-                f"tied: {_UNTIE}"
-            )
-        elif unknown and not tied:
-            self.problems.append(
-                f"{table.module}: {what} must reach {unknown[0]} too if that is tied to it, and rounded otherwise than "
-                f"the table its weight does not tell. If it is not tied: {_UNTIE}"
-            )
-        elif not tied and not placed and (says or any(graph.unplaced for graph in self.package.manifest.graphs)):
-            self.problems.append(
-                f"{table.module}: {what} must reach an output head that is tied to it, and the package has none with a "
-                f"point. If there is none: {_UNTIE}"
-            )
+        tied = [point for point in self._same_weight[table.sha256] if self._is_tied(point, table)]
+        problem = self._problem(table, what, found=bool(tied), expected=bool(self.tied_by_config))
+        if problem is not None:
+            problems.append(f"{table.module}: {problem}")
         return tied
 
+    def _is_tied(self, point: InjectionPoint, table: InjectionPoint) -> bool:
+        return point.module != table.module and _is_comparable(point, table)
+
+    def _problem(self, table: InjectionPoint, what: str, *, found: bool, expected: bool) -> str | None:
+        """Why nobody can say which heads are tied to a table; None where that is clear.
+
+        found: a tied point is known. expected: the config says that there is a tied head.
+        """
+        points = self.package.points
+        other_heads = [name for name in self._heads if name != table.module]
+        without_point = [name for name in self._heads_without_points if name not in points or name == table.module]
+        if without_point:
+            head = without_point[0]
+            return (
+                f"{what} must change {head} too if the two are tied, and without a point at {head} the package does "
+                f"not show whether they are; export again with --targets including {head.rpartition('.')[2]}. If they "
+                f"are not tied: {_UNTIE}"
+            )
+        if found:
+            return None
+        incomparable = [name for name in other_heads if not _is_comparable(points[name], table)]
+        if incomparable:
+            return (
+                f"{what} must change {incomparable[0]} too if the two are tied, and the package does not show whether "
+                f"they are, because it does not keep both unrounded and in one type. If they are not tied: {_UNTIE}"
+            )
+        if not other_heads and (expected or self._has_unplaced):
+            return (
+                f"{what} must change the output head that is tied to the table too, and the package has none with a "
+                f"point. If nothing is tied to it: {_UNTIE}"
+            )
+        return None
+
     @cached_property
-    def _by_weight(self) -> Mapping[str, list[InjectionPoint]]:
+    def _has_unplaced(self) -> bool:
+        return any(graph.unplaced for graph in self.package.manifest.graphs)
+
+    @cached_property
+    def _same_weight(self) -> Mapping[str, list[InjectionPoint]]:
         """The points by the digest of their weight."""
         found: dict[str, list[InjectionPoint]] = {}
         for point in self.package.points.values():
@@ -106,17 +137,23 @@ class _Spread:
     @cached_property
     def _heads(self) -> list[str]:
         """Points that are output heads by their names."""
-        return [module for module in self.package.points if module.rpartition(".")[2] in TIED_OUTPUT_LAYERS]
+        return [module for module in self.package.points if _is_head(module)]
 
     @cached_property
     def _heads_without_points(self) -> list[str]:
-        """Modules that the package names otherwise than by a point, and that are output heads by their names."""
-        names = [name for graph in self.package.manifest.graphs for name in graph.untargeted]
-        names += [weight.module for weight in self.package.replaceable.values()]
-        return [name for name in dict.fromkeys(names) if name.rpartition(".")[2] in TIED_OUTPUT_LAYERS]
+        """Output heads, by their names, that the package names otherwise than by a point."""
+        names: list[str] = []
+        for graph in self.package.manifest.graphs:
+            names.extend(graph.untargeted)
+        names.extend(weight.module for weight in self.package.replaceable.values())
+        return [name for name in dict.fromkeys(names) if _is_head(name)]
 
 
-def _comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
+def _is_head(module: str) -> bool:
+    return module.rpartition(".")[2] in TIED_OUTPUT_LAYERS
+
+
+def _is_comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
     """Whether equal digests mean equal weights, and other digests other ones."""
-    quantized = point.is_quantized or table.is_quantized
-    return point.dtype == table.dtype and (not quantized or point.sha256 == table.sha256)
+    is_quantized = point.is_quantized or table.is_quantized
+    return point.dtype == table.dtype and (not is_quantized or point.sha256 == table.sha256)

@@ -10,18 +10,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnx_lora.points import StoredTensor
+from onnx_lora.points import StoredTensor, align_offset
 
 __all__ = ["WeightStore", "where"]
 
 # Smaller initializers stay in the graph: shape inference needs shapes and axes there, and a
 # reader gains nothing from a file access for them.
 _INLINE_LIMIT = 1024  # bytes
-
-# ONNX Runtime maps large tensors straight from the file, which works on page boundaries.
-_PAGE = 4096  # bytes
-_LARGE = 2**20  # bytes
-_ALIGNMENT = 64  # bytes: a cache line
 
 
 class WeightStore:
@@ -74,8 +69,7 @@ class WeightStore:
         if self._file is None:
             self._file = self._free_name("model.onnx.data", "inline.onnx.data")
         if key not in self._written:
-            alignment = _PAGE if len(data) >= _LARGE else _ALIGNMENT
-            self._end += -self._end % alignment
+            self._end = align_offset(self._end, len(data))
             with (self._folder / self._file).open("ab") as file:
                 file.truncate(self._end)
                 file.write(data)

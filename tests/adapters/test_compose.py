@@ -11,7 +11,7 @@ import pytest
 
 from onnx_lora import Package
 from onnx_lora.adapters import BoundAdapter, bind, blend, read_adapter, stack_rows, write_bound
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.errors import SelectionError
 from tests.adapters.building import PackageBuilder, bound, delta, effect, numbers
 from tests.support.numbers import assert_close, assert_same_bits
@@ -96,19 +96,19 @@ def test_adapters_of_different_packages_are_not_blended(tmp_path: Path, sql: Bou
 
 
 def test_a_blend_of_one_part_at_weight_one_is_that_adapter(sql: BoundAdapter) -> None:
-    assert blended([(sql, 1)], name="it") is sql
+    assert make_blend([(sql, 1)], name="it") is sql
 
 
 def test_a_blend_of_nothing_is_no_adapter() -> None:
     with pytest.raises(SelectionError, match="must have an adapter at least"):
-        blended([], name="it")
+        make_blend([], name="it")
 
 
 def test_a_blended_adapter_says_what_it_is_made_of(package: Package, sql: BoundAdapter, polite: BoundAdapter) -> None:
     topic = bound(
         package, None, {"score.weight": numbers(3, 4), "score.bias": numbers(3)}, name="topic", notes=("odd",)
     )
-    one = blended([(polite, 0.7), (sql, -0.25), (topic, 1.0)], name="it")
+    one = make_blend([(polite, 0.7), (sql, -0.25), (topic, 1.0)], name="it")
     assert (one.name, one.origin.method) == ("it", "blend of polite:0.7, sql:-0.25, topic:1")
     assert (one.origin.path, one.origin.format, one.origin.base_model) == ("adapter, adapter, adapter", "peft", "tiny")
     assert one.origin.sha256 == ", ".join(["0" * 64] * 3)
@@ -127,20 +127,20 @@ def test_a_blended_adapter_says_what_it_is_made_of(package: Package, sql: BoundA
 
 
 def test_strength_zero_is_told(sql: BoundAdapter) -> None:
-    assert blended([(sql, 0.0)], name="off").coverage.silent == ("q", "v")
+    assert make_blend([(sql, 0.0)], name="off").coverage.silent == ("q", "v")
 
 
 def test_adapters_of_different_bases_are_not_blended_into_one(sql: BoundAdapter, polite: BoundAdapter) -> None:
     other = replace(polite, base_digests={"q": "0" * 64})
     with pytest.raises(SelectionError, match="polite: 1 of its base weights are others, the first is q"):
-        blended([(sql, 0.5), (other, 0.5)], name="it")
+        make_blend([(sql, 0.5), (other, 0.5)], name="it")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx_adapter"])
 def test_a_blend_goes_through_a_file(
     package: Package, sql: BoundAdapter, polite: BoundAdapter, tmp_path: Path, format: Literal["safetensors"]
 ) -> None:
-    one = blended([(sql, 0.7), (polite, 0.3)], name="it")
+    one = make_blend([(sql, 0.7), (polite, 0.3)], name="it")
     file = write_bound(one, tmp_path / f"it.{format}", format=format)
     again = bind(read_adapter(file), package)
     assert (again.name, again.coverage.ranks) == ("it", one.coverage.ranks)

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from onnx_lora import read_adapter
 from onnx_lora.adapters import Adapter, Delta
-from onnx_lora.adapters.formats.diffusion.diffusers import METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING, Conv

@@ -13,8 +13,8 @@ import pytest
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, Delta
-from onnx_lora.adapters.formats.gguf.names import ARCHITECTURES, MODEL_TYPES
-from onnx_lora.adapters.formats.gguf.reader import rows_interleaved, rows_of_halves
+from onnx_lora.adapters.formats.gguf.architectures import ARCHITECTURES, MODEL_TYPES
+from onnx_lora.adapters.formats.gguf.rows import rows_interleaved, rows_of_halves
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING

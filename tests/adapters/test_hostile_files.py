@@ -16,10 +16,9 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora import bind, read_adapter
-from onnx_lora.adapters.formats.files import gguf as gguf_file
-from onnx_lora.adapters.formats.files import pickle_program
+from onnx_lora.adapters.formats.files import gguf_file, pickle_program
 from onnx_lora.adapters.formats.files import zip_archive as zip_file
-from onnx_lora.adapters.formats.files.npz import read_npz
+from onnx_lora.adapters.formats.files.npz_file import read_npz
 from onnx_lora.adapters.formats.files.reading import opened, shown
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.errors import AdapterFileError, InputError

@@ -10,7 +10,7 @@ import pytest
 
 from onnx_lora import Package, bind
 from onnx_lora.adapters import Adapter
-from onnx_lora.adapters.names import modules_of, resolved
+from onnx_lora.adapters.module_names import KnownModules, with_package_names
 from onnx_lora.errors import BindError
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from tests.adapters.building import PackageBuilder, adapter, delta, numbers
@@ -60,7 +60,7 @@ def names(own: Adapter) -> list[str]:
 
 def test_flat_names_are_looked_up_among_the_packages_modules(tmp_path: Path) -> None:
     package = single(tmp_path / "p", "a.b_c.d", "a.x")
-    own = resolved(of("a_b_c_d", "a_x", flat=True), package)
+    own = with_package_names(of("a_b_c_d", "a_x", flat=True), package)
     assert names(own) == ["a.b_c.d", "a.x"]
     assert not own.flat_names
     assert bind(of("a_b_c_d", flat=True), package).coverage.applied == ("a.b_c.d",)
@@ -68,15 +68,15 @@ def test_flat_names_are_looked_up_among_the_packages_modules(tmp_path: Path) -> 
 
 def test_a_part_in_front_is_the_packages_own_or_left_out(tmp_path: Path) -> None:
     of_parts = pipeline(tmp_path / "p", {"unet": ["down_blocks.0.q"], "text_encoder": ["layers.0.q"]})
-    own = resolved(of("unet.down_blocks_0_q", "text_encoder.layers_0_q", flat=True), of_parts)
+    own = with_package_names(of("unet.down_blocks_0_q", "text_encoder.layers_0_q", flat=True), of_parts)
     assert names(own) == ["unet.down_blocks.0.q", "text_encoder.layers.0.q"]
     alone = single(tmp_path / "alone", "down_blocks.0.q")
-    assert names(resolved(of("unet.down_blocks_0_q", flat=True), alone)) == ["down_blocks.0.q"]
+    assert names(with_package_names(of("unet.down_blocks_0_q", flat=True), alone)) == ["down_blocks.0.q"]
 
 
 def test_a_part_that_the_name_says_twice_is_one(tmp_path: Path) -> None:
     package = pipeline(tmp_path / "p", {"unet": ["down_blocks.0.q"]})
-    assert names(resolved(of("unet.unet_down_blocks_0_q", flat=True), package)) == ["unet.down_blocks.0.q"]
+    assert names(with_package_names(of("unet.unet_down_blocks_0_q", flat=True), package)) == ["unet.down_blocks.0.q"]
 
 
 def test_another_parts_module_is_never_meant(tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ def test_an_unknown_flat_name_is_explained_as_all_unknown_ones_are(tmp_path: Pat
 
 def test_modules_without_a_point_and_whole_weights_are_known_too(tmp_path: Path) -> None:
     package = single(tmp_path / "p", "a.q")
-    assert modules_of(package) == ["a.q", "deep.inside", "norm.out"]
+    assert list(KnownModules.of(package).parts) == ["a.q", "deep.inside", "norm.out"]
     with pytest.raises(BindError, match=r"deep\.inside: the graph has this module"):
         bind(of("deep_inside", flat=True), package)
     whole = adapter({}, {"norm_out.weight": numbers(6, 4)}, flat_names=True)
-    assert list(resolved(whole, package).replacements) == ["norm.out.weight"]
+    assert list(with_package_names(whole, package).replacements) == ["norm.out.weight"]
 
 
 # --- parts of a pipeline -----------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_modules_without_a_point_and_whole_weights_are_known_too(tmp_path: Path)
 
 def test_names_without_a_part_get_the_only_one_that_has_them_all(tmp_path: Path) -> None:
     package = pipeline(tmp_path / "p", {"unet": ["blocks.0.q", "blocks.0.v"], "text_encoder": ["blocks.0.q"]})
-    own = resolved(of("blocks.0.q", "blocks.0.v"), package)
+    own = with_package_names(of("blocks.0.q", "blocks.0.v"), package)
     assert names(own) == ["unet.blocks.0.q", "unet.blocks.0.v"]
 
 
@@ -130,22 +130,22 @@ def test_names_that_several_parts_have_are_refused_with_the_parts(tmp_path: Path
 
 def test_names_that_no_part_has_all_of_stay_as_they_are(tmp_path: Path) -> None:
     package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["v"]})
-    assert names(resolved(of("q", "v"), package)) == ["q", "v"]
+    assert names(with_package_names(of("q", "v"), package)) == ["q", "v"]
     with pytest.raises(BindError, match="the package has no such module"):
         bind(of("q", "v"), package)
 
 
 def test_a_part_that_the_package_does_not_name_is_taken_off(tmp_path: Path) -> None:
     package = single(tmp_path / "p", "blocks.0.q")
-    assert names(resolved(of("unet.blocks.0.q"), package)) == ["blocks.0.q"]
+    assert names(with_package_names(of("unet.blocks.0.q"), package)) == ["blocks.0.q"]
     for others in (["unet.blocks.0.q", "text_encoder.blocks.0.q"], ["unet.blocks.0.v"], ["model.blocks.0.q"]):
-        assert names(resolved(of(*others), package)) == others
+        assert names(with_package_names(of(*others), package)) == others
 
 
 def test_a_package_of_one_model_has_no_parts_whatever_its_modules_are_called(tmp_path: Path) -> None:
     """GPT-2's modules begin with `transformer`, a part of some pipelines."""
     package = single(tmp_path / "p", "transformer.h.0.q")
-    assert names(resolved(of("transformer.h.0.q"), package)) == ["transformer.h.0.q"]
+    assert names(with_package_names(of("transformer.h.0.q"), package)) == ["transformer.h.0.q"]
     with pytest.raises(BindError, match=r"lacks the prefix 'transformer\.'"):
         bind(of("h.0.q"), package)
 
@@ -153,4 +153,4 @@ def test_a_package_of_one_model_has_no_parts_whatever_its_modules_are_called(tmp
 def test_names_that_the_package_has_are_left_alone(tmp_path: Path) -> None:
     package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["q"]})
     own = of("unet.q")
-    assert resolved(own, package) is own
+    assert with_package_names(own, package) is own

@@ -12,10 +12,9 @@ import safetensors.numpy
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Delta, Replacement, blend, write_bound
-from onnx_lora.adapters.compose import blended
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.methods.tokens import TokenRows
-from onnx_lora.adapters.rebound import rebound
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.errors import AdapterFileError, BindError, SelectionError
 from onnx_lora.manifest import MANIFEST
@@ -64,14 +63,14 @@ class Doubled:
 def test_a_scale_is_not_dropped_by_a_package_that_takes_none(tmp_path: Path) -> None:
     there = bound(_package(tmp_path / "dora", "q", dora=True), {"q": _dora()})
     assert not there.coverage.fold_only
-    here = rebound(there, _package(tmp_path / "plain", "q"))
+    here = bind(there, _package(tmp_path / "plain", "q"))
     assert set(here.coverage.fold_only) == {"q"}
 
 
 def test_a_change_is_not_dropped_by_a_package_without_its_module(tmp_path: Path) -> None:
     there = bound(_package(tmp_path / "two", "q", "v"), None, None, changes={"v": Doubled()})
     with pytest.raises(BindError, match="v: the package has no such module"):
-        rebound(there, _package(tmp_path / "one", "q"))
+        bind(there, _package(tmp_path / "one", "q"))
 
 
 @pytest.mark.parametrize("more", [{"deltas": {"q": _dora()}}, {"changes": {"q": Doubled()}}])
@@ -85,7 +84,7 @@ def test_what_is_no_sum_does_not_go_with_another_weight_below_it(tmp_path: Path,
     with pytest.raises(SelectionError, match=r"q: its change .* does not add"):
         blend([(one, 1.0), (other, 1.0)])
     with pytest.raises(SelectionError, match="does not add"):
-        blended([(one, 1.0), (other, 1.0)], name="both")
+        make_blend([(one, 1.0), (other, 1.0)], name="both")
 
 
 def test_two_tensors_of_kohya_for_one_parameter_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters.formats.peft.patterns import Endings, Patterns
+from onnx_lora.adapters.formats.peft.patterns import Patterns
+from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.expressions import ExpressionError
 from onnx_lora.points import matches, matching

@@ -12,9 +12,9 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora import read_adapter
-from onnx_lora.adapters.formats.peft.methods import METHODS
 from onnx_lora.adapters.formats.peft.reader import read_peft
 from onnx_lora.adapters.formats.peft.refused import refusals
+from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from tests.adapters.building import lora, numbers, peft_folder
 from tests.support.numbers import assert_close
@@ -628,3 +628,16 @@ def test_configs_of_the_first_pefts_are_read(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     (tmp_path / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(lora("m.q", 4, 6)))
     assert read_adapter(tmp_path).deltas["m.q"].scale == 16.0
+
+
+@pytest.mark.parametrize(
+    "option, tensor",
+    [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")],
+)
+def test_merged_projections_with_what_their_peft_had_not_are_refused(
+    tmp_path: Path, option: dict[str, Any], tensor: str
+) -> None:
+    """The factors alone would be applied, and the rest of them silently left out."""
+    tensors = lora("m.q", 4, 6) | {f"{P}m.q.{tensor}": numbers(6)}
+    with pytest.raises(AdapterFileError, match="enable_lora goes with neither use_dora nor lora_bias"):
+        read_adapter(peft_folder(tmp_path, tensors, enable_lora=[True, False], **option))

@@ -10,7 +10,7 @@ import pytest
 
 from onnx_lora import OnnxLoraError, read_adapter
 from onnx_lora.adapters.formats.peft.config import read_config
-from onnx_lora.adapters.formats.peft.methods import METHODS
+from onnx_lora.adapters.methods.registry import METHODS
 
 DATA = Path(os.environ.get("ONNX_LORA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

@@ -11,18 +11,18 @@ import pytest
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
-from onnx_lora.adapters.compose import blended
-from onnx_lora.adapters.formats.converted.files import write_bound
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.methods.ia3 import IA3
 from onnx_lora.adapters.methods.loha import LoHa
-from onnx_lora.adapters.write import FORMATS, AdapterFormat, write_adapter
+from onnx_lora.adapters.methods.products import Product
+from onnx_lora.adapters.write import FORMATS, write_adapter, write_bound
 from onnx_lora.errors import BindError, InputError, OutputExistsError, StorageError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import InjectionPoint, digest
 from tests.adapters.building import PackageBuilder, adapter, delta, effect, lora, numbers, peft_folder
 from tests.support.numbers import assert_close, assert_same_bits
 
-PLAIN: list[AdapterFormat] = ["peft", "diffusers", "kohya", "mlx"]
+PLAIN: list[str] = ["peft", "diffusers", "kohya", "mlx"]
 
 
 def add_conv(builder: PackageBuilder, module: str, shape: tuple[int, ...], *, groups: int = 1) -> None:
@@ -68,7 +68,7 @@ def assert_same_effect(actual: BoundAdapter, expected: BoundAdapter) -> None:
 @pytest.mark.parametrize("first", PLAIN)
 @pytest.mark.parametrize("second", PLAIN)
 def test_from_format_to_format_the_effect_is_the_same(
-    tmp_path: Path, package: Package, first: AdapterFormat, second: AdapterFormat
+    tmp_path: Path, package: Package, first: str, second: str
 ) -> None:
     once = write_adapter(adapter(LINEAR), tmp_path / f"once{FORMATS[first]}", format=first)
     twice = write_adapter(read_adapter(once), tmp_path / f"twice{FORMATS[second]}", format=second, package=package)
@@ -107,13 +107,13 @@ def test_a_convolution_in_groups_goes_through_our_file_too(tmp_path: Path) -> No
 
 def test_a_blend_is_written_as_one_adapter(tmp_path: Path, package: Package) -> None:
     parts = [(bind(adapter({"unet.q": delta(4, 6)}), package), 0.5), (bind(adapter(LINEAR), package), 2.0)]
-    both = blended(parts, name="both")
+    both = make_blend(parts, name="both")
     folder = write_adapter(both, tmp_path / "both", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), both)
 
 
 def test_a_change_that_this_base_makes_factors_of_is_written_as_them(tmp_path: Path, package: Package) -> None:
-    one = (numbers(6, 1), numbers(1, 4, seed=1))
+    one = Product(numbers(6, 1), numbers(1, 4, seed=1))
     own = adapter({}, changes={"unet.q": LoHa(one, one, 0.5)})
     folder = write_adapter(own, tmp_path / "out", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), bind(own, package))
@@ -130,8 +130,8 @@ OURS = adapter({"unet.q": MatrixDelta(numbers(2, 4), numbers(6, 2), 1.0)})
     "own, words",
     [
         (FLAT, "its names have `_` for `.`"),
-        (CHANGED, "unet.q: IA3 becomes factors, if at all, with the base's weights"),
-        (OURS, "unet.q: whether it is a linear module, a convolution or an embedding only a package tells"),
+        (CHANGED, "unet.q: whether IA3 is a pair of factors depends on the base's weights"),
+        (OURS, "unet.q: only a package says whether it is a linear module, a convolution or an embedding"),
     ],
 )
 def test_what_only_a_package_can_tell_asks_for_it(tmp_path: Path, own: Adapter, words: str) -> None:
@@ -169,7 +169,7 @@ def test_an_adapter_that_does_not_fit_the_package_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize("format", ["safetensors", "onnx_adapter"])
-def test_graph_inputs_need_the_package(tmp_path: Path, format: AdapterFormat) -> None:
+def test_graph_inputs_need_the_package(tmp_path: Path, format: str) -> None:
     with pytest.raises(InputError, match="give that package"):
         write_adapter(adapter(LINEAR), tmp_path / "out", format=format)
 
@@ -187,7 +187,7 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", PLAIN)
-def test_a_taken_place_is_left_as_it_is(tmp_path: Path, format: AdapterFormat) -> None:
+def test_a_taken_place_is_left_as_it_is(tmp_path: Path, format: str) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputExistsError, match="exists already"):
         write_adapter(adapter(LINEAR), tmp_path / "out", format=format)
@@ -197,7 +197,7 @@ def test_a_taken_place_is_left_as_it_is(tmp_path: Path, format: AdapterFormat) -
 
 
 @pytest.mark.parametrize("format", PLAIN)
-def test_a_place_that_takes_no_files_says_so(format: AdapterFormat) -> None:
+def test_a_place_that_takes_no_files_says_so(format: str) -> None:
     with pytest.raises(StorageError, match="nothing was written"):
         write_adapter(adapter(LINEAR), "/proc/out", format=format)
 

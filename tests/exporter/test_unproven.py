@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from onnx_lora import AdapterSession, Package, bind, fold, read_adapter
 from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.verification import verify
-from onnx_lora.manifest import MANIFEST
 from onnx_lora.quantized import Scheme, is_rounded, quantize
 from tests.support.numbers import assert_close
 
@@ -484,20 +482,6 @@ def test_verify_knows_decoders_without_a_cache(tmp_path: Path) -> None:
     plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", task="text-generation", verify=False)
     package = attach(plain.path / plain.graph().base_file, tmp_path / "out")
     assert all(entry.agrees for entry in verify(package, tmp_path / "checkpoint"))
-
-
-@pytest.mark.parametrize("made_by", ["attach", "optimum"])
-def test_packages_of_format_3_are_read_and_attached_ones_doubted(made_by: str, tmp_path: Path) -> None:
-    package = attach(_graph(Plain, tmp_path / "m.onnx", dynamo=False), tmp_path / "out")
-    manifest = json.loads((package.path / MANIFEST).read_text("utf-8"))
-    manifest["format_version"] = 3
-    manifest["source"]["made_by"] = made_by
-    for entry in (entry for graph in manifest["graphs"] for entry in (*graph["points"], *graph["replaceable"])):
-        del entry["unproven"]
-    (package.path / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-    old = Package.open(package.path)
-    assert set(old.unproven) == (set(old.points) if made_by == "attach" else set())
-    assert old.fingerprint == package.fingerprint
 
 
 class Normalised(nn.Module):

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lora import bind, write_bound
 from onnx_lora.adapters import Delta
-from onnx_lora.adapters.formats.diffusion.diffusers import METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA
 from onnx_lora.adapters.write import write_adapter
 from onnx_lora.exporter import attach
 from onnx_lora.exporter.quantization import Method, quantize

@@ -26,6 +26,7 @@ class AdapterBuilder:
 
     `problems`: what is damaged. `unsupported`: what is known, and refused. Both name the tensor or the module first.
     `notes`: what a reader should know and cannot see in the tensors. `methods`: the names of what was put in.
+    `at_base`: modules whose tensors leave them as they are.
     """
 
     deltas: dict[str, Delta | MatrixDelta] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class AdapterBuilder:
     unsupported: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     with_tied_heads: set[str] = field(default_factory=set)
+    at_base: set[str] = field(default_factory=set)
 
     # --- what was found --------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class AdapterBuilder:
         self.changes |= {prefix + module: change for module, change in other.changes.items()}
         self.replacements |= {prefix + name: replacement for name, replacement in other.replacements.items()}
         self.with_tied_heads |= {prefix + module for module in other.with_tied_heads}
+        self.at_base |= {prefix + module for module in other.at_base}
         self.methods |= other.methods
         self.problems += other.problems
         self.unsupported += other.unsupported
@@ -114,7 +117,7 @@ class AdapterBuilder:
 
         Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it; or there is nothing.
         """
-        found = self.deltas or self.changes or self.replacements
+        found = self.deltas or self.changes or self.replacements or self.at_base
         if not (found or self.problems or self.unsupported):
             self.problems.append("holds no tensor of an adapter")
         self.refuse(

@@ -1,1 +1,34 @@
-"""One small file a method: what its tensors make of a weight. None knows how a file or a format names them."""
+"""One file a method: the names of its tensors and of its config's fields, what they do to a weight, its row of the
+docs. `registry.py` lists them; none knows a file or a package.
+
+The names here are what a method of another distribution needs; they are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from onnx_lora.lazy import lazy_names
+
+TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
+if TYPE_CHECKING:
+    from onnx_lora.adapters.formats.problem import TensorError
+    from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, Refusal, bare_parameters
+    from onnx_lora.adapters.methods.registry import METHODS
+
+__all__ = ["METHODS", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "TensorError", "bare_parameters"]
+
+_METHOD = "onnx_lora.adapters.methods.method"
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "METHODS": "onnx_lora.adapters.methods.registry",
+        "DocsRow": _METHOD,
+        "Fields": _METHOD,
+        "Method": _METHOD,
+        "Module": _METHOD,
+        "Part": _METHOD,
+        "Refusal": _METHOD,
+        "TensorError": "onnx_lora.adapters.formats.problem",
+        "bare_parameters": _METHOD,
+    },
+)

@@ -1,4 +1,8 @@
-"""BOFT: the inputs rotated by a product of sparse rotations, the outputs scaled. BOFT (Liu et al. 2024), section 4."""
+"""BOFT: the inputs of a weight are rotated by a product of sparse rotations, its outputs scaled.
+
+BOFT (Liu et al. 2024), section 4: `W = diag(s) · W0 · Bᵀ`, with B a product of butterfly factors, each a matrix of
+rotations in blocks between two permutations. The reference is PEFT 0.21: `boft/layer.py`. A bias stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import flat, wide
 from onnx_lora.adapters.methods.cayley import cayley, rotated
-from onnx_lora.adapters.methods.shapes import flat, kernel_unlike, not_for, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["BOFT"]
+__all__ = ["BOFT", "METHOD", "read_boft"]
 
 
 @dataclass(frozen=True)
 class BOFT:
-    """`blocks` `[factors, blocks, b, b]`, whose skew-symmetric halves count; `scale` `[out]`. A bias stays."""
+    """`blocks` `[factors, blocks, b, b]`, of each of which the skew-symmetric part counts; `scale` `[out]`."""
 
     blocks: Array
     scale: Array
@@ -62,3 +68,23 @@ def _butterfly(inputs: int, groups: int, size: int) -> NDArray[np.intp]:
     """PEFT's `block_butterfly_perm`: in each of the groups, pieces of `size` with the even ones before the odd."""
     pieces = np.arange(inputs).reshape(groups, -1, size)
     return np.concatenate([pieces[:, ::2], pieces[:, 1::2]], axis=1).reshape(-1)
+
+
+def read_boft(module: Module) -> Part:
+    """`boft_R` `[factors, blocks, b, b]` and `boft_s` `[out, 1]`.
+
+    Raises TensorError: one of them is missing, or the blocks are not square.
+    """
+    blocks, scale = module.tensor("boft_R", 4), module.vector("boft_s")
+    module.must(blocks.shape[2] == blocks.shape[3] and blocks.size > 0, "BOFT's blocks must be square")
+    return Part(change=BOFT(blocks, scale))
+
+
+METHOD = Method(
+    peft_type="BOFT",
+    name="BOFT",
+    read=read_boft,
+    docs=(DocsRow("`BOFT`", "fold"),),
+    tensors=bare_parameters("boft_R", "boft_s"),
+    fields=frozenset({"boft_block_num", "boft_block_size", "boft_dropout", "boft_n_butterfly_factor"}),
+)

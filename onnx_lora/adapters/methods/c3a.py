@@ -1,4 +1,8 @@
-"""C3A: circular convolutions in blocks. C3A (Chen et al. 2025), section 3; PEFT's `BlockCircularConvolution`."""
+"""C3A: a matrix of circular convolutions is added.
+
+C3A (Chen et al. 2025), section 3: the change is `[out / b, in / b]` blocks, each a circulant matrix of b numbers, all
+divided by the number of inputs. The reference is PEFT 0.21: `c3a/utils.py`, `BlockCircularConvolution`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["C3A"]
+__all__ = ["C3A", "METHOD", "read_c3a"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,20 @@ class C3A:
 
     def output_scale(self) -> Array | None:
         return None
+
+
+def read_c3a(module: Module) -> Part:
+    """`c3a_kernel` `[out / b, in / b, b]`. Raises TensorError: it is missing, or empty."""
+    kernels = module.tensor("c3a_kernel", 3)
+    module.must(kernels.size > 0, "C3A must have kernels")
+    return Part(change=C3A(kernels))
+
+
+METHOD = Method(
+    peft_type="C3A",
+    name="C3A",
+    read=read_c3a,
+    docs=(DocsRow("`C3A`", "fold"),),
+    tensors=bare_parameters("c3a_kernel"),
+    fields=frozenset({"block_size", "block_size_pattern"}),
+)

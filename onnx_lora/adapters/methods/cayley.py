@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_lora.adapters.methods.shapes import Floats
+from onnx_lora.adapters.methods.arrays import Floats
 
 __all__ = ["cayley", "rotated"]
 

@@ -1,4 +1,8 @@
-"""FourierFT: a few frequencies of the change. FourierFT (Gao et al. 2024), section 3.2; PEFT's `get_delta_weight`."""
+"""FourierFT: a change of which only a few frequencies are trained.
+
+FourierFT (Gao et al. 2024), section 3.2: `W = W0 + scaling · Re(IDFT(F))`, with F zero but for n numbers, at places
+that are drawn at random. The reference is PEFT 0.21: `fourierft/layer.py`, `get_delta_weight`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import not_for, wide
+from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import not_for
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["FourierFT"]
+__all__ = ["METHOD", "FourierFT", "read_fourierft"]
 
 
 # From here on PyTorch's `randperm` draws numbers of 64 bits.
@@ -68,3 +74,29 @@ def _first_of_permutation(seed: int, size: int, count: int) -> NDArray[np.int64]
         first[place] = moved.get(other, other)
         moved[other] = moved.get(place, place)
     return first
+
+
+def read_fourierft(module: Module) -> Part:
+    """`fourierft_spectrum` `[n]`, with `scaling` and `random_loc_seed` of the config.
+
+    Raises TensorError: one of them is missing.
+    """
+    spectrum, seed = module.tensor("fourierft_spectrum", 1), module.count("random_loc_seed", least=0)
+    scale = module.number("scaling", least=-1e30)
+    note = "the places of FourierFT's frequencies are not in the file: drawn from random_loc_seed, as PyTorch does"
+    return Part(change=FourierFT(spectrum, scale, seed), note=note)
+
+
+METHOD = Method(
+    peft_type="FOURIERFT",
+    name="FourierFT",
+    read=read_fourierft,
+    docs=(
+        DocsRow(
+            "`FOURIERFT`",
+            "fold; the places of the frequencies are drawn from `random_loc_seed`, as PyTorch draws them",
+        ),
+    ),
+    tensors=bare_parameters("fourierft_spectrum"),
+    fields=frozenset({"n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling"}),
+)

@@ -1,4 +1,8 @@
-"""HRA: the inputs reflected, one Householder reflection a column. HRA (Yuan et al. 2024), section 3.1."""
+"""HRA: the inputs of a weight are reflected, once for each trained column.
+
+HRA (Yuan et al. 2024), section 3.1: `W = W0 · H1 · … · Hr`, with the Householder reflections `H = I - 2uuᵀ / uᵀu`; with
+`apply_GS` the columns u are made orthogonal first. The reference is PEFT 0.21: `hra/layer.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, flat, kernel_unlike, not_for, pair, pays, wide
+from onnx_lora.adapters.methods.arrays import Floats, flat, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["HRA"]
+__all__ = ["HRA", "METHOD", "read_hra"]
 
 
 @dataclass(frozen=True)
 class HRA:
-    """`W = W0 · H1 · … · Hr`, with `H = I - 2uuᵀ / uᵀu` for each of the columns `[in, r]`.
-
-    `orthogonal`: the columns are made so first, by Gram and Schmidt.
-    """
+    """`columns` `[in, r]`. `orthogonal`: they are made so first, as Gram and Schmidt do it."""
 
     columns: Array
     orthogonal: bool
@@ -62,3 +65,26 @@ class HRA:
                     columns[:, index] -= (earlier @ columns[:, index]) * earlier
             columns[:, index] /= np.linalg.norm(columns[:, index])
         return columns
+
+
+def read_hra(module: Module) -> Part:
+    """`hra_u` `[in, r]`, of a convolution `[channels · kernel, r]`.
+
+    Raises TensorError: it is missing, not of the config's `r`, or a column of it is zero.
+    """
+    columns = module.tensor("hra_u", 2)
+    has_rank = columns.shape[1] == module.rank and columns.size > 0
+    module.must(has_rank, f"HRA must have the config's r, {module.rank} columns")
+    module.must(bool(columns.any(axis=0).all()), "a column of zeros has no direction to reflect along")
+    return Part(change=HRA(columns, bool(module.fields.get("apply_GS"))))
+
+
+METHOD = Method(
+    peft_type="HRA",
+    name="HRA",
+    read=read_hra,
+    docs=(DocsRow("`HRA`", "delta: r reflections change a weight by a rank of r"),),
+    tensors=bare_parameters("hra_u"),
+    fields=frozenset({"apply_GS", "r"}),
+    rank="r",
+)

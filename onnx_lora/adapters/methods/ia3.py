@@ -1,15 +1,25 @@
-"""IA3: a factor for every output, or for every input. (IA)³ (Liu et al. 2022), section 3.3."""
+"""IA3: a factor for every output of a weight, or for every input.
+
+(IA)³ (Liu et al. 2022), section 3.3: `W = diag(l) · W0`, and the bias is scaled too; in a feed-forward module
+`W = W0 · diag(l)`. The reference is PEFT 0.21: `ia3/layer.py`, `ia3/model.py`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import not_for, wide
+from onnx_lora.adapters.adapter import MatrixDelta, Replacement
+from onnx_lora.adapters.formats.files.reading import shown
+from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.endings import Endings
+from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.expressions import Expression
 from onnx_lora.kinds import Conv, Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["IA3"]
+__all__ = ["IA3", "METHOD", "read_ia3"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +58,57 @@ class IA3:
 
     def output_scale(self) -> Array | None:
         return None if self.feedforward else wide(self.vector)
+
+
+def read_ia3(module: Module) -> Part:
+    """`ia3_l` `[out, 1]`, or `[1, in]` in a feed-forward module; of a convolution `[1, n, 1, …]` both times.
+
+    Raises TensorError: it is missing or no vector, `feedforward_modules` of the config says another thing than the
+    shape, or neither tells whether it is for inputs. ExpressionError: `feedforward_modules` is no expression.
+    """
+    values = module.tensor("ia3_l")
+    vector = module.vector("ia3_l")
+    said = _says_feedforward(module)
+    if values.ndim == 2 and values.shape != (1, 1):
+        feedforward = len(values) == 1
+        module.must(said in (None, feedforward), "feedforward_modules of the config says otherwise than the shape")
+    else:
+        module.must(said is not None, "feedforward_modules of the config must say whether inputs or outputs are scaled")
+        feedforward = bool(said)
+    change = IA3(vector, feedforward)
+    if feedforward:
+        return Part(change=change)
+    return Part(change=change, whole={f"{module.name}.bias": Replacement(wide(vector), operation="multiply")})
+
+
+def _says_feedforward(module: Module) -> bool | None:
+    """Whether the config calls the module feed-forward; None where it says nothing. As in PEFT, it gives one regular
+    expression, or ends of names without a dot before them."""
+    names = module.fields.once(_feedforward)
+    if names is None:
+        return None
+    if isinstance(names, Expression):
+        return names.fullmatch(module.name)
+    return names.first(module.name) is not None
+
+
+def _feedforward(fields: Fields) -> Expression | Endings | None:
+    """Raises TensorError: no names. ExpressionError: no expression."""
+    names = fields.get("feedforward_modules")
+    if names is None:
+        return None
+    if isinstance(names, str):
+        return Expression(names)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TensorError(f"feedforward_modules of the config must be names, and is {shown(names)}")
+    return Endings(names)
+
+
+METHOD = Method(
+    peft_type="IA3",
+    name="IA3",
+    read=read_ia3,
+    docs=(DocsRow("`IA3`", "scale of the outputs, and of the bias; of the inputs (feed-forward modules): fold"),),
+    tensors=bare_parameters("ia3_l"),
+    fields=frozenset({"feedforward_modules", "init_ia3_weights"}),
+)

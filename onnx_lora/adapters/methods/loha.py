@@ -1,4 +1,9 @@
-"""LoHa: the elementwise product of two products of low rank. LoHa (Hyeon-Woo et al. 2022, FedPara), proposition 1."""
+"""LoHa: the elementwise product of two products of low rank is added.
+
+LoHa is FedPara (Hyeon-Woo et al. 2022), proposition 1: `W = W0 + alpha / r · (B1 · A1) ∘ (B2 · A2)`; of a kernel with
+`use_effective_conv2d` each product is a core times two factors, proposition 3. The reference is PEFT 0.21:
+`loha/layer.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, columns, kernel_unlike, not_for, pair, pays, rows, thin, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, read_product
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["LoHa"]
+__all__ = ["METHOD", "LoHa", "read_loha"]
 
 
 @dataclass(frozen=True)
 class LoHa:
-    """`W = W0 + scale · left ∘ right`, each a product: of `[out, r]` and `[r, in · kernel]`, or by modes (`thin`)."""
+    """`left` and `right`, of one shape, are the products that are multiplied element by element."""
 
-    left: tuple[Array, ...]
-    right: tuple[Array, ...]
+    left: Product | CoredProduct
+    right: Product | CoredProduct
     scale: float
 
     @property
@@ -29,22 +37,49 @@ class LoHa:
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("LoHa", "linear modules and convolutions", shape, kind)
-        return kernel_unlike("LoHa", (rows(self.left), columns(self.left)), shape)
+        return kernel_unlike("LoHa", (self.left.outputs, self.left.inputs), shape)
 
     def apply_to(self, weight: Array) -> Array:
-        (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
-        change: Floats = (b1 @ a1) * (b2 @ a2) * np.float32(self.scale)
+        change: Floats = self.left.matrix() * self.right.matrix() * np.float32(self.scale)
         return wide(weight) + change.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Of the product of both ranks: every column of one with every column of the other."""
-        rank = len(self.left[-1]) * len(self.right[-1])
+        rank = self.left.rank * self.right.rank
         if not pays(rank, weight.shape):
             return None
-        (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
+        b1, a1 = self.left.factors()
+        b2, a2 = self.right.factors()
         a = (a1[:, None] * a2[None]).reshape(rank, -1)
         b = (b1[:, :, None] * b2[:, None]).reshape(-1, rank)
         return pair(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None
+
+
+def read_loha(module: Module) -> Part:
+    """`hada_w1_a` and `hada_w2_a` `[out, r]`, `hada_w1_b` and `hada_w2_b` `[r, in · kernel]`; with the cores `hada_t1`
+    and `hada_t2` `[r, r, *kernel]` they are `[r, out]` and `[r, in]`.
+
+    Raises TensorError: one of them is missing, the ranks are not the config's, or the shapes do not fit.
+    """
+    left = read_product(module, "hada_w1", "hada_t1")
+    right = read_product(module, "hada_w2", "hada_t2")
+    module.must(module.has("hada_t1") == module.has("hada_t2"), "LoHa must have hada_t1 and hada_t2, or none of them")
+    same_shape = left.outputs == right.outputs and left.inputs == right.inputs
+    module.must(same_shape, "the two products of LoHa must have one shape")
+    return Part(change=LoHa(left, right, module.scale))
+
+
+METHOD = Method(
+    peft_type="LOHA",
+    name="LoHa",
+    read=read_loha,
+    docs=(DocsRow("`LOHA`", "delta, with `use_effective_conv2d` too"),),
+    tensors=bare_parameters("hada_t1", "hada_t2", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    fields=LYCORIS_FIELDS,
+    rank="r",
+    alpha="alpha",
+    patterns=True,
+)

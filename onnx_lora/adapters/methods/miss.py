@@ -1,4 +1,9 @@
-"""MiSS: one block added all along the inputs. MiSS (Kang and Yin 2025), section 3; PEFT's `MissLinear`."""
+"""MiSS: one block is added again and again along the inputs.
+
+MiSS (Kang and Yin 2025), section 3: `W = W0 + [Dᵀ Dᵀ … Dᵀ]`, with D `[r, out]`; "mini": D is repeated along the outputs
+too; "bat": D is a block of r · r for each r outputs, and what is added is `W0 · D + D`, block by block. There is no
+scale. The reference is PEFT 0.21: `miss/layer.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,19 @@ from typing import Literal
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, not_for, pair, pays, wide
+from onnx_lora.adapters.formats.files.reading import shown
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import not_for, pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["MiSS"]
+__all__ = ["METHOD", "MiSS", "read_miss"]
 
 
 @dataclass(frozen=True)
 class MiSS:
-    """`block` `[r, out]`; "mini": `[r, outputs that repeat]`; "bat": `[out / r, r, r]`, which the weight multiplies."""
+    """`block` `[r, out]`; of the form "mini" `[r, outputs that repeat]`, of "bat" `[out / r, r, r]`."""
 
     block: Array
     form: Literal["plain", "mini", "bat"]
@@ -62,3 +70,34 @@ class MiSS:
         rank = len(block)
         a = np.tile(np.eye(rank, dtype=block.dtype), -(-shape[1] // rank))[:, : shape[1]]
         return a, np.tile(block, shape[0] // block.shape[1]).T
+
+
+def read_miss(module: Module) -> Part:
+    """`miss_block` `[r, out]`; of `init_weights` "mini" `[r, mini_r]`, of "bat" `[out / r, r, r]`.
+
+    Raises TensorError: it is missing, not of the config's `r` and `mini_r`, or `init_weights` is none of those.
+    """
+    form = module.fields.get("init_weights", True)
+    module.must(form in (True, False, None, "bat", "mini"), f"init_weights {shown(form)} of MiSS is not known here")
+    rank = module.rank
+    if form == "bat":
+        block = module.tensor("miss_block", 3)
+        module.must(block.shape[1:] == (rank, rank), f"MiSS must have blocks of the config's r, {rank}")
+        return Part(change=MiSS(block, "bat"))
+    block = module.tensor("miss_block", 2)
+    module.must(len(block) == rank and block.size > 0, f"MiSS must have a block of the config's r, {rank}")
+    if form != "mini":
+        return Part(change=MiSS(block, "plain"))
+    module.must(block.shape[1] == module.count("mini_r"), "MiSS must have a block of the config's mini_r")
+    return Part(change=MiSS(block, "mini"))
+
+
+METHOD = Method(
+    peft_type="MISS",
+    name="MiSS",
+    read=read_miss,
+    docs=(DocsRow("`MISS`", 'delta; "bat" folds'),),
+    tensors=bare_parameters("miss_block"),
+    fields=frozenset({"mini_r", "miss_dropout", "r"}),
+    rank="r",
+)

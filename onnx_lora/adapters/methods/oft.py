@@ -1,19 +1,31 @@
-"""OFT: the inputs rotated in blocks. OFT (Qiu et al. 2023), section 4; PEFT's `OFTRotationModule`."""
+"""OFT: the inputs of a weight are rotated in blocks.
+
+OFT (Qiu et al. 2023), section 4: `W = W0 · Rᵀ`, with R the rotations `(I - Q) · (I + Q)⁻¹` of skew-symmetric matrices Q
+on a diagonal. PEFT's default takes a few terms of a Neumann series in the place of the inverse. The reference is PEFT
+0.21: `oft/layer.py`, `OFTRotationModule`; that series is another one in PEFT before 0.18.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import Floats, flat, wide
 from onnx_lora.adapters.methods.cayley import cayley, rotated
-from onnx_lora.adapters.methods.shapes import Floats, flat, not_for, wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
+from onnx_lora.adapters.methods.shapes import not_for
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["OFT"]
+__all__ = ["METHOD", "OFT", "read_oft"]
+
+
+# PEFT's default is 5; far more than a sum of powers needs.
+_MOST_TERMS = 1000
 
 
 @dataclass(frozen=True)
@@ -97,3 +109,61 @@ def _neumann(skew: Floats, terms: int) -> Floats:
             total += 2 * power
         total += power @ skew
     return total
+
+
+def read_oft(module: Module) -> Part:
+    """`oft_R` `[blocks, b · (b - 1) / 2]`, or `oft_embedding_R` for the features of an embedding.
+
+    Raises TensorError: it is missing, its numbers are not those above a diagonal, or the config's `use_cayley_neumann`,
+    `num_cayley_neumann_terms`, `block_share` or `eps` cannot be what PEFT 0.21 means by them.
+    """
+    fields, embedding = module.fields, module.has("oft_embedding_R")
+    angles = module.tensor("oft_embedding_R" if embedding else "oft_R", 2)
+    series = bool(fields.get("use_cayley_neumann", True))
+    module.must(
+        not series or _is_since_0_18(fields.get("peft_version")),
+        "use_cayley_neumann: PEFT 0.18 made another series of it, and the config names no PEFT as new; merge it with "
+        "the PEFT that trained it, and export that",
+    )
+    root = math.isqrt(1 + 8 * angles.shape[1])
+    is_triangle = root * root == 1 + 8 * angles.shape[1]
+    module.must(is_triangle and angles.size > 0, "OFT's angles must be those above a diagonal")
+    shared = bool(fields.get("block_share"))
+    module.must(not shared or len(angles) == 1, "block_share of the config says that there is one block")
+    terms = module.count("num_cayley_neumann_terms") if series else None
+    module.must(terms is None or terms <= _MOST_TERMS, f"num_cayley_neumann_terms must be at most {_MOST_TERMS}")
+    bound = module.number("eps") if fields.get("coft") else None
+    return Part(change=OFT(angles, shared, terms, bound, embedding))
+
+
+def _is_since_0_18(version: object) -> bool:
+    """Whether `peft_version` of a config is 0.18 or newer."""
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return found is not None and (int(found[1]), int(found[2])) >= (0, 18)
+
+
+METHOD = Method(
+    peft_type="OFT",
+    name="OFT",
+    read=read_oft,
+    docs=(
+        DocsRow(
+            "`OFT`",
+            "fold. On a kernel larger than 1, of PEFT before 0.14, and with the Cayley-Neumann series of PEFT before "
+            "0.18 it is refused",
+        ),
+    ),
+    tensors=dict.fromkeys(("oft_R", "oft_embedding_R"), ("weight",)),
+    fields=frozenset(
+        {
+            "block_share",
+            "coft",
+            "eps",
+            "module_dropout",
+            "num_cayley_neumann_terms",
+            "oft_block_size",
+            "r",
+            "use_cayley_neumann",
+        }
+    ),
+)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import wide
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 

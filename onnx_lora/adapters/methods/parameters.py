@@ -1,4 +1,8 @@
-"""LoRA on a bare parameter: a matrix, or one for every expert. PEFT's `ParamWrapper`."""
+"""LoRA on a bare parameter: a matrix, or one for every expert.
+
+`W = W0 + scale · B · A`, of each expert apart. The reference is PEFT 0.21: `lora/layer.py`, `ParamWrapper`. Which pairs
+of a file are of bare parameters, `formats/peft/parameters.py` knows.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, pair, pays, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow
+from onnx_lora.adapters.methods.shapes import pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["ParameterLora"]
+__all__ = ["DOCS", "ParameterLora"]
+
+DOCS = DocsRow(
+    "`target_parameters`",
+    "delta of a matrix; of one for each expert a whole weight, where the package can replace it "
+    "(`--replaceable experts.gate_up_proj`); refused where a side's equal length leaves open which axis is the outputs",
+)
 
 
 @dataclass(frozen=True)

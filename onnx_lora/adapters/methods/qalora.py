@@ -1,4 +1,8 @@
-"""QA-LoRA: A reads sums of neighbouring inputs. QA-LoRA (Xu et al. 2023), algorithm 1; PEFT's `QALoraLinearVariant`."""
+"""QA-LoRA: LoRA whose A reads the means of groups of inputs.
+
+QA-LoRA (Xu et al. 2024), section 3.3: the inputs are pooled in groups of L before A, so that the change of a quantized
+weight is constant in each group. The reference is PEFT 0.21: `lora/variants.py`, `QALoraLinearVariant`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, kernel_unlike, not_for, pair, pays, wide
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.method import DocsRow, Module
+from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["QALoRA"]
+__all__ = ["DOCS", "QALoRA", "read_qalora"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +59,18 @@ class QALoRA:
         if pooled != shape[1]:
             a = np.repeat(a, self.group, axis=1) * a.dtype.type(pooled / self.group)
         return a, wide(self.b) * np.float32(self.scale)
+
+
+def read_qalora(module: Module, a: Array, b: Array) -> QALoRA:
+    """`lora_A` `[r, in / qalora_group_size]`, or `[r, in]`, and `lora_B` `[out, r]`.
+
+    Raises TensorError: the config gives no size of groups, or says use_dora too.
+    """
+    module.must(not module.fields.get("use_dora"), "use_qalora does not go with use_dora")
+    return QALoRA(a, b, module.scale, module.count("qalora_group_size"))
+
+
+DOCS = DocsRow(
+    "`use_qalora` (QA-LoRA)",
+    "delta; the weight's shape tells PEFT's pooled A from a plain one, and a group size of 1 is refused",
+)

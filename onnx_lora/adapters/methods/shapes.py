@@ -1,30 +1,13 @@
-"""What the methods share: numbers wide enough to compute with, pairs of factors, and words about shapes."""
+"""What the methods say of shapes, and changes as pairs of factors."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
 from onnx_lora.adapters.adapter import MatrixDelta
+from onnx_lora.adapters.methods.arrays import flat
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 
-__all__ = ["Floats", "columns", "flat", "kernel_unlike", "not_for", "pair", "pays", "rows", "thin", "wide"]
-
-Floats = NDArray[np.floating[Any]]
-
-
-def wide(values: Array) -> Floats:
-    """As float32, or float64 where they are that: half precision is no type to add up in."""
-    return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
-
-
-def flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A weight's outputs and inputs, as of a matrix `[out, in]`: the axes of a kernel count as inputs."""
-    return shape[0], math.prod(shape[1:])
+__all__ = ["kernel_unlike", "not_for", "pair", "pays"]
 
 
 def pays(rank: int, shape: tuple[int, ...]) -> bool:
@@ -48,24 +31,3 @@ def kernel_unlike(method: str, wanted: tuple[int, int], shape: tuple[int, ...]) 
     if len(shape) >= 2 and flat(shape) == wanted:
         return None
     return f"{method} must meet a weight of {wanted[0]} outputs and {wanted[1]} inputs, and this one has shape {shape}"
-
-
-def thin(parts: tuple[Array, ...]) -> tuple[Floats, Floats]:
-    """A product as a pair `[out, r]`, `[r, in · kernel]`: of two factors, or of a core `[r, r, *kernel]` with a factor
-    for each mode, `[r, out]` and `[r, in]`. FedPara (Hyeon-Woo et al. 2022), proposition 3."""
-    if len(parts) == 2:
-        return wide(parts[0]), wide(parts[1])
-    core, by_output, by_input = map(wide, parts)
-    inner = np.einsum("ij...,jr->ir...", core, by_input)
-    return by_output.T, inner.reshape(len(inner), -1)
-
-
-def rows(parts: tuple[Array, ...]) -> int:
-    """Outputs of one array, or of a product that `thin` knows."""
-    return parts[1].shape[1] if len(parts) == 3 else len(parts[0])
-
-
-def columns(parts: tuple[Array, ...]) -> int:
-    """Inputs of one array, or of a product that `thin` knows, the axes of a kernel counted as inputs."""
-    kernel: int = math.prod(parts[0].shape[2:]) if len(parts) != 2 else 1
-    return int(parts[-1].shape[1]) * kernel

@@ -1,4 +1,8 @@
-"""SHiRA: a few numbers of the weight are changed. SHiRA (Bhardwaj et al. 2024), section 3."""
+"""SHiRA: a few numbers of the weight are changed, at places that are kept.
+
+SHiRA (Bhardwaj et al. 2024), section 3: `W = W0 + S`, with S zero but for n numbers. There is no scale. The reference
+is PEFT 0.21: `shira/layer.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import not_for, wide
+from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.shapes import not_for
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
-__all__ = ["SHiRA"]
+__all__ = ["METHOD", "SHiRA", "read_shira"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +52,27 @@ class SHiRA:
 
     def output_scale(self) -> Array | None:
         return None
+
+
+def read_shira(module: Module) -> Part:
+    """`shira_weight` `[n]` and `shira_indices` `[2, n]`, whole numbers of any type.
+
+    Raises TensorError: one of them is missing, or they are not as many, or a place is no whole number.
+    """
+    values, places = module.tensor("shira_weight", 1), module.tensor("shira_indices", 2)
+    module.must(places.shape == (2, values.size), "SHiRA must have a place for each value")
+    numbers = places.astype(np.float64)
+    are_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
+    module.must(bool(are_whole.all()), "SHiRA's places must be whole")
+    return Part(change=SHiRA(places.astype(np.int64), values))
+
+
+METHOD = Method(
+    peft_type="SHIRA",
+    name="SHiRA",
+    read=read_shira,
+    docs=(DocsRow("`SHIRA`", "fold"),),
+    tensors=bare_parameters("shira_indices", "shira_weight"),
+    integers=frozenset({"shira_indices"}),
+    fields=frozenset({"mask_type", "r", "random_seed"}),
+)

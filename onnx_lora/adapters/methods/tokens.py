@@ -1,17 +1,31 @@
-"""Single rows of a table trained: new tokens, or a few of the old. PEFT's `TrainableTokensLayer`."""
+"""Trained tokens: single rows of a table are trained, new ones or a few of the old.
+
+`W[i] = R[i]` for each trained token i, and the same in an output head that is tied to the table. The reference is PEFT
+0.21: `trainable_tokens/layer.py`, `TrainableTokensLayer`; LoRA has the same layer by `trainable_token_indices`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.shapes import Floats, wide
+from onnx_lora.adapters.formats.files.reading import shown
+from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.endings import Endings
+from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS, TOKENS
 from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["TokenRows"]
+__all__ = ["LORA_DOCS", "METHOD", "TokenRows", "read_lora_tokens", "read_tokens"]
+
+
+_TOKENS_BEFORE = "trainable_tokens_original"  # the base's own rows
 
 
 @dataclass(frozen=True)
@@ -59,3 +73,61 @@ class TokenRows:
 
     def output_scale(self) -> Array | None:
         return None
+
+
+def read_tokens(module: Module) -> Part:
+    """`trainable_tokens_delta` `[n, features]`, the rows themselves, with `token_indices` of the config.
+
+    Raises TensorError: the config does not give n tokens, each once.
+    """
+    return _read_rows(module, TOKENS, module.fields.get("token_indices"), "token_indices")
+
+
+def read_lora_tokens(module: Module) -> Part:
+    """Those beside LoRA, with `trainable_token_indices` of the config: a list, for the input embedding, or one for each
+    of some modules. As in PEFT, those are named by the end of their names, without a dot before it.
+
+    Raises TensorError: the config does not give as many tokens as there are rows, each once.
+    """
+    indices = module.fields.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        number = module.fields.once(_modules_with_tokens).first(module.name)
+        indices = None if number is None else list(indices.values())[number]
+    return _read_rows(module, LORA_TOKENS, indices, "trainable_token_indices")
+
+
+def _modules_with_tokens(fields: Fields) -> Endings:
+    return Endings(fields.values["trainable_token_indices"])
+
+
+def _read_rows(module: Module, tensor: str, indices: Any, field: str) -> Part:
+    rows = module.tensor(tensor, 2)
+    if not _are_tokens(indices):
+        raise TensorError(f"{field} of the config must give its tokens, each once, and gives {shown(indices)}")
+    if len(indices) != len(rows):
+        raise TensorError(f"{tensor} must have a row for each of {len(indices)} tokens, and has shape {rows.shape}")
+    return Part(change=TokenRows(tuple(indices), rows))
+
+
+def _are_tokens(indices: Any) -> bool:
+    if not isinstance(indices, Sequence) or isinstance(indices, str):
+        return False
+    are_numbers = all(type(index) is int and index >= 0 for index in indices)
+    return are_numbers and len(set(indices)) == len(indices)
+
+
+LORA_DOCS = DocsRow(
+    "`trainable_token_indices`",
+    "delta of as many ranks as tokens while that is smaller than the table, else fold. PEFT puts them into a tied "
+    "output head too: so do we, and where the package has no point there to tell, they are refused",
+)
+
+METHOD = Method(
+    peft_type="TRAINABLE_TOKENS",
+    name="trained tokens",
+    read=read_tokens,
+    docs=(DocsRow("`TRAINABLE_TOKENS`", "as `trainable_token_indices`"),),
+    tensors=bare_parameters(TOKENS, _TOKENS_BEFORE),
+    unread=frozenset({_TOKENS_BEFORE}),
+    fields=frozenset({"token_indices"}),
+)

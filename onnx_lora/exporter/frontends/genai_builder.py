@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 
 from onnx_lora.errors import ExportError, ModelError, StorageError
-from onnx_lora.exporter.frontends.source import Precision
-from onnx_lora.exporter.options import Progress
+from onnx_lora.exporter.precision import Precision
+from onnx_lora.exporter.request import Progress
 
 __all__ = ["NoTokenizer", "Wish", "build_graph", "builder_version"]
 

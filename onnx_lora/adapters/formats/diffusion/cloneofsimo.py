@@ -1,20 +1,23 @@
 """The first LoRA files of Stable Diffusion, of cloneofsimo's `lora_diffusion`: their tensors are numbered, in the order
 in which PyTorch walks through the model. That order is known here for Stable Diffusion 1 and 2, and for nothing else.
 
-The scale is 1. The reference is `lora_diffusion/lora.py`: `save_safeloras`, `_find_modules_v2`."""
+The reference is `lora_diffusion/lora.py`: `save_safeloras`, `_find_modules_v2`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-from onnx_lora.adapters.adapter import Adapter
-from onnx_lora.adapters.formats.collected import Collected, two_factors
+from onnx_lora.adapters.adapter import Adapter, Origin
+from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile
+from onnx_lora.adapters.formats.format import Row
+from onnx_lora.adapters.formats.place import Place
 from onnx_lora.points import Array
 
-__all__ = ["is_cloneofsimo", "read_cloneofsimo"]
+__all__ = ["FORMAT"]
 
 _KEY = re.compile(r"^(?P<component>\w+):(?P<index>\d{1,6}):(?P<side>up|down)$")
 
@@ -36,81 +39,130 @@ _TEXT_MODULES = ("k_proj", "v_proj", "q_proj", "out_proj")
 _TEXT_LAYERS = (12, 23)  # of Stable Diffusion 1, and of 2
 
 
-def is_cloneofsimo(names: Iterable[str]) -> bool:
-    """Whether tensors have such names."""
-    return any(_KEY.match(name) for name in names)
+# How many times the first block's width the others have; what is not named has four times.
+_WIDTHS = {"down_blocks.0": 1, "up_blocks.3": 1, "down_blocks.1": 2, "up_blocks.2": 2}
+_WIDEST = 4
+
+# Tensors by the number of their module, and by side.
+_Numbered: TypeAlias = dict[int, dict[str, Array]]
 
 
-def read_cloneofsimo(file: TensorFile, path: Path, name: str) -> Adapter:
-    """Raises AdapterFileError: damaged. UnsupportedAdapterError: trained tokens, or another model's numbers."""
-    collected = Collected()
-    parts: dict[str, dict[int, dict[str, Array]]] = {}
+class CloneofsimoFormat:
+    name = "cloneofsimo"
+    ending = ".safetensors"
+    row = Row(
+        "cloneofsimo (`.safetensors`)",
+        "`unet:0:up`",
+        "1",
+        "trained tokens, other models than Stable Diffusion 1 and 2",
+    )
+
+    def recognises(self, place: Place) -> bool:
+        return place.header is not None and any(_KEY.match(name) for name in place.header.names)
+
+    def read(self, place: Place, name: str | None) -> Adapter:
+        return _read(place.tensors(), place.path, name or place.default_name)
+
+
+FORMAT = CloneofsimoFormat()
+
+
+def _read(file: TensorFile, path: Path, name: str) -> Adapter:
+    """`down` `[r, in]` and `up` `[out, r]`, axes of size 1 behind. The scale is 1.
+
+    Raises AdapterFileError: damaged. UnsupportedAdapterError: trained tokens, or another model's numbers.
+    """
+    builder = AdapterBuilder()
+    components: dict[str, _Numbered] = {}
     for key, values in file.tensors.items():
         found = _KEY.match(key)
         if found:
-            own = parts.setdefault(found["component"], {}).setdefault(int(found["index"]), {})
-            own[found["side"]] = values
+            numbered = components.setdefault(found["component"], {})
+            numbered.setdefault(int(found["index"]), {})[found["side"]] = values
         elif file.metadata.get(key) == "<embed>":
-            collected.unsupported.append(
+            builder.unsupported.append(
                 f"{key}: is the embedding of a token that the base's tokenizer lacks; take the tensor out of the file, "
                 "if your prompts do without the token"
             )
         else:
-            collected.problems.append(f"{key}: must look like unet:0:up, and does not")
-    for component, tensors in parts.items():
-        _take(collected, component, tensors)
-    return collected.adapter(path, name, format="cloneofsimo", sha256=file.sha256)
+            builder.problems.append(f"{key}: must look like unet:0:up, and does not")
+    for component, numbered in components.items():
+        _take(builder, component, numbered)
+    return builder.adapter(name, Origin(str(path), file.sha256, "cloneofsimo", "", ""))
 
 
-def _take(collected: Collected, component: str, tensors: Mapping[int, Mapping[str, Array]]) -> None:
-    modules = _modules(component, tensors)
+def _take(builder: AdapterBuilder, component: str, numbered: _Numbered) -> None:
+    modules = _modules(component, numbered)
     if modules is None:
-        collected.unsupported.append(
-            f"{component}: {len(tensors)} numbered modules of a model that is not known here (known are the UNet and "
+        builder.unsupported.append(
+            f"{component}: {len(numbered)} numbered modules of a model that is not known here (known are the UNet and "
             "the text encoder of Stable Diffusion 1 and 2, all modules of them); convert it with the tool that made it"
         )
         return
     for index, module in enumerate(modules):
-        pair = collected.floats({f"{component}:{index}:{side}": values for side, values in tensors[index].items()})
-        if len(pair) < len(tensors[index]):
+        where = f"{component}:{index}"
+        pair = builder.floats({f"{where}:{side}": values for side, values in numbered[index].items()})
+        if len(pair) < len(numbered[index]):
             continue
-        if len(pair) < 2:
-            collected.problems.append(f"{component}:{index}: must have up and down, and has one of them")
-            continue
-        made = two_factors(tensors[index]["down"], tensors[index]["up"], 1.0)
-        if isinstance(made, str):
-            collected.problems.append(f"{component}:{index}: {made}")
-        else:
-            collected.put_delta(f"{component}.{module}", made)
+        with builder.reading(where):
+            if len(pair) < 2:
+                raise TensorError("must have up and down, and has one of them")
+            delta = two_factors(pair[f"{where}:down"], pair[f"{where}:up"], 1.0)
+            builder.put_delta(f"{component}.{module}", delta)
 
 
-def _modules(component: str, tensors: Mapping[int, Mapping[str, Array]]) -> Sequence[str] | None:
-    """What the numbers mean, or None. The widths of the UNet's blocks say whether the order is the one known here."""
-    if sorted(tensors) != list(range(len(tensors))):
+def _modules(component: str, numbered: _Numbered) -> Sequence[str] | None:
+    """The modules that the numbers mean, or None."""
+    count = len(numbered)
+    if sorted(numbered) != list(range(count)):
         return None
-    if component == "text_encoder" and len(tensors) // len(_TEXT_MODULES) in _TEXT_LAYERS and not len(tensors) % 4:
-        return [
-            f"text_model.encoder.layers.{index // 4}.self_attn.{_TEXT_MODULES[index % 4]}"
-            for index in range(len(tensors))
-        ]
-    if component != "unet" or len(tensors) != len(_UNET_BLOCKS) * len(_UNET_MODULES) or not _widths_fit(tensors):
-        return None
-    return [f"{block}.transformer_blocks.0.{module}" for block in _UNET_BLOCKS for module in _UNET_MODULES]
+    if component == "text_encoder":
+        layers, rest = divmod(count, len(_TEXT_MODULES))
+        return _text_modules(layers) if layers in _TEXT_LAYERS and not rest else None
+    if component == "unet" and count == len(_UNET_BLOCKS) * len(_UNET_MODULES) and _widths_fit(numbered):
+        return _unet_modules()
+    return None
 
 
-def _widths_fit(tensors: Mapping[int, Mapping[str, Array]]) -> bool:
-    """Whether each block's modules have its width, the text's as inputs of the second attention, and eight times the
-    width as outputs of the gated feed-forward."""
-    if not all(len(pair) == 2 and all(values.ndim >= 2 for values in pair.values()) for pair in tensors.values()):
-        return True  # said of each later
-    sizes = [(tensors[index]["down"].shape[1], len(tensors[index]["up"])) for index in range(len(tensors))]
-    width, text = sizes[0][0], sizes[len(_ATTENTION) + 2][0]
-    for index, block in enumerate(_UNET_BLOCKS):
-        times = {"down_blocks.0": 1, "up_blocks.3": 1, "down_blocks.1": 2, "up_blocks.2": 2}.get(
-            block[: block.index(".at")], 4
-        )
-        own = width * times
-        wanted = [(own, own)] * 4 + [(own, 8 * own), (own, own), (text, own), (text, own), (own, own)]
-        if sizes[index * len(wanted) : (index + 1) * len(wanted)] != wanted:
+def _text_modules(layers: int) -> list[str]:
+    modules: list[str] = []
+    for layer in range(layers):
+        modules += [f"text_model.encoder.layers.{layer}.self_attn.{name}" for name in _TEXT_MODULES]
+    return modules
+
+
+def _unet_modules() -> list[str]:
+    modules: list[str] = []
+    for block in _UNET_BLOCKS:
+        modules += [f"{block}.transformer_blocks.0.{name}" for name in _UNET_MODULES]
+    return modules
+
+
+def _widths_fit(numbered: Mapping[int, Mapping[str, Array]]) -> bool:
+    """Whether the order of the UNet's modules is the one known here, which their widths tell: each block's modules have
+    the block's width, the second attention has the text's width as inputs, and the gated feed-forward has eight times
+    the block's width as outputs."""
+    sizes: list[tuple[int, int]] = []
+    for index in range(len(numbered)):
+        pair = numbered[index]
+        if len(pair) < 2 or any(values.ndim < 2 for values in pair.values()):
+            return True  # not the widths are at fault: the reader names this pair
+        sizes.append((pair["down"].shape[1], len(pair["up"])))
+    first = sizes[0][0]
+    text = sizes[_UNET_MODULES.index("attn2.to_k")][0]
+    for number, block in enumerate(_UNET_BLOCKS):
+        name, _, _ = block.partition(".attentions")
+        width = first * _WIDTHS.get(name, _WIDEST)
+        own = sizes[number * len(_UNET_MODULES) : (number + 1) * len(_UNET_MODULES)]
+        if own != _block_sizes(width, text):
             return False
     return True
+
+
+def _block_sizes(width: int, text: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of a transformer block's modules, in the order of `_UNET_MODULES`."""
+    square = (width, width)
+    first_attention = [square, square, square, square]
+    feed_forward = [(width, 8 * width)]
+    second_attention = [square, (text, width), (text, width), square]
+    return first_attention + feed_forward + second_attention

@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.numpy
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.diffusion.diffusers import COMPONENTS, METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA
 from onnx_lora.adapters.formats.peft.writer import (
     contiguous,
     dora_problems,

@@ -9,8 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.diffusion.kohya import COMPONENTS
-from onnx_lora.adapters.formats.diffusion.sgm import to_sgm
+from onnx_lora.adapters.formats.diffusion.kohya_names import flat_name
 from onnx_lora.adapters.formats.peft.writer import contiguous, refuse
 from onnx_lora.kinds import Embedding
 from onnx_lora.points import Array
@@ -30,44 +29,42 @@ def write_kohya(adapter: PortableAdapter, file: Path, modules: Iterable[str]) ->
     is_xl = any(name.startswith(_XL) for name in (*modules, *adapter.deltas))
     problems: list[str] = []
     tensors: dict[str, Array] = {}
-    flat: dict[str, str] = {}
+    written: dict[str, str] = {}  # modules by their flat names
     for module, delta in adapter.deltas.items():
-        name = _flat(module, is_xl=is_xl)
-        if flat.setdefault(name, module) != module:
-            problems.append(f"{module}: has the flat name {name} that {flat[name]} has too")
+        flat = flat_name(module, is_xl=is_xl)
+        other = written.setdefault(flat, module)
+        if other != module:
+            problems.append(f"{module}: has the flat name {flat} that {other} has too")
         if isinstance(delta.kind, Embedding):
             problems.append(f"{module}: is an embedding")
-        tensors |= {f"{name}.{tensor}": values for tensor, values in _tensors(delta).items()}
+        for tensor, values in _tensors(delta).items():
+            tensors[f"{flat}.{tensor}"] = values
     for name, replacement in adapter.replacements.items():
         module, _, parameter = name.rpartition(".")
         if replacement.operation != "add" or replacement.value.ndim != 1 or parameter not in ("weight", "bias"):
             problems.append(f"{name}: is a whole weight, and kohya's files hold differences")
-        else:
-            tensor = {"weight": "w_norm", "bias": "b_norm"}[parameter]
-            if f"{module}.weight" not in adapter.replacements:
-                tensor = {"weight": "w_norm", "bias": "diff_b"}[parameter]
-            tensors[f"{_flat(module, is_xl=is_xl)}.{tensor}"] = replacement.value
+            continue
+        is_norm = f"{module}.weight" in adapter.replacements
+        tensor = _difference_name(parameter, is_norm=is_norm)
+        tensors[f"{flat_name(module, is_xl=is_xl)}.{tensor}"] = replacement.value
     refuse(adapter, "a file of kohya's", problems)
-    file.write_bytes(
-        safetensors.numpy.save(contiguous(tensors), {"format": "pt", "ss_network_module": "networks.lora"})
-    )
+    metadata = {"format": "pt", "ss_network_module": "networks.lora"}
+    file.write_bytes(safetensors.numpy.save(contiguous(tensors), metadata))
 
 
-def _flat(module: str, *, is_xl: bool) -> str:
-    part, _, rest = module.partition(".")
-    # The same parts have two spellings; SDXL counts its text encoders.
-    spellings = {own: prefix for prefix, own in COMPONENTS.items() if prefix != ("lora_te_" if is_xl else "lora_te1_")}
-    if part not in spellings or not rest:
-        return f"lycoris_{module.replace('.', '_')}"
-    theirs = to_sgm(rest) if is_xl and part == "unet" else None
-    return f"{spellings[part]}{theirs or rest.replace('.', '_')}"
+def _difference_name(parameter: str, *, is_norm: bool) -> str:
+    """The tensor that adds to a vector: of a norm, whose weight is one too, or the bias of another module."""
+    if parameter == "weight":
+        return "w_norm"
+    return "b_norm" if is_norm else "diff_b"
 
 
 def _tensors(delta: Delta) -> Mapping[str, Array]:
+    """`lora_down` as A is, `lora_up` `[out, r]` and `dora_scale` `[out, 1]` with axes of size 1 for a kernel."""
     kernel = (1,) * (delta.a.ndim - 2)
     wide = np.promote_types(delta.b.dtype, np.float32)
     tensors: dict[str, Array] = {
-        "alpha": np.array(delta.scale * len(delta.a), wide),
+        "alpha": np.array(delta.scale * delta.rank, wide),
         "lora_down.weight": delta.a,
         "lora_up.weight": delta.b.reshape(*delta.b.shape, *kernel),
     }

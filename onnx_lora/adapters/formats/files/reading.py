@@ -4,8 +4,6 @@ read once, into memory of our own, so that what was checked, used and hashed is 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import reprlib
 import struct
 import tokenize
@@ -15,33 +13,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from onnx_lora import json_text
 from onnx_lora.errors import AdapterFileError
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.points import Array
 
 __all__ = [
     "Reading",
     "TensorFile",
     "name_problems",
+    "open_regular",
     "opened",
     "parse_json",
-    "read_json",
     "shown",
+    "translated_damage",
     "widened_bfloat16",
 ]
-
-# With every module of a large model named in its patterns a config has a few hundred kB.
-_CONFIG_LIMIT = 16 * 2**20  # bytes
-
-# JSON of as many values is 200 MB of Python's objects. The header of 130,000 tensors, a pair for each expert of the
-# largest mixtures, has half of them.
-_MOST_VALUES = 2_000_000
-
-# Every whole number of so many digits has a float; the largest float has 309.
-_DIGITS = 300
 
 # Names of tensors are paths in a model: 60 characters, and of experts in wrappers 150.
 _LONGEST_NAME = 1000  # characters
@@ -122,15 +114,28 @@ class TensorFile:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Reading]:
-    """A regular file, open for reading; whatever reading it raises becomes one of our errors here.
+    """A regular file, open for reading; whatever the block raises of its bytes becomes one of our errors here.
 
     Raises AdapterFileError: none, not regular, not readable, or damaged.
     """
-    try:
+    with translated_damage(path), open_regular(path) as file:
+        yield Reading(file, path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Raises AdapterFileError: no regular file, or it cannot be read."""
+    with translated_damage(path):
         if not path.is_file():
             raise AdapterFileError("must be a file, and there is none", path=path)
-        with path.open("rb") as file:
-            yield Reading(file, path)
+        return path.open("rb")
+
+
+@contextmanager
+def translated_damage(path: Path) -> Iterator[None]:
+    """What the block raises of a file's bytes becomes AdapterFileError of `path`. Only code that parses bytes belongs
+    in it: a mistake of ours would be called damage."""
+    try:
+        yield
     except OSError as error:
         raise AdapterFileError(f"cannot be read: {error}", path=path) from error
     except MemoryError as error:
@@ -141,37 +146,13 @@ def opened(path: Path) -> Iterator[Reading]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A config. Raises AdapterFileError: none, damaged, or too large for one."""
-    with opened(path) as file:
-        if file.size > _CONFIG_LIMIT:
-            raise AdapterFileError(f"too large for a config (limit {_CONFIG_LIMIT} bytes)", path=path)
-        text = file.rest()
-    return parse_json(text, path, what="a config")
-
-
-def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object, without numbers that no float holds and without halves of characters.
+def parse_json(text: bytes, path: Path, *, what: str, names_once: bool = False) -> dict[str, Any]:
+    """A JSON object, without numbers that no float holds and without halves of characters. `names_once`: no name comes
+    twice in an object; else the last counts, as everywhere in Python.
 
     Raises AdapterFileError: `what` is damaged, too large, or another kind of JSON.
     """
-    if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise AdapterFileError(f"{what} must hold at most {_MOST_VALUES} values, and holds more", path=path)
-    try:
-        data = json.loads(text.decode("utf-8"), parse_int=_integer)
-        if re.search(rb"\\u[dD][89a-fA-F]", text):
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise AdapterFileError(f"{what} must be JSON, and is damaged: {error}", path=path) from error
-    if not isinstance(data, dict):
-        raise AdapterFileError(f"{what} must be a JSON object, not {type(data).__name__}", path=path)
-    return data
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
+    return json_text.parse_json(text, path, AdapterFileError, what=what, names_once=names_once)
 
 
 def name_problems(names: Iterable[str]) -> list[str]:

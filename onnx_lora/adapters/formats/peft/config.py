@@ -8,39 +8,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import read_json, shown
-from onnx_lora.adapters.formats.peft.method import Method
-from onnx_lora.adapters.formats.peft.methods import METHODS
+from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.peft.patterns import Patterns
 from onnx_lora.adapters.formats.peft.refused import check_method, refusals
 from onnx_lora.adapters.formats.peft.rules import (
     Choice,
     Everything,
     Layers,
+    Matching,
     Named,
+    PatternTable,
     PeftConfig,
     Ranks,
-    Table,
     Targets,
-    Whole,
 )
+from onnx_lora.adapters.methods.method import Fields, Method
+from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.expressions import Expression, ExpressionError, Work
 from onnx_lora.heads import TASK_HEADS
+from onnx_lora.json_file import read_json
 
 __all__ = ["CONFIG", "parse_config", "read_config"]
 
 T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
-
-# What LoRA is called by people when a field is set; the first that is counts.
-_NAMES = (
-    ("use_dora", "DoRA"),
-    ("use_bdlora", "BD-LoRA"),
-    ("use_qalora", "QA-LoRA"),
-    ("use_rslora", "rsLoRA"),
-)
 
 
 def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
@@ -49,13 +42,14 @@ def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
     Raises AdapterFileError: damaged, or not PEFT's. UnsupportedAdapterError: PEFT's, and refused,
     every reason named.
     """
-    return parse_config(read_json(path), path, with_initial=with_initial)
+    return parse_config(read_json(path, AdapterFileError), path, with_initial=with_initial)
 
 
 def parse_config(config: dict[str, Any], path: Path, *, with_initial: bool = False) -> PeftConfig:
     """As `read_config`, of a config's fields."""
     method = check_method(config, METHODS, path)
-    if problems := refusals(config, method, with_initial=with_initial):
+    problems = refusals(config, method, with_initial=with_initial)
+    if problems:
         raise UnsupportedAdapterError("says what cannot be applied exactly", path=path, problems=problems)
     reader = _Reader(config)
     rules = reader.config_of(method)
@@ -75,19 +69,28 @@ class _Reader:
     def config_of(self, method: Method) -> PeftConfig:
         task = self.config.get("task_type")
         return PeftConfig(
-            peft_type=str(self.config["peft_type"]),
-            method=next((name for field, name in _NAMES if self.config.get(field)), method.name),
+            method=method,
+            method_name=self.name_of(method),
             base_model=self.base_model(),
             bias=self.bias(),
             task_heads=TASK_HEADS.get(task, ()) if isinstance(task, str) else (),
             targets=self.targets(),
             ranks=self.ranks(method),
-            fields=self.config,
+            fields=Fields(self.config),
         )
 
+    def name_of(self, method: Method) -> str:
+        for field, variant in method.variants.items():
+            if self.config.get(field):
+                return variant
+        return method.name
+
     def targets(self) -> Targets:
-        target = self.names("target_modules") if self.config.get("target_modules") is not None else None
-        layers, saved = self.layers(), self.name_list("modules_to_save")
+        target: str | tuple[str, ...] | None = None
+        if self.config.get("target_modules") is not None:
+            target = self.names("target_modules")
+        layers = self.layers()
+        saved = self.name_list("modules_to_save")
         if isinstance(target, str) and self.config.get("layers_to_transform") is not None:
             self.problems.append("layers_to_transform cannot go with a target_modules that is one string")
         if self.config.get("layers_pattern") and layers is None:
@@ -97,7 +100,7 @@ class _Reader:
             excluded=self.choice("exclude_modules", self.names("exclude_modules") or ()),
             saved=self.made("modules_to_save", lambda: Patterns(saved, "around", self.work), Patterns((), "around")),
             saved_names=saved,
-            named=frozenset() if target is None or isinstance(target, str) else frozenset(target),
+            named=frozenset(target) if isinstance(target, tuple) else frozenset(),
             layers=self.in_layers(layers or ()),
         )
 
@@ -108,7 +111,7 @@ class _Reader:
         if key == "target_modules" and names.lower() == "all-linear":
             return Everything()
         everything: Choice = Everything()
-        return self.made(key, lambda: Whole(Expression(names, self.work)), everything)
+        return self.made(key, lambda: Matching(Expression(names, self.work)), everything)
 
     def in_layers(self, numbers: tuple[int, ...]) -> Layers | None:
         patterns = self.name_list("layers_pattern", one=True)
@@ -116,20 +119,23 @@ class _Reader:
         return made if numbers else None
 
     def ranks(self, method: Method) -> Ranks:
-        ranks = {key: self.rank(f"rank_pattern[{key!r}]", value) for key, value in self.table("rank_pattern", method)}
-        alphas = {
-            key: self.number(f"alpha_pattern[{key!r}]", value) for key, value in self.table("alpha_pattern", method)
-        }
+        ranks: dict[str, int] = {}
+        for key, value in self.table("rank_pattern", method):
+            ranks[key] = self.rank(f"rank_pattern[{key!r}]", value)
+        alphas: dict[str, float] = {}
+        for key, value in self.table("alpha_pattern", method):
+            alphas[key] = self.number(f"alpha_pattern[{key!r}]", value)
         return Ranks(
-            rank=self.rank(method.rank, self.config.get(method.rank)) if method.rank else 1,
-            alpha=self.number(method.alpha, self.config.get(method.alpha)) if method.alpha else 1.0,
+            rank=1 if method.rank is None else self.rank(method.rank, self.config.get(method.rank)),
+            alpha=1.0 if method.alpha is None else self.number(method.alpha, self.config.get(method.alpha)),
             rslora=bool(self.config.get("use_rslora")),
-            rank_pattern=self.made("rank_pattern", lambda: Table(ranks, self.work), Table({})),
-            alpha_pattern=self.made("alpha_pattern", lambda: Table(alphas, self.work), Table({})),
+            rank_pattern=self.made("rank_pattern", lambda: PatternTable(ranks, self.work), PatternTable({})),
+            alpha_pattern=self.made("alpha_pattern", lambda: PatternTable(alphas, self.work), PatternTable({})),
         )
 
     def made(self, key: str, make: Callable[[], T], otherwise: T) -> T:
-        """What `make` gives, which reads expressions; one that is none is a problem of the field `key`."""
+        """What `make` gives, which reads expressions. `otherwise`, and a problem of the field `key`, where one of them
+        is no expression."""
         try:
             return make()
         except ExpressionError as error:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Delta
-from onnx_lora.adapters.methods.shapes import wide
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.kinds import Conv
 
@@ -21,10 +21,11 @@ def without_initial(trained: Adapter, initial: Adapter) -> Adapter:
 
     Raises AdapterFileError: the two are not of the same modules, shapes and scales, or hold more than LoRA.
     """
-    problems = [
-        f"{module}: is in one of the two adapters only" for module in sorted(set(trained.deltas) ^ set(initial.deltas))
-    ]
-    after, before = (_plain_lora(adapter, problems) for adapter in (trained, initial))
+    problems: list[str] = []
+    for module in sorted(set(trained.deltas) ^ set(initial.deltas)):
+        problems.append(f"{module}: is in one of the two adapters only")
+    after = _plain_lora(trained, problems)
+    before = _plain_lora(initial, problems)
     for module in after.keys() & before.keys():
         problems += _differences(module, after[module], before[module])
     if problems:

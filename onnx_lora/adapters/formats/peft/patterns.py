@@ -6,13 +6,13 @@ The reference is PEFT 0.21: `get_pattern_key`, `check_target_module_exists`."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from onnx_lora.expressions import Expression, ExpressionError, Work
 
-__all__ = ["Endings", "Patterns", "tails"]
+__all__ = ["Patterns"]
 
 # How PEFT wraps the expressions of rank_pattern and alpha_pattern, and those of modules_to_save.
 _WRAPPERS = {"at end": r"(.*\.)?({})$", "around": r"(^|.*\.){}($|\..*)"}
@@ -25,34 +25,6 @@ _NAME = re.compile(r"(?P<begin>\^?)(?P<name>(?:[^\\^$*+?{}\[\]|()]|\\\W)*)(?P<en
 
 # Any character, in the tables of plain names. No tensor's name has it.
 _ANY = "\0"
-
-
-def tails(module: str) -> Iterator[str]:
-    """A module's name, and what stands behind each of its dots."""
-    yield module
-    while "." in module:
-        module = module.partition(".")[2]
-        yield module
-
-
-class Endings:
-    """Names that others may end with, wherever they begin there."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._numbers: dict[str, int] = {}
-        for number, name in enumerate(names):
-            self._numbers.setdefault(name, number)
-        self._lengths = sorted({len(name) for name in self._numbers})
-
-    def first(self, module: str) -> int | None:
-        """The number of the first name that `module` ends with, or None."""
-        ends = (module[len(module) - length :] for length in self._lengths if length <= len(module))
-        return min((self._numbers[end] for end in ends if end in self._numbers), default=None)
-
-    def take(self, module: str) -> bool:
-        """Whether `module`, or a module around it, ends with a name: as `points.matches`, of many names."""
-        parts = module.split(".")
-        return any(self.first(".".join(parts[:end])) is not None for end in range(1, len(parts) + 1))
 
 
 @dataclass(frozen=True)
@@ -77,11 +49,13 @@ class Patterns:
 
     def __init__(self, texts: Sequence[str], where: Literal["at end", "around"], work: Work | None = None) -> None:
         """Raises ExpressionError: one of them is no expression, or there are too many that are no names."""
-        self._inside, self._work = where == "around", work or Work()
-        self._names: dict[int, dict[_Form, dict[str, list[int]]]] = {}  # by length
+        self._inside = where == "around"
+        self._work = work or Work()
+        self._names: dict[int, dict[_Form, dict[str, list[int]]]] = {}  # by length, form and name
         self._expressions: list[tuple[int, Expression]] = []
         for number, text in enumerate(texts):
-            if plain := _NAME.fullmatch(text):
+            plain = _NAME.fullmatch(text)
+            if plain:
                 self._put(number, plain)
             else:
                 self._expressions.append((number, Expression(_WRAPPERS[where].replace("{}", text), self._work)))
@@ -89,12 +63,12 @@ class Patterns:
                 raise ExpressionError(f"has more than {_MOST} expressions; write the modules' names")
 
     def _put(self, number: int, plain: re.Match[str]) -> None:
-        letters = re.findall(r"\\.|.", plain["name"], re.DOTALL)
-        form = _Form(
-            plain["begin"] != "", plain["end"] != "", tuple(i for i, letter in enumerate(letters) if letter == ".")
-        )
+        letters: list[str] = re.findall(r"\\.|.", plain["name"], re.DOTALL)
+        any_character = [place for place, letter in enumerate(letters) if letter == "."]
+        form = _Form(plain["begin"] != "", plain["end"] != "", tuple(any_character))
         name = form.of("".join(letter[-1] for letter in letters))
-        self._names.setdefault(len(letters), {}).setdefault(form, {}).setdefault(name, []).append(number)
+        forms = self._names.setdefault(len(letters), {})
+        forms.setdefault(form, {}).setdefault(name, []).append(number)
 
     def first(self, module: str) -> int | None:
         """The number of the first that matches, or None. Raises ExpressionError: too much work."""
@@ -108,20 +82,29 @@ class Patterns:
 
     def all(self, module: str) -> list[int]:
         """The numbers of all that match. Raises ExpressionError: too much work."""
-        matching = [number for number, expression in self._expressions if expression.match(module)]
-        return sorted({*self._plain(module), *matching})
+        found = set(self._plain(module))
+        for number, expression in self._expressions:
+            if expression.match(module):
+                found.add(number)
+        return sorted(found)
 
     def _plain(self, module: str) -> Iterator[int]:
+        """The numbers of the plain names that match."""
         for start, end in self._pieces(module):
             for form, names in self._names.get(end - start, {}).items():
                 self._work.spend(1)
-                if (start and form.begin) or (end < len(module) and form.end):
-                    continue
-                yield from names.get(form.of(module[start:end]), ())
+                is_outside = (start > 0 and form.begin) or (end < len(module) and form.end)
+                if not is_outside:
+                    yield from names.get(form.of(module[start:end]), ())
 
     def _pieces(self, module: str) -> Iterator[tuple[int, int]]:
         """Where a plain name may stand: at the end, behind a dot; or between any two."""
         dots = [place for place, character in enumerate(module) if character == "."]
-        ends = [*dots, len(module)] if self._inside else [len(module)]
-        for start in (0, *(dot + 1 for dot in dots)):
-            yield from ((start, end) for end in ends if end >= start)
+        starts = [0, *(dot + 1 for dot in dots)]
+        ends = [len(module)]
+        if self._inside:
+            ends = [*dots, len(module)]
+        for start in starts:
+            for end in ends:
+                if end >= start:
+                    yield start, end

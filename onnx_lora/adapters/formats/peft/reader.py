@@ -7,14 +7,13 @@ from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, Origin
 from onnx_lora.adapters.formats.files.reading import opened
-from onnx_lora.adapters.formats.files.safetensors import read_safetensors
+from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
+from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import CONFIG, read_config
 from onnx_lora.adapters.formats.peft.initial import without_initial
-from onnx_lora.adapters.formats.peft.methods import METHODS
-from onnx_lora.adapters.formats.peft.refused import MERGE
-from onnx_lora.adapters.formats.peft.sorter import Sorter
-from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.adapters.methods.method import MERGE
+from onnx_lora.errors import AdapterFileError
 
 __all__ = ["read_peft"]
 
@@ -47,33 +46,19 @@ def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
         raise AdapterFileError(
             f"must hold {_SAFETENSORS} (or {_PICKLE}); found {_without_weights(present)}", path=folder
         )
-    sorter = Sorter(config, METHODS[config.peft_type])
-    if len(weights) > 1:
-        sorter.notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
     with opened(weights[0]) as file:
         content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
-    sorter.take(content.tensors)
-    sorter.judge()
-    _raise(sorter, weights[0])
-    return Adapter(
-        name=name,
-        deltas=sorter.deltas,
-        replacements=sorter.replacements(),
-        origin=Origin(str(folder), content.sha256, "peft", config.method, config.base_model),
-        saved_modules=(*config.targets.saved_names, *config.task_heads),
-        notes=tuple(dict.fromkeys(sorter.notes)),
-        changes=sorter.changes,
+    builder = build_adapter(content.tensors, config)
+    if len(weights) > 1:
+        builder.notes.insert(0, f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+    builder.refuse(
+        weights[0],
+        unsupported=f"holds what cannot be applied exactly; {MERGE}",
+        damaged=f"its tensors must be what {CONFIG} says, and are not",
     )
-
-
-def _raise(sorter: Sorter, weights: Path) -> None:
-    if sorter.unsupported:
-        problems = [*sorter.unsupported, *sorter.problems]
-        raise UnsupportedAdapterError(f"holds what cannot be applied exactly; {MERGE}", path=weights, problems=problems)
-    if sorter.problems:
-        raise AdapterFileError(
-            f"its tensors must be what {CONFIG} says, and are not", path=weights, problems=sorter.problems
-        )
+    origin = Origin(str(folder), content.sha256, "peft", config.method_name, config.base_model)
+    saved_modules = (*config.targets.saved_names, *config.task_heads)
+    return builder.adapter(name, origin, saved_modules=saved_modules)
 
 
 def _list(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """What in a PEFT config is refused, field by field and method by method, and what to do about it.
 
-The reference is PEFT 0.21: `LoraConfig`, `LoraLayer.resolve_lora_variant`, `PeftType`."""
+What a method refuses of its own fields stands in its file. The reference is PEFT 0.21: `PeftConfig`, `PeftType`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.peft.method import Method
-from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.adapters.methods.method import MERGE, Method
+from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
-__all__ = ["LORA_REFUSED", "MERGE", "NEEDS_INITIAL", "check_method", "refusals"]
-
-MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
-_RETRAIN = "train without it"
+__all__ = ["NEEDS_INITIAL", "check_method", "refusals"]
 
 # Fields of every method that never change what a trained adapter computes: they steer training, the start of it, or
 # are read for all methods alike.
@@ -39,16 +36,6 @@ _HARMLESS = frozenset(
     }
 )
 
-# Fields of LoRA that change what it computes, and are refused unless empty: what it is, and the cure.
-LORA_REFUSED = {
-    "alora_invocation_tokens": ("aLoRA: acts only behind certain tokens", _RETRAIN),
-    "arrow_config": ("Arrow: routes every token among adapters", "convert the adapters it routes among, one by one"),
-    "kasa_config": ("KaSA: changes the base's weights", MERGE),
-    "layer_replication": ("the base's layers are repeated", "export the enlarged model and give it the adapter"),
-    "megatron_config": ("Megatron's parallel layers", MERGE),
-    "monteclora_config": ("MonteCLoRA: samples its weights", _RETRAIN),
-}
-
 # `init_lora_weights` that leave the base alone; with all others the base was changed before training.
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -61,23 +48,24 @@ NEEDS_INITIAL = (
     "path_initial_model_for_weight_conversion=...)`, which makes it a plain LoRA"
 )
 
-# Methods of PEFT that are not read, by what could be done with an adapter of theirs, where merging it is not the cure.
-_OTHER_METHODS = (
-    (
-        "it changes the prompt, not the weights; train a LoRA instead",
-        (
-            "ADAPTION_PROMPT",
-            "CARTRIDGE",
-            "CPT",
-            "MULTITASK_PROMPT_TUNING",
-            "P_TUNING",
-            "PREFIX_TUNING",
-            "PROMPT_TUNING",
-        ),
-    ),
-    ("it routes among adapters; convert those one by one", ("POLY", "XLORA")),
-    ("it computes another thing for every input, which no weight does; train a LoRA instead", ("LILY", "PEANUT")),
-)
+_PROMPT = "it changes the prompt, not the weights; train a LoRA instead"
+_ROUTER = "it routes among adapters; convert those one by one"
+_BY_INPUT = "it computes another thing for every input, which no weight does; train a LoRA instead"
+
+# Methods of PEFT that are not read, and what can be done with an adapter of theirs. Of all others merging is the cure.
+_CURES = {
+    "ADAPTION_PROMPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "CPT": _PROMPT,
+    "LILY": _BY_INPUT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "PEANUT": _BY_INPUT,
+    "POLY": _ROUTER,
+    "PREFIX_TUNING": _PROMPT,
+    "PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "XLORA": _ROUTER,
+}
 
 
 def _not_peft(config: Mapping[str, Any]) -> str:
@@ -93,32 +81,53 @@ def _not_peft(config: Mapping[str, Any]) -> str:
 
 
 def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: Path) -> Method:
-    """Raises AdapterFileError: no config of PEFT. UnsupportedAdapterError: a method that is not read."""
+    """The method that a config names.
+
+    Raises AdapterFileError: no config of PEFT. UnsupportedAdapterError: a method that is not read. PluginError: another
+    distribution brings the method, and is broken.
+    """
     if "peft_type" not in config:
         raise AdapterFileError(_not_peft(config), path=path)
     method = config["peft_type"]
     if isinstance(method, str) and method in known:
-        return known[method]
-    cure = next((cure for cure, methods in _OTHER_METHODS if method in methods), MERGE)
+        found = known[method]
+        if found.peft_type != method:
+            raise PluginError(
+                f"the method {method!r} of another package must have that peft_type, and has "
+                f"{shown(found.peft_type)}; correct the package"
+            )
+        return found
+    cure = _CURES.get(method, MERGE) if isinstance(method, str) else MERGE
     raise UnsupportedAdapterError(
         f"peft_type must be one of {', '.join(known)}, and is {shown(method)}: {cure}", path=path
     )
 
 
 def refusals(config: Mapping[str, Any], method: Method, *, with_initial: bool) -> list[str]:
-    """Every field of a config that says what cannot be applied exactly."""
-    problems = [f"{key}: {what}; {cure}" for key, (what, cure) in method.refused.items() if config.get(key)]
-    init = config.get("init_lora_weights")
-    init = init.lower() if isinstance(init, str) else init
-    if init not in _HARMLESS_INITS:
-        restored = isinstance(init, str) and init.startswith(_TOOK_INITIAL_OUT)
-        cure = NEEDS_INITIAL if restored else MERGE
-        if not (restored and with_initial):
-            problems.append(f"init_lora_weights {shown(init)}: the base's weights were changed before training; {cure}")
-    known = _HARMLESS | method.harmless | set(method.refused)
-    problems.extend(
-        f"{key}: not known here, and may change what the adapter computes; upgrade onnx-lora, or remove it "
-        "from the config if it only concerns training"
-        for key in sorted(key for key, value in config.items() if value and key not in known)
-    )
+    """Every field of a config that says what cannot be applied exactly. `with_initial`: the adapter as it was before
+    its training is there too."""
+    problems: list[str] = []
+    for key, refusal in method.refused.items():
+        if config.get(key):
+            problems.append(f"{key}: {refusal.reason}; {refusal.cure}")
+    problems += _init_problems(config.get("init_lora_weights"), with_initial=with_initial)
+    known = _HARMLESS | method.fields | set(method.refused)
+    for key in sorted(config):
+        if config[key] and key not in known:
+            problems.append(
+                f"{key}: not known here, and may change what the adapter computes; upgrade onnx-lora, or remove it "
+                "from the config if it only concerns training"
+            )
     return problems
+
+
+def _init_problems(init: object, *, with_initial: bool) -> list[str]:
+    """Of `init_lora_weights`: whether it changed the base, and what can be done about it."""
+    name = init.lower() if isinstance(init, str) else init
+    if name in _HARMLESS_INITS:
+        return []
+    is_restored = isinstance(name, str) and name.startswith(_TOOK_INITIAL_OUT)
+    if is_restored and with_initial:
+        return []
+    cure = NEEDS_INITIAL if is_restored else MERGE
+    return [f"init_lora_weights {shown(name)}: the base's weights were changed before training; {cure}"]

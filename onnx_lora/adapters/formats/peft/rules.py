@@ -4,17 +4,21 @@ The reference is PEFT 0.21: `check_target_module_exists`, `get_pattern_key`, `Lo
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from onnx_lora.adapters.formats.peft.patterns import Endings, Patterns, tails
+from onnx_lora.adapters.formats.peft.patterns import Patterns
+from onnx_lora.adapters.methods.endings import Endings, tails
+from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.expressions import Expression, ExpressionError, Work
 
-__all__ = ["Choice", "Everything", "Layers", "Named", "PeftConfig", "Ranks", "Table", "Targets", "Whole"]
+if TYPE_CHECKING:
+    from onnx_lora.adapters.methods.method import Fields, Method
+
+__all__ = ["Choice", "Everything", "Layers", "Matching", "Named", "PatternTable", "PeftConfig", "Ranks", "Targets"]
 
 T = TypeVar("T")
 
@@ -26,14 +30,15 @@ class Choice(Protocol):
     """Some modules of all."""
 
     def takes(self, module: str) -> bool:
-        """Raises ExpressionError: too much work."""
+        """Whether `module` is one of them. Raises ExpressionError: too much work."""
 
 
 @dataclass(frozen=True)
 class Everything:
-    """`all-linear`: whichever module has tensors was one of them."""
+    """`all-linear`: every module that has tensors was one of them."""
 
     def takes(self, module: str) -> bool:
+        """True."""
         del module
         return True
 
@@ -45,46 +50,57 @@ class Named:
     names: frozenset[str]
 
     def takes(self, module: str) -> bool:
+        """Whether `module` ends with one of the names, whole or behind a dot."""
         return any(tail in self.names for tail in tails(module))
 
 
 @dataclass(frozen=True)
-class Whole:
+class Matching:
     """Modules whose whole name an expression matches."""
 
     expression: Expression
 
     def takes(self, module: str) -> bool:
+        """Whether the expression matches all of the name. Raises ExpressionError: too much work."""
         return self.expression.fullmatch(module)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """`layers_to_transform`, and what the lists of layers are called by `layers_pattern`; empty: by any name."""
+    """`layers_to_transform`: the numbers of layers. `patterns`: what the lists of layers are called, of
+    `layers_pattern`; empty: by any name."""
 
     numbers: frozenset[int]
     patterns: tuple[Expression, ...] = ()
 
     @classmethod
     def of(cls, numbers: Iterable[int], patterns: Sequence[str], work: Work) -> Layers:
-        """Raises ExpressionError: no expression."""
-        return cls(frozenset(numbers), tuple(Expression(rf"{pattern}\.(?=\d+\.)", work) for pattern in patterns))
+        """The rule of these two fields. Raises ExpressionError: a pattern is no expression."""
+        expressions = [Expression(rf"{pattern}\.(?=\d+\.)", work) for pattern in patterns]
+        return cls(frozenset(numbers), tuple(expressions))
 
     def takes(self, module: str) -> bool:
+        """Whether `module` lies in one of the layers. Raises ExpressionError: the pattern leaves open which number of
+        its name is the layer's, or it is too much work."""
         if not self.patterns:
             found = _ANY_LAYER.match(module)
             return found is not None and int(found["idx"]) in self.numbers
-        numbers = (_number(pattern, module) for pattern in self.patterns)
-        return next((number for number in numbers if number is not None), None) in self.numbers
+        for pattern in self.patterns:
+            number = _layer_number(pattern, module)
+            if number is not None:
+                return number in self.numbers
+        return False
 
 
-def _number(pattern: Expression, module: str) -> int | None:
-    """The layer's, behind the first list of layers. Raises ExpressionError: it is not told, and too much work."""
+def _layer_number(pattern: Expression, module: str) -> int | None:
+    """The layer's number, behind the first list of layers that the pattern finds. Raises ExpressionError."""
     for tail in tails(module):
         ends = pattern.ends(module, len(module) - len(tail))
         found = {module[end:].partition(".")[0] for end in ends}
         if len(found) > 1 or not all(number.isdecimal() for number in found):
-            raise ExpressionError(f"layers_pattern does not tell which number of {module} is the layer's; write names")
+            raise ExpressionError(
+                f"layers_pattern does not tell which number of {module} is the layer's; write names in its place"
+            )
         if found:
             return int(found.pop())
     return None
@@ -92,8 +108,11 @@ def _number(pattern: Expression, module: str) -> int | None:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which modules a config chooses. `chosen`: target_modules, None where it is null; `named`: those that it names
-    whole, whatever their layer is; `saved`: modules_to_save."""
+    """Which modules a config chooses.
+
+    `chosen`: target_modules, None where it is null. `named`: those that it names whole, which count in every layer.
+    `saved` and `saved_names`: modules_to_save, as patterns and as they stand.
+    """
 
     chosen: Choice | None
     excluded: Choice
@@ -116,12 +135,13 @@ class Targets:
         return "target_modules (with layers_to_transform) does not choose it"
 
 
-class Table(Generic[T]):
+class PatternTable(Generic[T]):
     """`rank_pattern` or `alpha_pattern`: numbers by expression, anchored at the end of a module's name."""
 
     def __init__(self, values: Mapping[str, T], work: Work | None = None) -> None:
-        """Raises ExpressionError: no expression, or too many."""
-        self._values, self._in_order = values, tuple(values.values())
+        """Raises ExpressionError: a key is no expression, or there are too many."""
+        self._values = values
+        self._in_order = tuple(values.values())
         self._patterns = Patterns(tuple(values), "at end", work)
 
     def of(self, module: str, default: T) -> T:
@@ -133,31 +153,31 @@ class Table(Generic[T]):
         return self._values.get(module, default) if first is None else self._in_order[first]
 
     def all(self, module: str) -> set[T]:
-        """Raises ExpressionError: too much work."""
+        """The numbers of all matches. Raises ExpressionError: too much work."""
         return {self._in_order[number] for number in self._patterns.all(module)}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank and alpha of every module; of a method that has none, rank 1 and scale 1."""
+    """Rank and alpha of every module; of a method that has none, rank 1 and alpha 1."""
 
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Table[int]
-    alpha_pattern: Table[float]
+    rank_pattern: PatternTable[int]
+    alpha_pattern: PatternTable[float]
 
     def rank_of(self, module: str) -> int:
-        """Raises ExpressionError: too much work."""
+        """The config's rank for a module, or for a bare parameter. Raises ExpressionError: too much work."""
         return self.rank_pattern.of(module, self.rank)
 
-    def scale_of(self, module: str) -> float:
-        """alpha/r, or alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023): the only place where it is computed.
+    def alpha_of(self, module: str) -> float:
+        """The config's alpha. Raises ExpressionError: too much work."""
+        return self.alpha_pattern.of(module, self.alpha)
 
-        Raises ExpressionError: too much work.
-        """
-        rank, alpha = self.rank_of(module), self.alpha_pattern.of(module, self.alpha)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+    def scale_of(self, module: str) -> float:
+        """LoRA's scale, which some methods have no use for. Raises ExpressionError: too much work."""
+        return lora_scale(self.alpha_of(module), self.rank_of(module), rslora=self.rslora)
 
     def alpha_is_ambiguous(self, module: str) -> bool:
         """Whether the order of alpha_pattern matters: PEFT sorts it on saving. Raises ExpressionError."""
@@ -166,26 +186,19 @@ class Ranks:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """A config that was checked. `fields`: as the file has them, for what only one method reads."""
+    """A config that was checked. `method_name`: what people call the method, "rsLoRA". `fields`: as the file has them,
+    for what only one method reads."""
 
-    peft_type: str
-    method: str  # by the name that people use: "rsLoRA"
+    method: Method
+    method_name: str
     base_model: str
     bias: str
     task_heads: tuple[str, ...]
     targets: Targets
     ranks: Ranks
-    fields: Mapping[str, Any]
-    _made: dict[Callable[[Mapping[str, Any]], Any], Any] = field(default_factory=dict)
-
-    def once(self, make: Callable[[Mapping[str, Any]], T]) -> T:
-        """What a method makes of the fields, made once for all modules."""
-        if make not in self._made:
-            self._made[make] = make(self.fields)
-        made: T = self._made[make]
-        return made
+    fields: Fields
 
     @cached_property
-    def whole(self) -> Endings:
+    def saved_whole(self) -> Endings:
         """What PEFT saves whole: modules_to_save, and the heads of the task."""
         return Endings((*self.targets.saved_names, *self.task_heads))

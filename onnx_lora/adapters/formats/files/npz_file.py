@@ -1,0 +1,51 @@
+"""An uncompressed `.npz` file as numpy arrays. It trusts nothing in the file, and knows nothing of what its tensors
+mean.
+
+`numpy.load` without pickles would make an array before it compares the header with the member's size (64 GiB for a
+header that says so). It also takes bytes behind an array, members that are no arrays, structures, texts, dates, and
+types that have another size on other machines. So the header is read by numpy's own functions here, and the sizes are
+checked before the data is read. A test holds that whatever `numpy.load` refuses is refused here."""
+
+from __future__ import annotations
+
+import math
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems
+from onnx_lora.adapters.formats.files.zip_archive import archive_of
+from onnx_lora.errors import AdapterFileError
+from onnx_lora.points import Array
+
+__all__ = ["read_npz"]
+
+_WIDEST = 8  # bytes of a number: longer ones have other values on other machines
+
+
+def read_npz(file: Reading) -> TensorFile:
+    """Raises AdapterFileError: damaged, compressed, or with arrays that are no plain numbers."""
+    with archive_of(file) as archive:
+        arrays: dict[str, Array] = {}
+        for entry in archive.infolist():
+            with archive.open(entry) as stream:
+                arrays[entry.filename.removesuffix(".npy")] = _array(stream, entry.file_size)
+    if problems := name_problems(arrays):
+        raise AdapterFileError("is damaged; get it again", path=file.path, problems=problems)
+    return TensorFile(arrays, {}, file.sha256())
+
+
+def _array(stream: IO[bytes], size: int) -> Array:
+    """The header says how much memory there must be, and so it is compared with the entry's size before."""
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of .npy is not known here")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, by_columns, dtype = read(stream)
+    if dtype.kind not in "fiub" or dtype.itemsize > _WIDEST or any(length < 0 for length in shape):
+        raise ValueError(f"an array of {dtype} and shape {shape} is not known here")
+    if math.prod(shape) * dtype.itemsize != size - stream.tell():
+        raise ValueError(f"an array of {dtype} and shape {shape} does not fit its {size - stream.tell()} bytes")
+    values: Array = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if by_columns else "C")
+    return values

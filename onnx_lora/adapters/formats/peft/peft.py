@@ -1,0 +1,43 @@
+"""PEFT's folders as a format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx_lora.adapters.adapter import Adapter, PortableAdapter
+from onnx_lora.adapters.formats.format import Row
+from onnx_lora.adapters.formats.peft.config import CONFIG
+from onnx_lora.adapters.formats.peft.reader import read_peft
+from onnx_lora.adapters.formats.peft.writer import write_peft
+from onnx_lora.adapters.formats.place import Place
+from onnx_lora.package import Package
+
+__all__ = ["FORMAT"]
+
+
+class PeftFormat:
+    name = "peft"
+    ending = ""
+    row = Row(
+        "PEFT folder",
+        "`adapter_config.json` with `peft_type`",
+        "alpha / r, alpha / √r, by module",
+        "see [adapters.md](adapters.md)",
+    )
+
+    def recognises(self, place: Place) -> bool:
+        fields = place.config(CONFIG)
+        return fields is not None and "peft_type" in fields
+
+    def read(self, place: Place, name: str | None) -> Adapter:
+        return read_peft(place.path, name or place.default_name)
+
+    def read_with_initial(self, place: Place, name: str | None, initial: Path) -> Adapter:
+        return read_peft(place.path, name or place.default_name, initial)
+
+    def write_portable(self, adapter: PortableAdapter, out: Path, package: Package | None) -> None:
+        del package
+        write_peft(adapter, out)
+
+
+FORMAT = PeftFormat()

@@ -1,0 +1,272 @@
+"""How files spell the names of a package's modules: one ordered table of rules, each of which can be undone.
+
+A file may write `_` for every `.`, leave out the part of a pipeline, or name a part that the package does not name. The
+rules know names only. None guesses: a name that may mean several modules is a problem, and a name that no rule explains
+stays as it is (`bind` then says what the package has instead)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from onnx_lora.adapters.adapter import Adapter
+from onnx_lora.errors import BindError
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+
+__all__ = [
+    "PIPELINE_PARTS",
+    "RULES",
+    "FlatName",
+    "KnownModules",
+    "MissingPart",
+    "NamingRule",
+    "OwnName",
+    "UnknownPart",
+    "explain_names",
+    "flat_name",
+    "with_package_names",
+]
+
+T = TypeVar("T")
+
+# The parts of a pipeline that adapters are for, as diffusers calls them. They stand in front of modules' names. A model
+# that is no pipeline may have modules of such a name: those of GPT-2 begin with `transformer`.
+PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
+
+# Candidates that a message names.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class KnownModules:
+    """The modules that a package names: with a point, without one, or with a replaceable weight.
+
+    `parts`: by module, the part of a pipeline that it is of; "" where the package is no pipeline.
+    """
+
+    parts: Mapping[str, str]
+
+    @staticmethod
+    def of(package: Package) -> KnownModules:
+        parts: dict[str, str] = {}
+        for graph in package.manifest.graphs:
+            modules = sorted(graph.modules)
+            part = _part_of(graph.name, modules)
+            parts.update(dict.fromkeys(modules, part))
+        return KnownModules(parts)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.parts
+
+    @cached_property
+    def part_names(self) -> list[str]:
+        return sorted(set(self.parts.values()) - {""})
+
+    @cached_property
+    def by_flat_name(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for module in self.parts:
+            found.setdefault(flat_name(module), []).append(module)
+        return found
+
+
+def _part_of(graph_name: str, modules: Sequence[str]) -> str:
+    """The part of a pipeline that a graph is: its own name, which all of its modules' names begin with; or ""."""
+    part = modules[0].partition(".")[0] if modules else ""
+    if part not in PIPELINE_PARTS:
+        return ""
+    is_named_so = graph_name == part or graph_name.startswith(f"{part}_")
+    is_all = all(module.startswith(f"{part}.") for module in modules)
+    return part if is_named_so and is_all else ""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What a rule says of names: `meant`, the package's name by the file's; and what it cannot decide."""
+
+    meant: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+class NamingRule(Protocol):
+    """One way in which a file may spell a package's names. A new way is a class here and its place in `RULES`."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        """What the names of one adapter mean; None where this rule says nothing of them.
+
+        names: at least one. flat: the file says that it writes `_` for `.`.
+        """
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        """Undoes `explain`: how files of this kind may write a module of the package."""
+
+
+@dataclass(frozen=True)
+class FlatName:
+    """`_` stands for `.`, name by name. Behind a dot or in front of all, the file may name a part of the pipeline."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        if not flat:
+            return None
+        meant: dict[str, str] = {}
+        problems: list[str] = []
+        for name in names:
+            found = self._candidates(name, known)
+            if len(found) == 1:
+                meant[name] = found[0]
+            elif found:
+                problems.append(f"{name}: may mean {_shown(found)}")
+        return Explained(meant, tuple(problems))
+
+    def _candidates(self, name: str, known: KnownModules) -> Sequence[str]:
+        whole = known.by_flat_name.get(flat_name(name), [])
+        part, _, rest = name.partition(".")
+        if whole or not rest:
+            return whole
+        behind_part = known.by_flat_name.get(flat_name(rest), [])
+        return [module for module in behind_part if known.parts[module] in ("", part)]
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        part = known.parts[module]
+        if not part:
+            return [flat_name(module)]
+        return [flat_name(module), f"{part}.{flat_name(module.removeprefix(f'{part}.'))}"]
+
+
+@dataclass(frozen=True)
+class OwnName:
+    """A file with one name of the package's own has all its names from there."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        return Explained() if any(name in known for name in names) else None
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        del known
+        return [module]
+
+
+@dataclass(frozen=True)
+class MissingPart:
+    """The file is of one part of the pipeline and does not say which: the only one that has all of its modules."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        fitting = [part for part in known.part_names if all(f"{part}.{name}" in known for name in names)]
+        if not fitting:
+            return None
+        if len(fitting) > 1:
+            first, others = names[0], len(names) - 1
+            return Explained({}, (f"{first} (and {others} more): may be of {_shown(fitting)}; put that in front",))
+        return Explained({name: f"{fitting[0]}.{name}" for name in names})
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        part = known.parts[module]
+        return [module.removeprefix(f"{part}.")] if part else []
+
+
+@dataclass(frozen=True)
+class UnknownPart:
+    """The file names the part of a pipeline, one for all modules, and the package is of that model alone."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        part = names[0].partition(".")[0]
+        if known.part_names or part not in PIPELINE_PARTS:
+            return None
+        meant = {name: name.removeprefix(f"{part}.") for name in names}
+        is_of_part = all(name != own and own in known for name, own in meant.items())
+        return Explained(meant) if is_of_part else None
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        return [] if known.part_names else [f"{part}.{module}" for part in PIPELINE_PARTS]
+
+
+# The first rule that says something of an adapter's names counts for all of them.
+RULES: tuple[NamingRule, ...] = (FlatName(), OwnName(), MissingPart(), UnknownPart())
+
+
+def explain_names(names: Sequence[str], known: KnownModules, *, flat: bool = False) -> Explained:
+    """What the names of one adapter's modules mean in a package. A name that is not in `meant` stays as it is."""
+    if not names:
+        return Explained()
+    for rule in RULES:
+        explained = rule.explain(names, known, flat=flat)
+        if explained is not None:
+            return explained
+    return Explained()
+
+
+def flat_name(module: str) -> str:
+    """The module's name as kohya's files write it."""
+    return module.replace(".", "_")
+
+
+def with_package_names(adapter: Adapter, package: Package) -> Adapter:
+    """The adapter with the package's own names of modules.
+
+    Raises BindError: names that may mean several modules, or several names that mean one.
+    """
+    names = _module_names(adapter)
+    explained = explain_names(names, KnownModules.of(package), flat=adapter.flat_names)
+    by_meaning: dict[str, list[str]] = {}
+    for name in names:
+        by_meaning.setdefault(explained.meant.get(name, name), []).append(name)
+    problems = list(explained.problems)
+    for module, own in by_meaning.items():
+        if len(own) > 1:
+            problems.append(f"{module}: {' and '.join(own)} both mean it")
+    if problems:
+        raise BindError(
+            f"the names of adapter {adapter.name!r} must mean one module each of the package {package.path}",
+            path=adapter.origin.path,
+            problems=problems,
+        )
+    return _renamed(adapter, explained.meant) if explained.meant else adapter
+
+
+def _module_names(adapter: Adapter) -> list[str]:
+    """The modules that an adapter changes, each once; of a whole weight the module whose parameter it is."""
+    of_parameters = (name.rpartition(".")[0] for name in adapter.replacements)
+    return list(dict.fromkeys([*adapter.deltas, *adapter.changes, *of_parameters]))
+
+
+def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """The adapter with new names of modules, wherever it has any."""
+
+    def module(name: str) -> str:
+        return names.get(name, name)
+
+    def parameter(name: str) -> str:
+        own, dot, rest = name.rpartition(".")
+        return f"{module(own)}{dot}{rest}"
+
+    def module_or_parameter(name: str) -> str:
+        return names[name] if name in names else parameter(name)
+
+    return replace(
+        adapter,
+        deltas=_with_keys(adapter.deltas, module),
+        changes=_with_keys(adapter.changes, module),
+        replacements=_with_keys(adapter.replacements, parameter),
+        base_digests=_with_keys(adapter.base_digests, module_or_parameter),
+        saved_modules=tuple(module(name) for name in adapter.saved_modules),
+        made_of=_with_keys(adapter.made_of, module),
+        with_tied_heads=frozenset(module(name) for name in adapter.with_tied_heads),
+        flat_names=False,
+    )
+
+
+def _with_keys(values: Mapping[str, T], new: Callable[[str], str]) -> dict[str, T]:
+    return {new(key): value for key, value in values.items()}
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    found = sorted(names)
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return ", ".join(found[:_SHOWN]) + more

@@ -1,0 +1,176 @@
+"""Whole weights that an adapter brings, laid out as their graph inputs: which of them replace something, and whether
+they fit. It knows replaceable weights, and of injection points only their names and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_lora.adapters.adapter import Change, Replacement
+from onnx_lora.adapters.factors import finite_problems, value_problems
+from onnx_lora.adapters.tensor_layout import TensorLayout
+from onnx_lora.heads import OFTEN_TIED
+from onnx_lora.kinds import LINEAR
+from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+
+__all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
+
+
+def is_bare_parameter(name: str, package: Package) -> bool:
+    """Whether a change of this name is of no module but of a parameter, which is replaceable as it is."""
+    weight = package.replaceable.get(name)
+    return weight is not None and not weight.has_rows and name not in package.points
+
+
+def is_base_weight(name: str, value: Array, package: Package) -> bool:
+    """Whether a whole weight is equal to the base's own, in the type that the package keeps it in."""
+    module, _, parameter = name.rpartition(".")
+    owner: InjectionPoint | WholeWeight | None = package.replaceable.get(name)
+    if owner is None and parameter == "weight":
+        owner = package.points.get(module)
+    if owner is None:
+        return False
+    with np.errstate(over="ignore"):
+        return digest(value.astype(owner.dtype)) == owner.sha256
+
+
+@dataclass
+class WeightLayout:
+    """The parameters that an adapter replaces, taken one by one.
+
+    `replaced`: their names, whether the package can replace them or not. `outputs`: how many outputs the replaced
+    weights and biases of linear modules have, by parameter.
+    """
+
+    package: Package
+    layout: TensorLayout
+    replaced: list[str] = field(default_factory=list)
+    outputs: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_change(self, weight: WholeWeight, change: Change) -> None:
+        """A change of a bare parameter: its new value is the input, as of any whole weight."""
+        misfit = change.explain_misfit(weight.shape, LINEAR)
+        problems = finite_problems(weight.name, change) if misfit is None else [f"{weight.name}: {misfit}"]
+        if problems:
+            self.layout.problems.extend(problems)
+            return
+        self.replaced.append(weight.name)
+        self.digests[weight.name] = weight.sha256
+        base = self.package.default(weight)
+        wide_base = base.astype(np.promote_types(base.dtype, np.float32))
+        self.layout.put(weight.name, change.apply_to(wide_base), weight.dtype)
+
+    def add_replacement(self, name: str, replacement: Replacement) -> None:
+        """A whole weight, unless it leaves the base as it is."""
+        if replacement.operation == "multiply" and not self._may_exist(name):
+            return
+        if replacement.in_place and is_base_weight(name, replacement.value, self.package):
+            self.notes.append(f"{name}: equal to the base's own, nothing to replace")
+            return
+        if replacement.in_place and self._may_share_storage(name):
+            self.layout.problems.append(
+                f"{name}: PEFT writes it over the base's weight, and over every weight tied to that; "
+                "save the adapter with the module in modules_to_save, or merge it and export that"
+            )
+        self.replaced.append(name)
+        weight = self.package.replaceable.get(name)
+        if weight is not None:
+            self.digests[name] = weight.sha256
+            self._lay_out(weight, replacement)
+
+    def _lay_out(self, weight: WholeWeight, replacement: Replacement) -> None:
+        value = replacement.value
+        shape = weight.role.torch_shape(value.shape) if replacement.in_graph_layout else value.shape
+        if shape is None or not weight.fits(shape):
+            free = " (the number of outputs is free)" if weight.free_outputs else ""
+            self.layout.problems.append(f"{weight.name}: must have shape {weight.shape}{free}, and has {value.shape}")
+            return
+        problems = value_problems(weight.name, value)
+        if replacement.operation != "set" and shape != weight.shape:
+            problems.append(f"{weight.name}: must have the base's shape {weight.shape}, and has {value.shape}")
+        if problems:
+            self.layout.problems.extend(problems)
+            return
+        if weight.has_rows:
+            self.outputs[weight.name] = weight.role.outputs(shape)
+        laid_out = value if replacement.in_graph_layout else weight.to_graph(value)
+        if replacement.operation != "set":
+            combine = np.add if replacement.operation == "add" else np.multiply
+            laid_out = combine(self.package.default(weight), laid_out, dtype=np.float64)
+        self.layout.put(weight.name, laid_out, weight.dtype)
+
+    def check_heads(self) -> None:
+        """Weight, bias and injection point of a module must agree in the number of outputs."""
+        for module in sorted({name.rpartition(".")[0] for name in self.outputs}):
+            outputs = self._outputs_of_module(module)
+            if len(set(outputs.values())) > 1:
+                sizes = ", ".join(f"{size} for {what}" for what, size in outputs.items())
+                self.layout.problems.append(f"{module}: the number of outputs must agree, and is {sizes}")
+
+    def _outputs_of_module(self, module: str) -> Mapping[str, int]:
+        """How many outputs everything of a module will have, by what that is, in words."""
+        outputs: dict[str, int] = {}
+        for name in (f"{module}.weight", f"{module}.bias"):
+            weight = self.package.replaceable.get(name)
+            if weight is None or not weight.has_rows:
+                continue
+            if name in self.outputs:
+                outputs[f"{name} (the adapter's)"] = self.outputs[name]
+            else:
+                outputs[f"{name} (the base's)"] = weight.outputs
+        point = self.package.points.get(module)
+        if point is not None:
+            outputs[f"the injection point {module} (export again without it in --targets)"] = point.out_features
+        return outputs
+
+    def _may_exist(self, name: str) -> bool:
+        """Whether the base may have this bias. Of a module without one nothing is left to do."""
+        module, _, parameter = name.rpartition(".")
+        point = self.package.points.get(module)
+        return parameter != "bias" or point is None or point.bias != "none"
+
+    def _may_share_storage(self, name: str) -> bool:
+        """Whether another module may share the parameter's storage: by its name, or by equal values."""
+        module, _, parameter = name.rpartition(".")
+        if parameter != "weight":
+            return False
+        return module.rpartition(".")[2] in OFTEN_TIED or self._has_equal_weight(module)
+
+    def _has_equal_weight(self, module: str) -> bool:
+        for own_digest in self._weights_by_module.get(module, ()):
+            if self._modules_by_weight[own_digest] != {module}:
+                return True
+        return False
+
+    @cached_property
+    def _weights_by_module(self) -> Mapping[str, set[str]]:
+        """The digests of every module's weight."""
+        owners: list[InjectionPoint | WholeWeight] = [*self.package.points.values(), *self.package.replaceable.values()]
+        found: dict[str, set[str]] = {}
+        for owner in owners:
+            if _is_weight(owner):
+                found.setdefault(owner.module, set()).add(owner.sha256)
+        return found
+
+    @cached_property
+    def _modules_by_weight(self) -> Mapping[str, set[str]]:
+        """The modules that have a weight of this digest."""
+        found: dict[str, set[str]] = {}
+        for module, digests in self._weights_by_module.items():
+            for own in digests:
+                found.setdefault(own, set()).add(module)
+        return found
+
+
+def _is_weight(owner: InjectionPoint | WholeWeight) -> bool:
+    """Whether its values are a module's weight, and not a bias or a norm, which may be equal by accident."""
+    return isinstance(owner, InjectionPoint) or (owner.name.endswith(".weight") and len(owner.shape) > 1)
