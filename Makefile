@@ -73,7 +73,8 @@ bench: setup  ## ratios, measured side by side on this machine; JSON goes to ben
 	$(BIN)/python -m benchmarks.points
 
 docs: setup  ## rewrite the parts of docs that are made from the code, or by running things
-	$(BIN)/python -m pytest tests/test_layout.py tests/test_real_adapters.py tests/test_verdicts.py tests/adapters/test_methods_registry.py --write-docs
+	$(BIN)/python -m pytest --write-docs tests/test_layout.py tests/test_real_adapters.py tests/test_verdicts.py \
+	  tests/adapters/test_methods_registry.py tests/adapters/test_formats_registry.py
 	$(BIN)/python scripts/package_format.py --write
 
 clean:

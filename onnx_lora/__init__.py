@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         OutsideError,
         PackageError,
+        PluginError,
         PromptError,
         RunError,
         SamplingError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         TextGenerator,
         fold,
         fold_to,
+        measure,
     )
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "Package",
     "PackageError",
     "Piece",
+    "PluginError",
     "PromptError",
     "Requantize",
     "RunError",
@@ -90,6 +93,7 @@ __all__ = [
     "export",
     "fold",
     "fold_to",
+    "measure",
     "quantize",
     "read_adapter",
     "verify",
@@ -123,6 +127,7 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "OutputExistsError": "onnx_lora.errors",
             "OutsideError": "onnx_lora.errors",
             "PackageError": "onnx_lora.errors",
+            "PluginError": "onnx_lora.errors",
             "PromptError": "onnx_lora.errors",
             "RunError": "onnx_lora.errors",
             "SamplingError": "onnx_lora.errors",
@@ -146,5 +151,6 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "TextGenerator": "onnx_lora.runtime",
             "fold": "onnx_lora.runtime",
             "fold_to": "onnx_lora.runtime",
+            "measure": "onnx_lora.runtime",
         },
     )

@@ -1,7 +1,7 @@
 """The kinds of modules that adapters change: what each computes with its weight, and how PyTorch and PEFT lay that out.
 
-A kind knows shapes and names. It knows no graph: the exporter registers a builder of branches for each kind
-(`exporter/branches.py`). A new kind is a class here and a builder there.
+A kind knows shapes and names. It knows no graph: the exporter registers for each kind how its nodes are read and how
+its branches are built (`exporter/graph_kinds`). A new kind is a class here and a file there.
 
 Throughout, W0 is a matrix `[in, out]`, as the graph multiplies by it; PyTorch keeps it in the shape `torch_shape`."""
 

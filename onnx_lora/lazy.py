@@ -9,7 +9,7 @@ from importlib import import_module
 from onnx_lora.errors import MissingDependencyError
 from onnx_lora.extras import how_to_install
 
-__all__ = ["lazy_names"]
+__all__ = ["lazy_names", "load_object"]
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
@@ -37,3 +37,12 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         return sorted({*vars(sys.modules[package]), *homes})
 
     return load, names
+
+
+def load_object(place: str) -> object:
+    """What stands at "module:name"; the module is imported at this moment, and no earlier.
+
+    So that a registry names its entries without importing them.
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

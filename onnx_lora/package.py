@@ -26,6 +26,9 @@ from onnx_lora.staging import replacing
 __all__ = ["Package"]
 
 # A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
+# Of packages that these made, the manifest's `from` is a file or a class, and no checkpoint.
+_WITHOUT_CHECKPOINT = ("attach", "torch.onnx")
+
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
 
@@ -120,7 +123,7 @@ class Package:
         """What the model that the package was made from is called: on the hub, by its config, or as a folder."""
         source = self.manifest.source
         names = [source.get("base", "")]
-        if source.get("made_by") in ("genai", "optimum"):  # of others it is a file or a class
+        if source.get("made_by", "attach") not in _WITHOUT_CHECKPOINT:
             names.append(source.get("from", ""))
         return tuple(name for name in dict.fromkeys(names) if name)
 
@@ -244,6 +247,12 @@ class Package:
 
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
+    if folder.suffix == ".onnx" and folder.is_file():
+        raise PackageError(
+            "must be a package, and is an ONNX model without injection points; give it some first: "
+            f"onnx-lora attach {folder} PACKAGE",
+            path=folder,
+        )
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
     if not file.exists():

@@ -1,8 +1,8 @@
 """Build the documentation site into `build/site`: the Markdown of the repository, and a reference made from docstrings.
 
 `python scripts/build_site.py` (`make site`). Pages are written for a reader of the repository, with links such as
-`../tests/test_docs.py`. This gathers them in `build/pages`, those of the root beside those of `docs`, copies the files that
-they link to, and hands the folder to the site's builder, which refuses links that lead nowhere.
+`../tests/test_docs.py`. This gathers them in `build/pages`, those of the root beside those of `docs`, copies the files
+that they link to, and hands the folder to the site's builder, which refuses links that lead nowhere.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from tests.support.once import made_once
 
 _ROOT = Path(__file__).parent.parent
 
-# Files and folders whose tests `make fast` leaves out: they export with torch, start the fuzzer or a stranger's program,
+# Files and folders whose tests `make fast` leaves out: they export with torch, start the fuzzer or a foreign program,
 # or run whole pages of the docs. A test elsewhere that takes more than a few seconds is marked by itself.
 _SLOW = (
     "exporter/test_attacks.py",

@@ -46,11 +46,12 @@ DATA = [
     "FORMATS",
     "Generation",
 ]
+DATA += ["Checkpoint", "OnnxFiles", "Pipeline", "TorchModule"]
 DATA += ["Origin", "Piece", "Replacement", "Rounding", "__version__"]
 DATA += [name for name in errors.__all__ if name != "printable"]
 
 # Called by the package alone, with what it has checked.
-OURS = ["Cache", "Stream", "verify_module"]
+OURS = ["Cache", "Stream", "verify_original"]
 
 # Of these every third value is tried for each argument: a call reads a model.
 SLOW = frozenset(["AdapterSession", "TextGenerator", "attach", "export", "fold", "fold_to", "quantize"])
@@ -397,9 +398,9 @@ def test_signatures_and_docstrings_stay() -> None:
 
 
 def test_a_librarys_unexplained_failure_is_an_export_error() -> None:
-    from onnx_lora.exporter.frontends.huggingface import translated
+    from onnx_lora.exporter.frontends.failures import library_failures
 
-    with pytest.raises(ExportError, match="IndexError"), translated("model", "exported"):
+    with pytest.raises(ExportError, match="IndexError"), library_failures("model", "exported"):
         raise IndexError("list index out of range")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onnx_lora.errors import AdapterFileError, ModelError, StorageError
-from onnx_lora.json_file import parse_json, read_json
+from onnx_lora.json_file import read_json
+from onnx_lora.json_text import parse_json
 
 
 def test_an_object_is_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from onnx_lora import OnnxLoraError, read_adapter
+from onnx_lora.adapters import Delta
 from onnx_lora.adapters.formats.peft.config import read_config
 
 DOCS = Path(__file__).parent.parent / "docs" / "verdicts.md"
@@ -65,7 +66,10 @@ def _of_format(path: Path, root: Path) -> str:
         adapter = read_adapter(path)
     except OnnxLoraError as error:
         return f"| {name} | | | {_cell(_refusal(error, path))} |"
-    kinds = Counter(f"{delta.kind}, r = {len(delta.a)}, scale {delta.scale:g}" for delta in adapter.deltas.values())
+    kinds: Counter[str] = Counter()
+    for delta in adapter.deltas.values():
+        kind = delta.kind.name if isinstance(delta, Delta) else "pair of matrices"
+        kinds[f"{kind}, r = {delta.rank}, scale {delta.scale:g}"] += 1
     holds = [f"{count} × {kind}" for kind, count in sorted(kinds.items())]
     holds += [f"{len(adapter.changes)} changes"] * bool(adapter.changes)
     holds += [f"{len(adapter.replacements)} whole weights"] * bool(adapter.replacements)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from onnx_lora.errors import BindError
 from onnx_lora.kinds import LINEAR, Kind
-from onnx_lora.points import Array
 
 if TYPE_CHECKING:
     from onnx_lora.manifest import GraphInfo
+    from onnx_lora.points import Array
 
 __all__ = [
     "NO_SCALE",

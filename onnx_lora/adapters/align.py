@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, NeedsConfig
+from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, NeedsConfig, OfTable
 from onnx_lora.adapters.bases import base_number
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.module_names import with_package_names
 from onnx_lora.adapters.tied import spread_to_tied_heads
-from onnx_lora.package import Package
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array
 
 __all__ = ["AlignedAdapter", "align"]
 
@@ -50,7 +53,8 @@ def align(adapter: Adapter, package: Package) -> AlignedAdapter:
     if not _is_of_base(adapter, package):
         problems.append(_OTHER_NUMBER)
     named = with_package_names(adapter, package)
-    spread = spread_to_tied_heads(_completed(named, package), package)
+    config = config_of(package) if _asks_for_config(named) else {}
+    spread = spread_to_tied_heads(_completed(named, config), package, config)
     problems.extend(spread.problems)
     return AlignedAdapter(_without_packed_branches(spread.adapter, package), package, tuple(problems))
 
@@ -64,15 +68,19 @@ def _is_of_base(adapter: Adapter, package: Package) -> bool:
     return adapter.base_number == base_number(names, package.manifest.graphs)
 
 
-def _completed(adapter: Adapter, package: Package) -> Adapter:
+def _asks_for_config(adapter: Adapter) -> bool:
+    """Whether it depends on the model's config what the adapter means: on a number there, or on what it ties."""
+    asking = [change for change in adapter.changes.values() if isinstance(change, NeedsConfig | OfTable)]
+    return bool(asking or adapter.with_tied_heads)
+
+
+def _completed(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     """The adapter with what the model's config says of its changes; one of which it says too little stays as it is."""
-    incomplete = {name: change for name, change in adapter.changes.items() if isinstance(change, NeedsConfig)}
-    if not incomplete:
-        return adapter
-    config = config_of(package)
     deltas = dict(adapter.deltas)
     changes = dict(adapter.changes)
-    for name, change in incomplete.items():
+    for name, change in adapter.changes.items():
+        if not isinstance(change, NeedsConfig):
+            continue
         completed = change.with_config(config)
         if not isinstance(completed, Delta):
             changes[name] = completed

@@ -6,9 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
-from onnx_lora.manifest import GraphInfo
-from onnx_lora.package import Package
+if TYPE_CHECKING:
+    from onnx_lora.manifest import GraphInfo
+    from onnx_lora.package import Package
 
 __all__ = ["base_number", "base_problem", "is_base_number"]
 

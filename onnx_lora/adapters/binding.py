@@ -6,6 +6,7 @@ read a file. It knows points and replaceable weights, and no file format."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
@@ -17,8 +18,10 @@ from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter, is_base_weight
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
-from onnx_lora.package import Package
 from onnx_lora.points import matching
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
 
 __all__ = ["bind"]
 

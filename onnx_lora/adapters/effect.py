@@ -4,12 +4,15 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter
-from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array, InjectionPoint
 
 __all__ = ["effects"]
 

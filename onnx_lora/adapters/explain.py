@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from onnx_lora.package import Package
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
 
 __all__ = ["PROVE", "explain_doubts", "explain_modules", "explain_parameters"]
 

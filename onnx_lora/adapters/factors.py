@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Delta, HasTensors, MatrixDelta
-from onnx_lora.points import Array, InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.points import Array, InjectionPoint
 
 __all__ = [
     "as_matrices",

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
 from onnx_lora.errors import BindError
-from onnx_lora.package import Package
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
 
 __all__ = [
     "PIPELINE_PARTS",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from onnx_lora.adapters.factors import (
     value_problems,
 )
 from onnx_lora.adapters.tensor_layout import TensorLayout, frozen_copy
-from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array, InjectionPoint
 
 __all__ = ["PointLayout"]
 

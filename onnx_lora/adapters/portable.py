@@ -4,6 +4,7 @@ parameter name. It knows no foreign format."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,34 +22,39 @@ from onnx_lora.adapters.adapter import (
 from onnx_lora.adapters.align import align
 from onnx_lora.adapters.binding import bind
 from onnx_lora.adapters.factors import as_torch, change_as_factors
-from onnx_lora.adapters.formats.registry import holds_graph_inputs
 from onnx_lora.errors import InputError, UnsupportedAdapterError
 from onnx_lora.kinds import LINEAR
-from onnx_lora.package import Package
-from onnx_lora.points import InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import InjectionPoint
 
 __all__ = ["make_portable"]
 
 _GIVE_PACKAGE = "give the package that it is for (`--package`)"
 
 
-def make_portable(adapter: Adapter | BoundAdapter, package: Package | None) -> PortableAdapter:
+def make_portable(
+    adapter: Adapter | BoundAdapter, package: Package | None, *, laid_out: bool = False
+) -> PortableAdapter:
     """The adapter tied to no package, with a pair of factors for every change that is one.
 
     With a package the adapter is aligned with it and checked against it; without one, what only a package can say of
     the adapter is a reason to refuse it.
 
+    laid_out: the adapter is of a format that holds the inputs of one package's graphs.
+
     Raises UnsupportedAdapterError: a change that is no pair of factors, or of which only a package could say whether it
     is one. BindError: it does not fit `package`. InputError: a bound adapter, or a file of one, and no package.
     """
     if package is None:
-        if isinstance(adapter, BoundAdapter) or holds_graph_inputs(adapter.origin.format):
+        if isinstance(adapter, BoundAdapter) or laid_out:
             raise InputError(
                 "a bound adapter, and a file of one, need the package that it is bound to (--package)",
                 path=adapter.origin.path,
             )
         return _without_package(adapter)
-    if isinstance(adapter, BoundAdapter) or holds_graph_inputs(adapter.origin.format):
+    if isinstance(adapter, BoundAdapter) or laid_out:
         return _from_bound(bind(adapter, package), package)
     return _from_adapter(adapter, package)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from onnx_lora.adapters.adapter import NO_SCALE, BoundAdapter
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts
 from onnx_lora.errors import BindError
-from onnx_lora.package import Package
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array
 
 __all__ = ["rebind"]
 

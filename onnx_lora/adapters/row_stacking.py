@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.compose import Tensors
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
-from onnx_lora.package import Package
-from onnx_lora.points import Array, InjectionPoint, WholeWeight
 from onnx_lora.roles import LinearBias
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array, InjectionPoint, WholeWeight
 
 __all__ = ["stack_rows"]
 

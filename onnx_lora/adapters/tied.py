@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, OfTable
 from onnx_lora.adapters.factors import as_matrices
-from onnx_lora.adapters.model_config import config_of
 from onnx_lora.heads import TIED_OUTPUT_LAYERS
 from onnx_lora.kinds import Embedding
-from onnx_lora.package import Package
-from onnx_lora.points import InjectionPoint
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+    from onnx_lora.points import InjectionPoint
 
 __all__ = ["SpreadAdapter", "spread_to_tied_heads"]
 
@@ -28,13 +30,13 @@ class SpreadAdapter:
     problems: tuple[str, ...] = ()
 
 
-def spread_to_tied_heads(adapter: Adapter, package: Package) -> SpreadAdapter:
-    """Put what reaches a table into the heads that are tied to it too.
+def spread_to_tied_heads(adapter: Adapter, package: Package, config: Mapping[str, Any]) -> SpreadAdapter:
+    """Put what reaches a table into the heads that are tied to it too. `config`: of the package's model.
 
     The tool that trained the adapter decides: PEFT puts trained tokens (`OfTable`) into a tied head, MLX its LoRA on a
     table (`Adapter.with_tied_heads`); PEFT's own LoRA on a table stays there.
     """
-    ties = _Ties(package)
+    ties = _Ties(package, config.get("tie_word_embeddings"))
     changes: dict[str, Change] = dict(adapter.changes)
     deltas: dict[str, Delta | MatrixDelta] = dict(adapter.deltas)
     problems: list[str] = []
@@ -66,20 +68,23 @@ def _of_head(delta: MatrixDelta) -> MatrixDelta:
 
 @dataclass(frozen=True)
 class _Ties:
-    """What a package says of its ties: by its config, by equal weights, and by the names of its modules."""
+    """What a package says of its ties: by its config, by equal weights, and by the names of its modules.
+
+    `tied_by_config`: the config's `tie_word_embeddings`; None where it does not say.
+    """
 
     package: Package
+    tied_by_config: object
 
     def heads_of(self, table: InjectionPoint, what: str, problems: list[str]) -> list[InjectionPoint]:
         """The points whose weight is the table's own. Where that cannot be decided, a problem is added.
 
         what: what of the adapter changes the table, for messages.
         """
-        tied_by_config = self._tied_by_config
-        if tied_by_config is False:
+        if self.tied_by_config is False:
             return []
         tied = [point for point in self._same_weight[table.sha256] if self._is_tied(point, table)]
-        problem = self._problem(table, what, found=bool(tied), expected=bool(tied_by_config))
+        problem = self._problem(table, what, found=bool(tied), expected=bool(self.tied_by_config))
         if problem is not None:
             problems.append(f"{table.module}: {problem}")
         return tied
@@ -116,11 +121,6 @@ class _Ties:
                 f"point. If nothing is tied to it: {_UNTIE}"
             )
         return None
-
-    @cached_property
-    def _tied_by_config(self) -> object:
-        """`tie_word_embeddings` of the model's config; None where it does not say."""
-        return config_of(self.package).get("tie_word_embeddings")
 
     @cached_property
     def _has_unplaced(self) -> bool:

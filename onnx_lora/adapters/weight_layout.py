@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from onnx_lora.adapters.factors import finite_problems, value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
-from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest
+
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
 
 __all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter
 from onnx_lora.adapters.binding import bind
-from onnx_lora.adapters.formats.registry import RegisteredFormat, find_format, format_names
+from onnx_lora.adapters.formats.registry import RegisteredFormat, find_format, format_names, holds_graph_inputs
 from onnx_lora.adapters.portable import make_portable
 from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
@@ -64,7 +64,7 @@ def write_adapter(
                 f"{format} holds the inputs of a package's graphs: give that package (--package)", path=target
             )
         return _write_bound(bind(adapter, package), target, chosen)
-    portable = make_portable(adapter, package)
+    portable = make_portable(adapter, package, laid_out=holds_graph_inputs(adapter.origin.format))
     with staged_place(target) as place:
         chosen.write_portable(portable, place, package)
     return target

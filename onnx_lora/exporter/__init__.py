@@ -7,14 +7,42 @@ from onnx_lora.lazy import lazy_names
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
     from onnx_lora.exporter.api import attach, export
-    from onnx_lora.exporter.quantization import quantize
+    from onnx_lora.exporter.comparison import Comparison
+    from onnx_lora.exporter.frontends.checkpoint import Checkpoint
+    from onnx_lora.exporter.frontends.onnx_files import OnnxFiles
+    from onnx_lora.exporter.frontends.pipeline import Pipeline
+    from onnx_lora.exporter.frontends.torch_module import TorchModule
+    from onnx_lora.exporter.precision import Precision
+    from onnx_lora.exporter.quantization import Method, quantize
+    from onnx_lora.exporter.request import Points
     from onnx_lora.exporter.verification import verify
 
-__all__ = ["attach", "export", "quantize", "verify"]
+__all__ = [
+    "Checkpoint",
+    "Comparison",
+    "Method",
+    "OnnxFiles",
+    "Pipeline",
+    "Points",
+    "Precision",
+    "TorchModule",
+    "attach",
+    "export",
+    "quantize",
+    "verify",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Checkpoint": "onnx_lora.exporter.frontends.checkpoint",
+        "Comparison": "onnx_lora.exporter.comparison",
+        "Method": "onnx_lora.exporter.quantization",
+        "OnnxFiles": "onnx_lora.exporter.frontends.onnx_files",
+        "Pipeline": "onnx_lora.exporter.frontends.pipeline",
+        "Points": "onnx_lora.exporter.request",
+        "Precision": "onnx_lora.exporter.precision",
+        "TorchModule": "onnx_lora.exporter.frontends.torch_module",
         "attach": "onnx_lora.exporter.api",
         "export": "onnx_lora.exporter.api",
         "quantize": "onnx_lora.exporter.quantization",

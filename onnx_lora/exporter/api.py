@@ -1,4 +1,4 @@
-"""From a torch checkpoint, a torch module or an ONNX file to a package."""
+"""From a source of graphs to a package: `export` and `attach`, in full and in their short spellings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.boundary import public
-from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
+from onnx_lora.exporter import frontends
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.frontends.choice import choose
-from onnx_lora.exporter.frontends.diffusion import export_pipeline
-from onnx_lora.exporter.frontends.genai import build_checkpoint
-from onnx_lora.exporter.frontends.onnx_file import load_onnx
-from onnx_lora.exporter.frontends.optimum import export_checkpoint
-from onnx_lora.exporter.frontends.source import Loaded, Precision
-from onnx_lora.exporter.frontends.torch_module import export_module
-from onnx_lora.exporter.options import ALL_LINEAR, HEADS_ONLY, Options, Progress
+from onnx_lora.exporter.frontends.source import Loaded, ModelSource
 from onnx_lora.exporter.ort_check import blamed_on_damage
+from onnx_lora.exporter.precision import Precision
+from onnx_lora.exporter.request import Points, Progress, as_names
+from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -32,12 +28,15 @@ __all__ = ["attach", "export"]
 
 @public
 def export(
-    model: str | os.PathLike[str] | torch.nn.Module,
+    model: ModelSource | str | os.PathLike[str] | torch.nn.Module,
     out: str | os.PathLike[str],
     *,
+    points: Points | None = None,
+    verify: bool | None = None,
+    progress: Progress = lambda *_: None,
     task: str | None = None,
     via: str | None = None,
-    precision: str = "fp32",
+    precision: Precision | str = "fp32",
     block_size: int | None = None,
     accuracy_level: int | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
@@ -48,55 +47,54 @@ def export(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    verify: bool = True,
-    progress: Progress = lambda *_: None,
 ) -> Package:
     """Export a base model to a package: ONNX graphs with LoRA injection points.
 
-    model: a folder as `save_pretrained` writes it or a hub id, exported for `task` (default: what its config
-        says, decoders with their cache); or a `torch.nn.Module` with `example_inputs`, exported by `torch.onnx`.
-    via: which exporter makes a checkpoint a graph: "genai" (ONNX Runtime GenAI's builder; its packages run in
-        onnxruntime_genai too) or "optimum". Default: the builder for the language models it is known to be
-        right for, if onnxruntime-genai is installed, and for what only it can write; else Optimum.
-    precision: "fp32", "fp16", and from the builder "int8" and "int4": symmetric, in blocks of `block_size`
-        inputs (default 32). `accuracy_level`: the arithmetic of quantized products, 4 (the default) for int8,
-        which rounds activations too and is the fastest, 1 for float32.
-    targets: what gets points, as PEFT's `target_modules`: "all-linear", a regular expression, or names, those of
-        embeddings and convolutions too; "all" gives a point to everything that can have one.
-    replaceable: whole weights that an adapter may replace, as PEFT's `modules_to_save`, or suffixes of parameters
-        ("bias"); by default the heads of classification models, which PEFT always saves.
-    default_rank: 1 for execution providers that cannot run rank 0 (DirectML, CoreML).
-    dora: whether points take DoRA's scale: one product and one input more at each.
-    verify: compare the package with the model in PyTorch, base and with random adapters.
+    `export(Checkpoint("model", task=...), "package", points=Points(targets=...))` says it in full; the arguments
+    behind `progress` are a short spelling of the same: `export("model", "package", task=..., targets=...)`.
 
-    Raises ModelError, ExportError, VerificationError, OutputExistsError, StorageError,
-    MissingDependencyError.
+    model: a source of graphs: `Checkpoint`, `Pipeline`, `TorchModule`, `OnnxFiles`, or one of your own with the
+        methods of `ModelSource`. In short: a folder as `save_pretrained` writes it or a hub id; or a
+        `torch.nn.Module` with `example_inputs`.
+    out: the package's folder, which must not exist.
+    points: which modules get points, and which whole weights may be replaced.
+    verify: whether to compare the package with the model in PyTorch, base and with random adapters. None: yes, where
+        the source has loaded the model anyway, which all but `OnnxFiles` do.
+    progress: called with what is being done, how much of it is done, and how much there is.
+
+    In the place of `points`:
+
+    targets, replaceable, default_rank, dora: see `Points`.
+
+    In the place of a `Checkpoint` or a `Pipeline`:
+
+    task, via: see `Checkpoint`.
+    precision, block_size, accuracy_level: see `Precision`.
+
+    In the place of a `TorchModule`:
+
+    example_inputs, dynamic_shapes, input_names, output_names: see `TorchModule`.
+
+    Raises ModelError: the model or an option is not what it must be. ExportError: an exporter failed.
+    VerificationError: the package does not reproduce the model. OutputExistsError: `out` exists. StorageError: it
+    cannot be written. MissingDependencyError: a library that the source needs is not installed.
     """
-    options = Options.of(targets, replaceable, default_rank, dora=dora)
-    kept = Precision.of(precision, block_size=block_size, accuracy_level=accuracy_level)
-    with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
-        progress("export", 0, 1)
-        if isinstance(model, str | os.PathLike):
-            loaded, module = _exported(model, Path(scratch), via, task, kept, progress)
-        else:
-            if via is not None or kept != Precision():
-                raise ModelError("a torch module is exported as it is: via and precision are for checkpoints")
-            module = model
-            loaded = export_module(
-                model,
-                Path(scratch),
-                example_inputs=example_inputs,
-                dynamic_shapes=dynamic_shapes,
-                input_names=input_names,
-                output_names=output_names,
-            )
-        package = build(folder, loaded, options, progress=progress)
-        if verify:
-            from onnx_lora.exporter.verification import verify_module
-
-            progress("verify", 0, 1)
-            verify_module(package, module, loaded.origin.get("task"), example_inputs)
-    return Package.open(out)
+    wanted = _as_points(points, targets, replaceable, default_rank, dora=dora)
+    of_checkpoints = {
+        "task": task,
+        "via": via,
+        "precision": None if precision == "fp32" else precision,
+        "block_size": block_size,
+        "accuracy_level": accuracy_level,
+    }
+    of_modules = {
+        "example_inputs": example_inputs,
+        "dynamic_shapes": dynamic_shapes,
+        "input_names": input_names,
+        "output_names": output_names,
+    }
+    source = _as_source(model, _given(of_checkpoints), _given(of_modules))
+    return _export(source, out, wanted, verify, progress)
 
 
 @public
@@ -104,6 +102,7 @@ def attach(
     onnx_file: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    points: Points | None = None,
     targets: str | Iterable[str] = ALL_LINEAR,
     replaceable: str | Iterable[str] = HEADS_ONLY,
     default_rank: int = 0,
@@ -113,34 +112,107 @@ def attach(
 ) -> Package:
     """Give an ONNX file that somebody else exported its injection points. Needs no torch.
 
+    It is short for `export(OnnxFiles(onnx_file, checkpoint), out, points=..., verify=False)`.
+
     onnx_file: a file, or a folder of files that make one package. External data files are copied as they
         are, never rewritten.
+    out: the package's folder, which must not exist.
+    points: which modules get points, and which whole weights may be replaced; `targets`, `replaceable`,
+        `default_rank` and `dora` are its fields, for short.
     checkpoint: a folder of safetensors the graph was made from: nodes are then told apart by their
-        weights' values, not by their names. For the other arguments see `export`.
+        weights' values, not by their names.
+    progress: called with what is being done, how much of it is done, and how much there is.
 
-    Raises ModelError, OutputExistsError, StorageError, MissingDependencyError.
+    Raises ModelError: the file is no sound ONNX graph, or nothing in it can have a point. OutputExistsError: `out`
+    exists. StorageError: it cannot be written. MissingDependencyError: a library is not installed.
     """
-    options = Options.of(targets, replaceable, default_rank, dora=dora)
-    with staged(out) as folder:
-        loaded = load_onnx(onnx_file, checkpoint)
-        with blamed_on_damage(source.file for source in loaded.sources):
-            build(folder, loaded, options, progress=progress)
+    wanted = _as_points(points, targets, replaceable, default_rank, dora=dora)
+    return _export(frontends.OnnxFiles(onnx_file, checkpoint), out, wanted, False, progress)
+
+
+def _export(
+    source: ModelSource, out: str | os.PathLike[str], points: Points, verify: bool | None, progress: Progress
+) -> Package:
+    with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
+        progress("export", 0, 1)
+        loaded = source.load(Path(scratch), progress)
+        package = _build(folder, loaded, points, progress)
+        if verify is None:
+            verify = loaded.original is not None
+        if verify:
+            from onnx_lora.exporter.verification import verify_original
+
+            progress("verify", 0, 1)
+            verify_original(package, loaded.original or source.load_original(package))
     return Package.open(out)
 
 
-def _exported(
-    model: str | os.PathLike[str],
-    scratch: Path,
-    via: str | None,
-    task: str | None,
-    precision: Precision,
-    progress: Progress,
-) -> tuple[Loaded, torch.nn.Module]:
-    if Path(model).is_dir():
-        check_folder(Path(model), ModelError)
-    way = choose(model, via=via, task=task, precision=precision)
-    if way == "genai":
-        return build_checkpoint(model, scratch, precision=precision, progress=progress)
-    if way == "diffusion":
-        return export_pipeline(model, scratch, task=task, precision=precision, progress=progress)
-    return export_checkpoint(model, scratch, task=task, precision=precision)
+def _build(folder: Path, loaded: Loaded, points: Points, progress: Progress) -> Package:
+    # Graphs that were not made here may be damaged.
+    files = [graph.file for graph in loaded.graphs if loaded.scratch is None]
+    with blamed_on_damage(files):
+        return build(folder, loaded, points, progress=progress)
+
+
+def _as_points(
+    points: Points | None,
+    targets: str | Iterable[str],
+    replaceable: str | Iterable[str],
+    default_rank: int,
+    *,
+    dora: bool,
+) -> Points:
+    short = Points(as_names("targets", targets), as_names("replaceable", replaceable), default_rank, dora)
+    if points is None:
+        return short
+    if not isinstance(points, Points):
+        raise ModelError(f"points must be a Points, and is a {type(points).__name__}")
+    if short != Points():
+        raise ModelError("targets, replaceable, default_rank and dora are fields of points: give them there alone")
+    return points
+
+
+def _as_source(model: Any, of_checkpoints: Mapping[str, Any], of_modules: Mapping[str, Any]) -> ModelSource:
+    """The source that `export`'s first argument means, with the options that were given for checkpoints and for torch
+    modules.
+
+    Raises ModelError: an option is for another kind of source.
+    """
+    if isinstance(model, str | os.PathLike):
+        if of_modules:
+            raise ModelError(f"{_listed(of_modules)}: only for a torch module, and the model is a checkpoint")
+        return _as_checkpoint(model, of_checkpoints)
+    if isinstance(model, ModelSource) and not isinstance(model, type):
+        given = [*of_checkpoints, *of_modules]
+        if given:
+            raise ModelError(f"{_listed(given)}: must be said by the source, a {type(model).__name__}")
+        return model
+    if of_checkpoints:
+        raise ModelError(
+            f"{_listed(of_checkpoints)}: a torch module is exported as it is: via and precision are for checkpoints"
+        )
+    return frontends.TorchModule(model, **of_modules)
+
+
+def _as_checkpoint(path: str | os.PathLike[str], options: Mapping[str, Any]) -> ModelSource:
+    """A pipeline of diffusers, or a checkpoint of transformers."""
+    numbers = {name: options[name] for name in ("block_size", "accuracy_level") if name in options}
+    precision = options.get("precision", "fp32")
+    if not isinstance(precision, Precision):
+        precision = Precision(precision, **numbers)
+    elif numbers:
+        raise ModelError(f"{_listed(numbers)}: must be said by the precision, which is a Precision")
+    task, via = options.get("task"), options.get("via")
+    if not frontends.is_pipeline(path):
+        return frontends.Checkpoint(path, task=task, via=via, precision=precision)
+    if via not in (None, "optimum"):
+        raise ModelError("a pipeline is exported via Optimum, in fp32 or fp16", path=path)
+    return frontends.Pipeline(path, task=task, precision=precision)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,20 +1,23 @@
 """Where the batch axis of a value lies: shapes with symbols, for every value of a graph.
 
-The shape arithmetic is ONNX Runtime's own tool; this file asks it, and interprets its answer."""
+The arithmetic of shapes is ONNX Runtime's own tool. This file asks it, and interprets its answer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from onnx_lora.errors import MissingDependencyError, printable
+from onnx_lora.errors import printable
+from onnx_lora.exporter.foreign_libraries import Failure, attempt
+from onnx_lora.exporter.placement import Form
+from onnx_lora.onnxruntime_errors import load_onnxruntime
 
-__all__ = ["Form", "Shapes", "infer_shapes", "outputs_are_free"]
+__all__ = ["Shapes", "infer_shapes", "outputs_are_free"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +44,6 @@ _ROW_BY_ROW = frozenset(
 )
 
 
-class Form(Enum):
-    """How the rows of a batch lie in a value that a weight multiplies."""
-
-    BATCHED = "axis 0 is the batch, and there are axes between it and the last"
-    POOLED = "[batch, features]"
-    FLATTENED = "[batch · positions, features], made by a Reshape"
-    OTHER = "axis 0 is not known to be the batch"
-
-
 @dataclass(frozen=True)
 class Shapes:
     """Inferred shapes by value name, and the symbols that mean the batch size.
@@ -65,11 +59,10 @@ class Shapes:
 
     def state(self, value: ir.Value) -> None:
         """Write down the type and shape of `value`, by ONNX's own rules, where the graph does not say them."""
-        if value.shape is None and (found := self.plain.get(value.name or "")) is not None:
-            value.type, value.shape = (
-                ir.serde.deserialize_type_proto_for_type(found),
-                ir.serde.deserialize_type_proto_for_shape(found),
-            )
+        found = self.plain.get(value.name or "")
+        if value.shape is None and found is not None:
+            value.type = ir.serde.deserialize_type_proto_for_type(found)
+            value.shape = ir.serde.deserialize_type_proto_for_shape(found)
 
     def rank(self, value: ir.Value) -> int | None:
         """The number of axes of `value`, or None where it cannot be told."""
@@ -83,29 +76,38 @@ class Shapes:
             return Form.OTHER
         if shape[0] in self.batch:
             return Form.POOLED if len(shape) == 2 else Form.BATCHED
-        return Form.FLATTENED if len(shape) == 2 and self.flattened_by(value) is not None else Form.OTHER
+        if len(shape) == 2 and self.flattened_by(value) is not None:
+            return Form.FLATTENED
+        return Form.OTHER
 
     def flattened_by(self, value: ir.Value) -> ir.Node | None:
         """The Reshape that merged batch and positions to make the rows of `value` `[batch · n, features]`."""
         rows = self._shape(value)
-        while rows is not None and (node := value.producer()) is not None and node.inputs[0] is not None:
+        if rows is None:
+            return None
+        while True:
+            node = value.producer()
+            if node is None or node.inputs[0] is None:
+                return None
             source = node.inputs[0]
             shape = self._shape(source)
-            if shape is None or not shape:
+            if not shape:
                 return None
             if node.op_type == "Reshape":
                 flat = self._shape(value)
-                batched = len(shape) > 2 and shape[0] in self.batch and flat is not None and shape[-1] == flat[-1]
-                return node if batched else None
+                is_batched = len(shape) > 2 and shape[0] in self.batch
+                keeps_features = flat is not None and shape[-1] == flat[-1]
+                return node if is_batched and keeps_features else None
             if node.op_type not in _ROW_BY_ROW or len(shape) != 2 or shape[0] != rows[0]:
                 return None
             value = source
-        return None
 
     def is_like(self, value: ir.Value, source: ir.Value, last: int) -> bool:
         """Whether `value` has the axes of `source`, the last one `last` long: known, and equal."""
         shape, expected = self._shape(value), self._shape(source)
-        return shape is not None and expected is not None and None not in shape and shape == (*expected[:-1], last)
+        if shape is None or expected is None or None in shape:
+            return False
+        return shape == (*expected[:-1], last)
 
     def _shape(self, value: ir.Value) -> Shape | None:
         return self.by_name.get(value.name or "")
@@ -124,13 +126,25 @@ def infer_shapes(model: ir.Model) -> Shapes:
         known = _read(value)
         if known is not None:
             by_name[value.name] = known
-    inputs = [shape for value in model.graph.inputs if len(shape := by_name.get(value.name or "", ())) > 1]
-    leading = frozenset(shape[0] for shape in inputs if isinstance(shape[0], str))
-    # A symbol that stands for another axis too says nothing about the batch.
-    others = {dim for shape in inputs for dim in shape[1:]}
-    symbols = frozenset[str]() if leading & others else leading
-    # Two symbols are two batches (texts and images): their rows need not belong to each other.
-    return Shapes(by_name, symbols if certain and len(symbols) == 1 else frozenset(), plain)
+    return Shapes(by_name, _find_batch(model, by_name) if certain else frozenset(), plain)
+
+
+def _find_batch(model: ir.Model, shapes: Mapping[str, Shape]) -> frozenset[str]:
+    """The symbol that means the batch size: the first axis of every input that has several; nothing where that is not
+    certain."""
+    leading: set[str] = set()
+    others: set[int | str | None] = set()
+    for value in model.graph.inputs:
+        shape = shapes.get(value.name or "", ())
+        if len(shape) > 1:
+            others.update(shape[1:])
+            if isinstance(shape[0], str):
+                leading.add(shape[0])
+    # A symbol that stands for another axis too says nothing about the batch. And two symbols are two batches (texts and
+    # images): their rows need not belong to each other.
+    if leading & others or len(leading) != 1:
+        return frozenset()
+    return frozenset(leading)
 
 
 def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Sequence[str]) -> bool:
@@ -146,37 +160,49 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred, certain = _infer(proto)
-    last = {value.name: (_read(value) or ())[-1:] for value in inferred.output}
-    return certain and all(last.get(name) == (_FREE,) for name in outputs)
+    shapes = {value.name: _read(value) for value in inferred.output}
+    for name in outputs:
+        shape = shapes.get(name)
+        if not shape or shape[-1] != _FREE:
+            return False
+    return certain
 
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
     """The graph with shapes, and whether they are all there."""
+    part = "tools.symbolic_shape_infer"
+    library = load_onnxruntime("giving a graph its points needs", part=part, extra="attach,cpu")
+    tool = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
+    level = tool.level
+    tool.setLevel(logging.ERROR)
     try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"giving a graph its points needs {error.name}: pip install 'onnx-lora[attach,cpu]' (or [attach,gpu])"
-        ) from error
-    # auto_merge: two symbols that meet in an elementwise operator are one size. The tool's public entry
-    # point leaves a file in the working folder when it gives up, hence its inner steps.
-    inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
-    logging.getLogger("onnxruntime.tools.symbolic_shape_infer").setLevel(logging.ERROR)
-    try:
-        inference._preprocess(proto)
-        rounds = 0
-        while inference.run_:
-            rounds += 1
-            if rounds > _ROUNDS:
-                raise RuntimeError("it finds sizes to be equal over and over again")
-            inference._infer_impl()
-        inference._update_output_from_vi()
-        return inference.out_mp_.graph, True
-    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign graphs; only rows are lost without it
+        inferred = attempt(lambda: _infer_symbolically(library.SymbolicShapeInference, proto))
+    finally:
+        tool.setLevel(level)
+    if isinstance(inferred, Failure):  # only rows are lost without it
         logger.warning(
-            "symbolic shape inference gave up (%s): no adapter per row in this graph", printable(str(error), 300)
+            "symbolic shape inference gave up (%s): no adapter per row in this graph",
+            printable(str(inferred.error), 300),
         )
         return _infer_plainly(proto), False
+    return inferred, True
+
+
+def _infer_symbolically(tool: Any, proto: onnx.ModelProto) -> onnx.GraphProto:
+    """Run ONNX Runtime's `SymbolicShapeInference` by its inner steps: its public entry point leaves a file in the
+    working folder when it gives up. `tests/exporter/test_private_tools.py` says where to look when they move."""
+    # auto_merge: two symbols that meet in an elementwise operator are one size.
+    inference = tool(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+    inference._preprocess(proto)
+    rounds = 0
+    while inference.run_:
+        rounds += 1
+        if rounds > _ROUNDS:
+            raise RuntimeError("it finds sizes to be equal over and over again")
+        inference._infer_impl()
+    inference._update_output_from_vi()
+    graph: onnx.GraphProto = inference.out_mp_.graph
+    return graph
 
 
 def _infer_plainly(proto: onnx.ModelProto) -> onnx.GraphProto:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.foreign import foreign
+from onnx_lora.exporter.foreign_libraries import name_step
 
 __all__ = ["inline_functions", "settle_functions"]
 
@@ -35,7 +35,7 @@ def settle_functions(model: ir.Model, file: Path) -> None:
 
 def inline_functions(model: ir.Model, file: Path) -> None:
     """Put settled functions in the place of their calls. Raises ModelError: a call does not fit its function."""
-    with foreign("inlining its functions", file):
+    with name_step("inlining its functions", file):
         InlinePass()(model)
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.located import Occurrence
+from onnx_lora.exporter.located import Located, Occurrence, UnplacedNode, label_of
 from onnx_lora.json_file import read_json
 
-__all__ = ["GenaiNames"]
+__all__ = ["GenaiNames", "rename"]
 
 # Architectures whose modules the builder only renames and packs. Of others (Phi-3 and its like keep q, k and v,
 # gate and up in one module, which the builder cuts up) only a checkpoint's weights tell.
@@ -49,20 +49,35 @@ class GenaiNames:
         except (ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"must be ONNX Runtime GenAI's config, and is not: {error!r}", path=file) from error
 
-    def modules(self, linear: Occurrence) -> list[Occurrence] | str:
-        """A linear under transformers' names, a packed one in its pieces; or why that cannot be said."""
+    def modules(self, one: Occurrence) -> list[Occurrence] | str:
+        """What a product computes under transformers' names, packed modules one by one; or why that cannot be said."""
         if self.architecture not in _PLAIN:
             return (
                 f"of a {self.architecture} model the names in the graph do not say which module this is; "
                 "give the checkpoint too (--checkpoint)"
             )
-        *parents, name = (_PARTS.get(part, part) for part in linear.module.split("."))
+        *parents, name = (_PARTS.get(part, part) for part in one.module.split("."))
         pieces = _PACKED.get(name, (name,))
-        sizes = [self.widths[piece] for piece in pieces] if len(pieces) > 1 else [linear.outputs]
-        if sum(sizes) != linear.outputs:
-            return f"by genai_config.json it must have {' + '.join(map(str, sizes))} outputs, and has {linear.outputs}"
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        return [
-            replace(linear, module=".".join([*parents, piece]), outputs=size, size=size, start=start)
-            for piece, size, start in zip(pieces, sizes, starts, strict=True)
-        ]
+        sizes = [self.widths[piece] for piece in pieces] if len(pieces) > 1 else [one.outputs]
+        if sum(sizes) != one.outputs:
+            return f"by genai_config.json it must have {' + '.join(map(str, sizes))} outputs, and has {one.outputs}"
+        modules: list[Occurrence] = []
+        start = 0
+        for piece, size in zip(pieces, sizes, strict=True):
+            module = ".".join([*parents, piece])
+            modules.append(replace(one, module=module, outputs=size, size=size, start=start))
+            start += size
+        return modules
+
+
+def rename(located: Located, names: GenaiNames) -> Located:
+    """The same under transformers' names; what has none for certain gets no place."""
+    occurrences: list[Occurrence] = []
+    unplaced = list(located.unplaced)
+    for one in located.occurrences:
+        modules = names.modules(one)
+        if isinstance(modules, str):
+            unplaced.append(UnplacedNode(label_of(one.node), modules, (one.module,)))
+        else:
+            occurrences.extend(modules)
+    return Located(tuple(occurrences), tuple(unplaced))

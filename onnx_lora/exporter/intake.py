@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.companions import leads_out
-from onnx_lora.errors import ModelError
-from onnx_lora.exporter.foreign import first_line, foreign
+from onnx_lora.errors import ModelError, first_line
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, name_step
 
 __all__ = ["read_model", "read_proto"]
 
@@ -24,7 +24,7 @@ _LEAST_BITS = 2
 def read_model(file: Path) -> ir.Model:
     """The model of a file; its external tensors stay where they are. Raises ModelError: see `read_proto`."""
     proto = read_proto(file)
-    with foreign("reading it", file):
+    with name_step("reading it", file):
         model: ir.Model = ir.from_proto(proto)
         ir.external_data.set_base_dir(model.graph, file.parent)
     return model
@@ -39,7 +39,7 @@ def read_proto(file: Path) -> onnx.ModelProto:
     if not file.is_file():
         raise ModelError("there is no such file", path=file)
     try:
-        with foreign("reading it", file, must="be an ONNX model"):
+        with name_step("reading it", file, must="be an ONNX model"):
             proto = onnx.load(file, load_external_data=False)
     except OSError as error:
         raise ModelError(f"cannot be read: {error}", path=file) from error
@@ -52,15 +52,17 @@ def read_proto(file: Path) -> onnx.ModelProto:
 
 def _parts(proto: onnx.ModelProto) -> tuple[list[onnx.GraphProto], list[onnx.NodeProto]]:
     """All graphs and all nodes of a model, those of branches, loops and functions too."""
-    graphs, nodes = (
-        [proto.graph],
-        [*proto.graph.node, *(node for function in proto.functions for node in function.node)],
-    )
+    graphs, nodes = [proto.graph], list(proto.graph.node)
+    for function in proto.functions:
+        nodes.extend(function.node)
     for node in nodes:  # it grows meanwhile
         for attribute in node.attribute:
-            inner = [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]
+            inner = list(attribute.graphs)
+            if attribute.HasField("g"):
+                inner.insert(0, attribute.g)
             graphs.extend(inner)
-            nodes.extend(node for graph in inner for node in graph.node)
+            for graph in inner:
+                nodes.extend(graph.node)
     return graphs, nodes
 
 
@@ -77,10 +79,11 @@ def _names(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterat
 def _tensors(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for graph in graphs:
         yield from graph.initializer
-    for attribute in (attribute for node in nodes for attribute in node.attribute):
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
 
 
 def _check_tensors(tensors: Iterator[onnx.TensorProto], file: Path) -> None:
@@ -103,10 +106,9 @@ def _inline_problem(tensor: onnx.TensorProto) -> str | None:
     # Before anything is allocated for it.
     if prod(tensor.dims) * _LEAST_BITS > 8 * tensor.ByteSize():
         return f"{name!r} must hold {prod(tensor.dims)} numbers, and takes {tensor.ByteSize()} bytes"
-    try:
-        ir.serde.TensorProtoTensor(tensor).numpy()  # a view of the file's bytes, mostly
-    except Exception as error:  # noqa: BLE001 - a foreign tool on foreign numbers
-        return f"{name!r} is damaged: {first_line(error)}"
+    numbers = attempt(lambda: ir.serde.TensorProtoTensor(tensor).numpy())  # a view of the file's bytes, mostly
+    if isinstance(numbers, Failure):
+        return f"{name!r} is damaged: {numbers.line}"
     return None
 
 

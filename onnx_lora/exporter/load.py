@@ -13,7 +13,7 @@ from onnx_ir.passes.common import (
 )
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.foreign import foreign
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, name_step
 from onnx_lora.exporter.functions import inline_functions, settle_functions
 from onnx_lora.exporter.intake import read_model
 
@@ -34,7 +34,7 @@ def load(file: Path) -> ir.Model:
     settle_functions(model, file)
     check(file, file)
     inline_functions(model, file)
-    with foreign("lifting its constants", file):
+    with name_step("lifting its constants", file):
         LiftSubgraphInitializersToMainGraphPass()(model)
         RemoveInitializersFromInputsPass()(model)
         LiftConstantsToInitializersPass(size_limit=_WEIGHT_ELEMENTS)(model)
@@ -59,18 +59,19 @@ def _take_in_constants(graph: ir.Graph, file: Path) -> None:
             tensor = attribute.value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            with foreign(f"reading the constant of {node.name}", file):
+            with name_step(f"reading the constant of {node.name}", file):
                 node.attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), name=tensor.name))
 
 
 def check(file: Path, source: Path) -> None:
     """Raises ModelError: `file`, which is or was made from `source`, is not valid ONNX."""
-    try:
-        onnx.checker.check_model(str(file))
-    except Exception as error:
-        # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
-        # stops at the first. So it does at data files that are links, as the hub's cache has them; `check_external`
-        # has judged where they lead.
-        foreign = str(error).startswith("No Op registered for") and "SimplifiedLayerNormalization" in str(error)
-        if not foreign and not str(error).endswith("but it is a symbolic link."):
-            raise ModelError(f"must be valid ONNX: {error}", path=source) from error
+    checked = attempt(lambda: onnx.checker.check_model(str(file)))
+    if not isinstance(checked, Failure):
+        return
+    said = str(checked.error)
+    # ONNX Runtime has operators of its own in ONNX's domain (SimplifiedLayerNormalization); the checker
+    # stops at the first. So it does at data files that are links, as the hub's cache has them; `intake` has judged
+    # where they lead.
+    is_operator_of_ort = said.startswith("No Op registered for") and "SimplifiedLayerNormalization" in said
+    if not is_operator_of_ort and not said.endswith("but it is a symbolic link."):
+        raise ModelError(f"must be valid ONNX: {checked.error}", path=source) from checked.error

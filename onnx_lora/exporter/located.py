@@ -3,21 +3,22 @@ nothing itself."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.products import Product, unwrap
-from onnx_lora.exporter.traces import Surroundings, Traces
-from onnx_lora.kinds import Embedding
+from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind, graph_kind_of
+from onnx_lora.exporter.product import Product
+from onnx_lora.exporter.values import initializer_behind
 from onnx_lora.points import Array, Bias
-from onnx_lora.quantized import Scheme
 
-__all__ = ["Located", "Occurrence", "Stray", "label_of", "same_weight"]
+__all__ = ["Located", "Occurrence", "UnplacedNode", "have_same_weight", "label_of"]
+
+# ONNX's operators that add their module's bias themselves. Of a product of a quantized weight (MatMulNBits) the bias is
+# never replaced, so nobody asks where it lies.
+_ADDING = ("Conv", "Gemm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,11 @@ class Occurrence:
         return self.product.node
 
     @property
+    def graph_kind(self) -> GraphKind:
+        """What graphs show of modules of this kind."""
+        return graph_kind_of(self.product)
+
+    @property
     def weight(self) -> ir.Value:
         """The initializer."""
         return self.product.weight.value
@@ -70,11 +76,17 @@ class Occurrence:
         return self.outputs == self.product.outputs
 
     @property
+    def is_piece(self) -> bool:
+        """Whether the product computes some of the module's outputs only."""
+        return self.outputs < self.size
+
+    @property
     def bias(self) -> tuple[ir.Node, int] | None:
         """The node and input position of the bias added to the product, if one is."""
         node, output = self.node, self.product.output
-        if node.op_type in ("Conv", "Gemm"):
-            return (node, 2) if len(node.inputs) > 2 and self._is_bias(node.inputs[2]) else None
+        position = self.product.bias_input
+        if node.op_type in _ADDING and position is not None:
+            return (node, position) if self._is_bias(self.product.added) else None
         uses = list(output.uses())
         if len(uses) != 1 or output.is_graph_output():
             return None
@@ -86,7 +98,7 @@ class Occurrence:
 
     def _is_bias(self, value: ir.Value | None) -> bool:
         """One number for each output of the node; anything else is added, and is no bias of a module."""
-        initializer, _ = unwrap(value)
+        initializer = initializer_behind(value)
         if initializer is None or initializer.shape is None:
             return False
         return tuple(initializer.shape.numpy()) == (self.product.outputs,)
@@ -94,10 +106,11 @@ class Occurrence:
     @property
     def has_bias(self) -> Bias:
         """By the checkpoint, else by the graph, where it shows one."""
-        shown = isinstance(self.product.kind, Embedding) or self.bias is not None
-        if self.known_bias != "unknown" or not shown:
+        if self.known_bias != "unknown":
             return self.known_bias
-        return "none" if isinstance(self.product.kind, Embedding) else "added"
+        if self.graph_kind.looks_up:
+            return "none"
+        return "unknown" if self.bias is None else "added"
 
     @property
     def adds_more(self) -> bool:
@@ -110,11 +123,11 @@ class Occurrence:
 
 
 @dataclass(frozen=True, slots=True)
-class Stray:
+class UnplacedNode:
     """A node with a weight that gets no point, why, and the modules it may belong to: they get none either.
 
-    `other_weight`: what it computes with may not be the modules' weights and biases, which nothing may take the place
-    of then.
+    `node`: its label. `other_weight`: what it computes with may not be the modules' weights and biases, which nothing
+    may take the place of then.
     """
 
     node: str
@@ -125,82 +138,53 @@ class Stray:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What `locate` found in one graph, in its order: linear nodes by module, and nodes without a place."""
+    """What `locate` found in one graph, in its order: products by module, and nodes without a place."""
 
-    linears: tuple[Occurrence, ...]
-    strays: tuple[Stray, ...]
+    occurrences: tuple[Occurrence, ...]
+    unplaced: tuple[UnplacedNode, ...]
 
     def under(self, prefix: str) -> Located:
         """The same with `prefix` before every module's name."""
-        return Located(
-            tuple(replace(one, module=prefix + one.module, guess=prefix + one.guess) for one in self.linears),
-            tuple(replace(one, modules=tuple(prefix + name for name in one.modules)) for one in self.strays),
-        )
+        occurrences: list[Occurrence] = []
+        for one in self.occurrences:
+            occurrences.append(replace(one, module=prefix + one.module, guess=prefix + one.guess))
+        unplaced: list[UnplacedNode] = []
+        for node in self.unplaced:
+            modules = tuple(prefix + module for module in node.modules)
+            unplaced.append(replace(node, modules=modules))
+        return Located(tuple(occurrences), tuple(unplaced))
 
     def without(self, reasons: Mapping[str, str], *, other_weight: bool) -> Located:
         """The same, but that these modules have no place: why, by module."""
-        gone = [one for one in self.linears if one.module in reasons]
-        strays = tuple(Stray(label_of(one.node), reasons[one.module], (one.module,), other_weight) for one in gone)
-        kept = tuple(one for one in self.linears if one.module not in reasons)
-        return Located(kept, (*self.strays, *strays))
-
-    def doubted(self, graph: ir.Graph, traces: Traces, *, named: bool) -> Located:
-        """The same, unproven where an optimiser, or the module itself, may compute something else. `named`: nothing but
-        names told."""
-        surroundings = Surroundings.of(graph, [one.product for one in self.linears])
-        placed = {one.module for one in self.linears}
-        doubted: list[Occurrence] = []
-        for one in self.linears:
-            doubt = traces.of_calls(one.product)
-            # Of two modules that compute the same an exporter makes one.
-            if not doubt and (lost := [twin for twin in one.twins if twin not in placed]):
-                doubt = f"{lost[0]} has the same weight and no node of its own: this one may stand for both"
-            if not doubt and not traces.built:
-                doubt = surroundings.doubt(one.product)
-            if not doubt and surroundings.in_parent(one.product, one.module):
-                doubt = _IN_PARENT
-            if not doubt and named:
-                doubt = traces.of_weight(one.product)
-            doubted.append(replace(one, unproven=one.unproven or doubt))
-        return replace(self, linears=tuple(doubted))
-
-    def counted(self, graph: ir.Graph, calls: Calls) -> Located:
-        """The same without the modules that torch calls more or less often than the graph does, or that are no x · W0.
-
-        Fewer nodes: a call has become a constant. More: something else computes with the weight, and would take the
-        adapter along that PEFT leaves out there.
-        """
-        surroundings = Surroundings.of(graph, [one.product for one in self.linears])
-        nodes = Counter(one.module for one in self.linears if one.first == 0)
-        reasons: dict[str, str] = {}
-        for one in self.linears:
-            reason = calls.doubt(one.module, nodes)
-            if not reason and one.module in calls.overridden:
-                reason = surroundings.beside(one.product)
-            if not reason and surroundings.in_parent(one.product, one.module):
-                reason = _IN_PARENT
-            if reason:
-                reasons[one.module] = reason
-        return self.without(reasons, other_weight=True)
-
-
-# Why a product is no call of the module whose weight it multiplies with.
-_IN_PARENT = "the module around it computes with its weight, and PEFT's delta is beside the module alone"
+        kept: list[Occurrence] = []
+        unplaced = list(self.unplaced)
+        for one in self.occurrences:
+            if one.module in reasons:
+                reason = reasons[one.module]
+                unplaced.append(UnplacedNode(label_of(one.node), reason, (one.module,), other_weight))
+            else:
+                kept.append(one)
+        return Located(tuple(kept), tuple(unplaced))
 
 
 def label_of(node: ir.Node) -> str:
     """A node's name, or what stands for it."""
-    return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
+    if node.name:
+        return node.name
+    output = node.outputs[0].name if node.outputs else None
+    return output or node.op_type
 
 
-def same_weight(one: Occurrence, other: Occurrence) -> bool:
+def have_same_weight(one: Occurrence, other: Occurrence) -> bool:
     """Whether two nodes multiply with the same values for their module."""
-    first, second = one.product, other.product
-    same = [own.value for own in first.operands] == [own.value for own in second.operands]
-    if same and (first.transposed, one.start, _scheme(first)) == (second.transposed, other.start, _scheme(second)):
+    if _where(one) == _where(other):
         return one.outputs == other.outputs
     return np.array_equal(one.window(), other.window())
 
 
-def _scheme(product: Product) -> Scheme | None:
-    return None if product.quantized is None else product.quantized.scheme
+def _where(one: Occurrence) -> tuple[object, ...]:
+    """The initializers that an occurrence's weight is read from, and how. Where these are equal, the weights are."""
+    product = one.product
+    initializers = tuple(operand.value for operand in product.operands)
+    scheme = None if product.quantized is None else product.quantized.scheme
+    return (initializers, product.transposed, one.start, scheme)

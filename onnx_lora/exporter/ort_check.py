@@ -1,26 +1,18 @@
-"""ONNX Runtime as the exporter meets it: for trying out graphs that were just made. Its exceptions become ours here."""
+"""ONNX Runtime as the exporter meets it: for trying out graphs that were just made. It knows graphs as files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign import first_line
+from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import translate_failures
+from onnx_lora.onnxruntime_errors import fail_as, is_unsupported, load_onnxruntime
 from onnx_lora.points import Array
 
-__all__ = ["blamed_on_damage", "check_opens", "native_failures", "open_graph", "run_graph"]
-
-
-def native_failures() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions, which have no common root; none where it is not installed."""
-    try:
-        from onnxruntime.capi import onnxruntime_pybind11_state as native
-    except ImportError:
-        return ()
-    return tuple(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception))
+__all__ = ["blamed_on_damage", "check_opens", "open_graph", "run_graph"]
 
 
 def check_opens(file: Path, source: Path) -> None:
@@ -31,14 +23,15 @@ def check_opens(file: Path, source: Path) -> None:
     options = _options()
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    made = "it" if file == source else f"{file.name}, made from it"
     try:
-        _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings.
-        if any(phrase in str(error) for phrase in ("NOT_IMPLEMENTED", "is not a registered function/op")):
-            return
-        made = "it" if file == source else f"{file.name}, made from it"
-        raise ModelError(f"ONNX Runtime cannot open {made}: {first_line(error)}", path=source) from error
+        with fail_as(lambda said: ModelError(f"ONNX Runtime cannot open {made}: {said}", path=source)):
+            _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except ModelError as error:
+        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings: the graph may
+        # still be sound.
+        if error.__cause__ is None or not is_unsupported(error.__cause__):
+            raise
 
 
 @contextmanager
@@ -48,22 +41,19 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
     Raises ModelError: something went wrong that is no error of ours, and ONNX Runtime refuses one of `files` too. Of
     graphs that it opens the fault is ours, and stays as it is.
     """
-    try:
+
+    def blame(error: Exception) -> OnnxLoraError | None:
+        if not isinstance(error, OSError):
+            for file in files:
+                check_opens(file, file)
+        return None
+
+    with translate_failures(blame):
         yield
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception:
-        for file in files:
-            check_opens(file, file)
-        raise
 
 
 def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("trying a graph needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
-    return onnxruntime
+    return load_onnxruntime("trying a graph needs")
 
 
 def _options() -> Any:
@@ -83,24 +73,17 @@ def open_graph(file: Path, model: bytes | None = None) -> Any:
     options = _options()
     if model is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    with _translated(file):
+    with _name_failure(file):
         return _onnxruntime().InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs by name. Raises ExportError: the graph cannot run."""
     names = [value.name for value in session.get_outputs()]
-    with _translated(file):
+    with _name_failure(file):
         return dict(zip(names, session.run(None, dict(feeds)), strict=True))
 
 
-@contextmanager
-def _translated(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OnnxLoraError:
-        raise
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name
-        ) from error
+def _name_failure(file: Path) -> AbstractContextManager[None]:
+    """Raises ExportError: ONNX Runtime failed with a graph of ours."""
+    return fail_as(lambda said: ExportError(f"ONNX Runtime cannot run the graph that was made: {said}", path=file.name))

@@ -3,7 +3,6 @@ they were. It knows packages and quantizers; how a weight is rounded, they know.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import secrets
@@ -12,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,22 +19,30 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.checkpoint import Checkpoint
-from onnx_lora.exporter.foreign import first_line
-from onnx_lora.exporter.frontends.source import companions_of
-from onnx_lora.exporter.graph_files import GraphFile, Loaded
+from onnx_lora.exporter.foreign_libraries import translate_failures
+from onnx_lora.exporter.frontends.companion_files import companions_of
+from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
+from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.intake import read_proto
-from onnx_lora.exporter.options import Options, Progress
+from onnx_lora.exporter.package_weights import read_package_weights
+from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
+from onnx_lora.exporter.request import GraphFile, Points, Progress
+from onnx_lora.exporter.values import WRAPPERS
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
+from onnx_lora.points import InjectionPoint
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
 
-# Operators through which a product reaches its weight.
-_WRAPPERS = ("Cast", "Identity", "Transpose")
+# MatMulInteger's.
+_DYNAMIC_BITS = (8,)
+
+
+# What a head is called while quantizers work: they take MatMul alone, and must leave it.
+_HEAD = "Head"
 
 
 @public
@@ -42,9 +50,14 @@ _WRAPPERS = ("Cast", "Identity", "Transpose")
 class Method:
     """How weights are quantized.
 
-    "blocks": MatMulNBits, symmetric, `bits` 4 or 8, a scale for every `block_size` weights;
-        `accuracy_level` 4 lets the kernel round activations to 8 bits too, which is the fastest, 0 does not.
-    "dynamic": MatMulInteger, 8 bits, one scale a weight, activations rounded to 8 bits on the way.
+    `kind`: "blocks": MatMulNBits, symmetric, a scale for every block of weights; or "dynamic": MatMulInteger, 8 bits,
+        one scale a weight, activations rounded to 8 bits on the way.
+    `bits`: of a weight: 4 or 8 in blocks, 8 where it is dynamic.
+    `block_size`: weights along the inputs that share a scale: 16, 32, 64, 128 or 256.
+    `accuracy_level`: of blocks: 4 lets the kernel round activations to 8 bits too, which is the fastest; 1 multiplies
+        in float32; 0 leaves it to the kernel.
+
+    Raises ModelError: there is no such method.
     """
 
     kind: Literal["blocks", "dynamic"] = "blocks"
@@ -53,16 +66,12 @@ class Method:
     accuracy_level: int = 4
 
     def __post_init__(self) -> None:
-        """Raises ModelError: there is no such method."""
         if self.kind not in ("blocks", "dynamic"):
             raise ModelError(f"the method must be blocks or dynamic, and is {self.kind!r}")
-        allowed = (4, 8) if self.kind == "blocks" else (8,)
+        allowed = BLOCK_BITS if self.kind == "blocks" else _DYNAMIC_BITS
         if self.bits not in allowed:
             raise ModelError(f"{self.kind} quantizes to {' or '.join(map(str, allowed))} bits, not {self.bits}")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ModelError(f"the block size must be a power of two from 16 on, and is {self.block_size}")
-        if self.accuracy_level not in range(5):
-            raise ModelError(f"the accuracy level must be 0 to 4, and is {self.accuracy_level}")
+        check_blocks(self.block_size, self.accuracy_level)
 
     def __str__(self) -> str:
         return "8 bits, dynamic" if self.kind == "dynamic" else f"{self.bits} bits in blocks of {self.block_size}"
@@ -81,8 +90,14 @@ def quantize(
     Weights that adapters may replace stay in float, and so does what the quantizers leave alone (Gather, Conv).
     Points keep the digests of the float weights: adapters converted for the one package fit the other.
 
+    package: the float package, or its folder.
+    out: the quantized package's folder, which must not exist.
+    method: how weights are quantized; by default to 4 bits in blocks of 32.
+    progress: called with what is being done, how much of it is done, and how much there is.
+
     Raises ModelError: the package is quantized already, or nothing of it can be. PackageError: it is broken.
-    OutputExistsError, StorageError, MissingDependencyError.
+    ExportError: ONNX Runtime's quantizer failed. OutputExistsError: `out` exists. StorageError: it cannot be written.
+    MissingDependencyError: ONNX Runtime, or sympy, is not installed.
     """
     whole = package if isinstance(package, Package) else Package.open(package)
     chosen = method or Method()
@@ -91,82 +106,107 @@ def quantize(
             "must be a float package, and is quantized already; give the one it was made from", path=whole.path
         )
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
-        sources: list[GraphFile] = []
+        graphs: list[GraphFile] = []
         for index, info in enumerate(whole.manifest.graphs):
             progress("quantize", index, len(whole.manifest.graphs))
             target = Path(scratch) / str(index) / f"{info.name}.onnx"
             target.parent.mkdir()
-            _quantize(whole, info, target, chosen)
-            sources.append(GraphFile(info.name, target))
+            with quiet_root(), translate_failures(partial(_as_ours, whole.path)):
+                _quantize(whole, info, target, chosen)
+            graphs.append(GraphFile(info.name, target))
         loaded = Loaded(
-            tuple(sources),
-            origin=whole.manifest.source | {"quantized": str(chosen)},
-            checkpoint=Checkpoint.of_package(whole),
+            graphs=tuple(graphs),
+            record=whole.manifest.source | {"quantized": str(chosen)},
+            weights=read_package_weights(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
         )
-        built = build(folder, loaded, _options(whole), progress=progress)
+        built = build(folder, loaded, _points_of(whole), progress=progress)
         if not built.quantized:
             raise ModelError("none of its points lies on a weight that the quantizers take", path=whole.path)
         _restore(built, whole)
     return Package.open(out)
 
 
-def _options(package: Package) -> Options:
+def _points_of(package: Package) -> Points:
     """What gave the package its points, in whole names."""
     names = "|".join(re.escape(name) for name in package.points)
-    info = package.manifest.graphs[0]
-    model = read_proto(package.path / info.file)
-    ranks = {value.dims[-1] for value in model.graph.initializer if value.name.endswith(".lora_A.weight")}
-    dora = any(branch.dora for graph in package.manifest.graphs for branch in graph.branches)
-    return Options(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
+    model = read_proto(package.path / package.manifest.graphs[0].file)
+    ranks: set[int] = set()
+    for value in model.graph.initializer:
+        if value.name.endswith(".lora_A.weight"):
+            ranks.add(value.dims[-1])
+    dora = any(branch.dora for info in package.manifest.graphs for branch in info.branches)
+    return Points(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
 
 
 def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
-    with _translated(package.path):
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-        from onnxruntime.quantization.onnx_model import ONNXModel
+    """Write the base graph of `info` to `target`, its products quantized but for those of replaceable weights."""
+    import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401 - gives the root logger a level
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
-        logging.getLogger().setLevel(logging.ERROR)
-        model = read_proto(package.path / info.base_file)
-        onnx.load_external_data_for_model(model, str(package.path))
-        kept = {part.initializer for weight in info.replaceable for part in weight.parts}
-        _name_nodes(model.graph)
-        makers = {output: maker for maker in model.graph.node for output in maker.output}
-        heads = [node for node in model.graph.node if _reaches(makers, node, kept)]
-        # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
-        excluded = [name for node in heads for name in (node.name, f"{node.name}_MatMul")]
-        # The quantizers take MatMul alone; a head stays what it is, under a name they do not know.
-        kinds = [node.op_type for node in heads]
-        for node in heads:
-            node.op_type = "Head"
+    silence_root()
+    model = read_proto(package.path / info.base_file)
+    onnx.load_external_data_for_model(model, str(package.path))
+    kept = {part.initializer for weight in info.replaceable for part in weight.parts}
+    _name_nodes(model.graph)
+    with _hide_heads(model.graph, kept) as heads:
         _own_transposed(model.graph)
         ONNXModel(model).replace_gemm_with_matmul()
-        for node, kind in zip((node for node in model.graph.node if node.op_type == "Head"), kinds, strict=True):
-            node.op_type = kind
-        _drop_shapes_of_weights(model.graph)
-        _name_nodes(model.graph)
-        if method.kind == "dynamic":
-            # Not under its own name: ONNX refuses to write beside a data file of that name in the working folder.
-            raw = target.with_name(f"{secrets.token_hex(8)}.onnx")
-            quantize_dynamic(
-                model,
-                raw,
-                weight_type=QuantType.QInt8,
-                op_types_to_quantize=["MatMul"],
-                nodes_to_exclude=excluded,
-                use_external_data_format=True,
-            )
-            quantized = ir.load(raw)
-        else:
-            config = DefaultWeightOnlyQuantConfig(
-                block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
-            )
-            quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
-            quantizer.process()
-            quantized = ir.from_proto(quantizer.model.model)
-        ir.save(quantized, target, external_data=f"{target.name}.data")
+    _drop_shapes_of_weights(model.graph)
+    _name_nodes(model.graph)
+    # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
+    excluded = [name for head in heads for name in (head, f"{head}_MatMul")]
+    if method.kind == "dynamic":
+        quantized = _quantize_dynamic(model, target.parent, excluded)
+    else:
+        quantized = _quantize_blocks(model, method, excluded)
+    ir.save(quantized, target, external_data=f"{target.name}.data")
+
+
+@contextmanager
+def _hide_heads(graph: onnx.GraphProto, kept: Collection[str]) -> Iterator[list[str]]:
+    """Give products of `kept` weights an operator that ONNX Runtime's tools do not know, for as long as the block
+    runs; gives the names of their nodes."""
+    makers = {output: maker for maker in graph.node for output in maker.output}
+    heads = [node for node in graph.node if _reaches(makers, node, kept)]
+    names = [node.name for node in heads]
+    kinds = [node.op_type for node in heads]
+    for node in heads:
+        node.op_type = _HEAD
+    yield names
+    # Other nodes than before: the tools write the graph anew, in the same order.
+    hidden = [node for node in graph.node if node.op_type == _HEAD]
+    for node, kind in zip(hidden, kinds, strict=True):
+        node.op_type = kind
+
+
+def _quantize_dynamic(model: onnx.ModelProto, scratch: Path, excluded: list[str]) -> ir.Model:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # Not under its own name: ONNX refuses to write beside a data file of that name in the working folder.
+    raw = scratch / f"{secrets.token_hex(8)}.onnx"
+    quantize_dynamic(
+        model,
+        raw,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=excluded,
+        use_external_data_format=True,
+    )
+    return ir.load(raw)
+
+
+def _quantize_blocks(model: onnx.ModelProto, method: Method, excluded: list[str]) -> ir.Model:
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=method.block_size, is_symmetric=True, bits=method.bits, accuracy_level=method.accuracy_level
+    )
+    quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=excluded, algo_config=config)
+    quantizer.process()
+    quantized: ir.Model = ir.from_proto(quantizer.model.model)
+    return quantized
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
@@ -201,7 +241,7 @@ def _reaches(makers: Mapping[str, onnx.NodeProto], node: onnx.NodeProto, weights
     if node.op_type not in ("MatMul", "Gemm") or not weights:
         return False
     name = node.input[1]
-    while (maker := makers.get(name)) is not None and maker.op_type in _WRAPPERS:
+    while (maker := makers.get(name)) is not None and maker.op_type in WRAPPERS:
         name = maker.input[0]
     return name in weights
 
@@ -213,9 +253,9 @@ def _restore(built: Package, source: Package) -> None:
     """
     graphs: list[GraphInfo] = []
     for new, old in zip(built.manifest.graphs, source.manifest.graphs, strict=True):
-        points = {point.module: point for point in new.points}
+        places = {point.module: point for point in new.points}
         weights = {weight.name: weight for weight in new.replaceable}
-        lost = [point.module for point in old.points if point.module not in points]
+        lost = [point.module for point in old.points if point.module not in places]
         lost += [weight.name for weight in old.replaceable if weight.name not in weights]
         if lost:
             raise ModelError(
@@ -223,18 +263,16 @@ def _restore(built: Package, source: Package) -> None:
                 path=source.path,
                 problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
             )
+        points: list[InjectionPoint] = []
+        for point in old.points:
+            place = places[point.module]
+            points.append(replace(place, sha256=point.sha256, unproven=point.unproven or place.unproven))
+        replaceable = tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable)
         graphs.append(
             replace(
                 new,
-                points=tuple(
-                    replace(
-                        points[point.module],
-                        sha256=point.sha256,
-                        unproven=point.unproven or points[point.module].unproven,
-                    )
-                    for point in old.points
-                ),
-                replaceable=tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable),
+                points=tuple(points),
+                replaceable=replaceable,
                 untargeted=old.untargeted,
                 unplaced=old.unplaced,
             )
@@ -243,20 +281,10 @@ def _restore(built: Package, source: Package) -> None:
     (built.path / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """The quantizers' exceptions as ours, and their notes kept out of the user's terminal: importing them gives the
-    root logger a handler and a level."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        yield
-    except ImportError as error:
-        raise MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'") from error
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path) from error
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
+def _as_ours(path: Path, error: Exception) -> OnnxLoraError | None:
+    """An exception of ONNX Runtime's quantizers as ours; the disk's stay as they are."""
+    if isinstance(error, ImportError):
+        return MissingDependencyError(f"quantizing needs {error.name}: pip install 'onnx-lora[attach,cpu]'")
+    if isinstance(error, OSError):
+        return None
+    return ExportError(f"ONNX Runtime's quantizer failed: {first_line(error)}", path=path)

@@ -1,58 +1,40 @@
-"""What a quantized package is compared with: its own weights, dequantized, in the torch model, and its graph in
-float arithmetic. What is left to differ is rounding in float32, so nothing wrong can hide behind quantization."""
+"""What a quantized package is compared with: its own weights, dequantized, in the torch model.
+
+Its graph then multiplies in float arithmetic (`float_products`), and what is left to differ is rounding in float32:
+nothing wrong can hide behind quantization."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from onnx_lora.exporter.checkpoint import Checkpoint
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.load import load
 from onnx_lora.exporter.locate import locate
 from onnx_lora.exporter.located import Occurrence
+from onnx_lora.exporter.torch_weights import read_module_weights
 from onnx_lora.package import Package
 
-__all__ = ["adopt_quantized", "in_floats"]
+__all__ = ["adopt_quantized"]
 
 logger = logging.getLogger(__name__)
-
-_FLOAT32 = 1  # of MatMulNBits' accuracy levels
 
 
 def adopt_quantized(package: Package, model: Any) -> None:
     """Put every weight that the package quantized, as it is there, into the torch model it was made from."""
     if not package.quantized:
         return
-    checkpoint = Checkpoint.of_module(model, heads=heads_of(model))
+    checkpoint = read_module_weights(model, heads=heads_of(model))
     for info in package.manifest.graphs:
         graph = load(package.path / info.base_file).graph
         found = locate(graph, checkpoint)
-        quantized = [linear for linear in found.linears if linear.product.quantized is not None]
+        quantized = [one for one in found.occurrences if one.product.quantized is not None]
         if not any("BlockQuantized" in node.op_type for node in graph):
-            _untie(model, {linear.module for linear in quantized})
-        for linear in quantized:
-            _adopt(model, linear)
-
-
-def in_floats(file: Path) -> bytes | None:
-    """The graph of `file` with products of quantized weights in float32, where they are not: multiplied in int8,
-    activations are rounded too, and a hundredth of an output is lost. None: it has no such products."""
-    model = onnx.load(file, load_external_data=False)
-    levels = [
-        attribute
-        for node in model.graph.node
-        if node.op_type == "MatMulNBits"
-        for attribute in node.attribute
-        if attribute.name == "accuracy_level" and attribute.i != _FLOAT32
-    ]
-    for level in levels:
-        level.i = _FLOAT32
-    return model.SerializeToString() if levels else None
+            _untie(model, {one.module for one in quantized})
+        for one in quantized:
+            _adopt(model, one)
 
 
 def _untie(model: Any, modules: set[str]) -> None:
@@ -66,13 +48,13 @@ def _untie(model: Any, modules: set[str]) -> None:
             module.weight = torch.nn.Parameter(module.weight.detach().clone())
 
 
-def _adopt(model: Any, linear: Occurrence) -> None:
+def _adopt(model: Any, one: Occurrence) -> None:
     import torch
 
-    weight = model.get_submodule(linear.module).weight.data
-    values = torch.from_numpy(np.ascontiguousarray(linear.window())).to(weight.dtype)
-    outputs = slice(linear.first, linear.first + linear.outputs)
-    if linear.in_out:
+    weight = model.get_submodule(one.module).weight.data
+    values = torch.from_numpy(np.ascontiguousarray(one.window())).to(weight.dtype)
+    outputs = slice(one.first, one.first + one.outputs)
+    if one.in_out:
         weight[:, outputs] = values
     else:
         weight[outputs] = values.T

@@ -6,11 +6,19 @@ from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.options import ALL, ALL_LINEAR
 from onnx_lora.expressions import Expression, ExpressionError
 from onnx_lora.heads import OUTPUT_LAYERS
 
-__all__ = ["select"]
+__all__ = ["ALL", "ALL_LINEAR", "HEADS_ONLY", "select"]
+
+# PEFT's word for every linear module but the output layers.
+ALL_LINEAR = "all-linear"
+
+# Ours: every module that can have a point, embeddings, convolutions and output layers too.
+ALL = "all"
+
+# The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
+HEADS_ONLY = "heads"
 
 
 def select(

@@ -10,7 +10,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from onnx_lora.adapters.formats.files import safetensors_file, torch_pickle
+from onnx_lora.adapters.formats.files import npz_file, safetensors_file, torch_pickle
 from onnx_lora.adapters.formats.files.reading import opened
 from onnx_lora.errors import AdapterFileError
 from tests.adapters.building import lora, numbers
@@ -85,6 +85,7 @@ def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) ->
         (safetensors_bytes({"a": entry(offsets=[0])}, bytes(4)), "impossible data_offsets"),
         (safetensors_bytes({"a": entry(offsets=[4, 0])}, bytes(4)), "does not fit"),
         (safetensors_bytes({"a": entry("F8_E4M3", offsets=(0, 1))}, b"1"), "'F8_E4M3' is not known"),
+        (safetensors_bytes(b'{"a":' + json.dumps(entry()).encode() + b',"a":0}', bytes(4)), "'a' comes twice"),
         (safetensors_bytes({"a": 1}), "must have dtype, shape and data_offsets"),
         (safetensors_bytes({"__metadata__": {"a": 1}}), "__metadata__ must map"),
         (safetensors_bytes({"__metadata__": [1]}), "__metadata__ must map"),
@@ -266,3 +267,74 @@ def test_a_tensor_inside_its_storage_is_read(tmp_path: Path) -> None:
     data = np.arange(6, dtype=np.float32)
     file = written(tmp_path, tensor_file(1, (2, 2), (1, 2), data=data.tobytes()))
     assert np.array_equal(read_torch_pickle(file)["w"], [[1, 3], [2, 4]])
+
+
+# --- what the libraries refuse -----------------------------------------------------------------
+
+NPZ_ARRAYS = {"a": numbers(2, 3), "b": numbers(4).astype("f2"), "c": np.arange(3)}
+
+
+def npz_bytes() -> bytes:
+    out = io.BytesIO()
+    np.savez(out, **NPZ_ARRAYS)
+    return out.getvalue()
+
+
+def mutants(data: bytes, count: int, *, within: int) -> Iterator[bytes]:
+    """The bytes with one to three of the first `within` changed, or with a part cut out or doubled."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        mutant = bytearray(data)
+        for _ in range(random.integers(1, 4)):
+            place = int(random.integers(min(within, len(mutant))))
+            choice = random.integers(4)
+            if choice == 0:
+                mutant[place] = int(random.integers(256))
+            elif choice == 1:
+                mutant[place] = ord('0123456789[]{},:"'[int(random.integers(17))])
+            elif choice == 2:
+                del mutant[place : place + int(random.integers(1, 9))]
+            else:
+                mutant[place:place] = mutant[place : place + int(random.integers(1, 9))]
+        yield bytes(mutant)
+
+
+def test_what_the_safetensors_library_refuses_is_refused(tmp_path: Path) -> None:
+    refused, values = 0, {"a": numbers(2, 3), "bb": numbers(4).astype("f2"), "c": np.arange(3)}
+    for mutant in mutants(safetensors.numpy.save(values, {"k": "v"}), 1500, within=200):
+        try:
+            expected = safetensors.numpy.load(mutant)
+        except Exception:  # noqa: BLE001 - of many kinds, the library's own among them
+            refused += 1
+            with pytest.raises(AdapterFileError):
+                read_safetensors(written(tmp_path, mutant))
+            continue
+        with contextlib.suppress(AdapterFileError):
+            own = read_safetensors(written(tmp_path, mutant)).tensors
+            assert own.keys() == expected.keys()
+            for name, value in expected.items():
+                assert own[name].shape == value.shape
+                assert own[name].tobytes() == value.tobytes()
+    assert refused > 500
+
+
+def test_what_numpy_refuses_of_an_npz_is_refused(tmp_path: Path) -> None:
+    refused, data = 0, npz_bytes()
+    for mutant in mutants(data, 1500, within=len(data)):
+        try:
+            expected = dict(np.load(io.BytesIO(mutant), allow_pickle=False).items())
+        except Exception:  # noqa: BLE001 - as above
+            refused += 1
+            with pytest.raises(AdapterFileError):
+                read_npz_tensors(written(tmp_path, mutant))
+            continue
+        with contextlib.suppress(AdapterFileError):
+            own = read_npz_tensors(written(tmp_path, mutant))
+            for name, value in own.items():
+                assert value.tobytes() == expected[name].tobytes()
+    assert refused > 500
+
+
+def read_npz_tensors(path: Path) -> Any:
+    with opened(path) as file:
+        return npz_file.read_npz(file).tensors

@@ -61,6 +61,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hira, embedding": ("Hira", {"r": 2, "target_modules": ["emb"], "init_weights": False}),
     "hira, convolutions": ("Hira", {"r": 2, "target_modules": ["conv1", "conv2", "point", "conv3"]}),
     "shira": ("Shira", {"r": 2, "target_modules": ["lin", "wide"], "init_weights": False}),
+    "super-tuning": ("Supertuning", {"sparsity": 0.8, "target_modules": ["lin", "wide"], "init_weights": False}),
+    "supertuning, of the smallest": ("Supertuning", {"sparsity": 0.5, "select_top": False, "target_modules": ["lin"]}),
+    "supertuning, with factors": (
+        "Supertuning",
+        {"r": 2, "lora_alpha": 3, "sparsity": 0.8, "target_modules": ["wide"]},
+    ),
     "fourierft": ("FourierFT", {"n_frequency": 20, "target_modules": ["lin", "wide", "mlp"]}),
     "fourierft, patterns": (
         "FourierFT",
@@ -97,6 +103,36 @@ def test_ia3_whose_config_and_shapes_disagree_is_refused(tmp_path: Path) -> None
     assert "otherwise than the shape" in str(error.value)
     with pytest.raises(AdapterFileError, match=r"m.v: .* must say whether inputs or outputs"):
         read_adapter(method_folder(tmp_path, tensors, "IA3"))
+
+
+def test_super_tuning_without_its_places_is_refused(tmp_path: Path) -> None:
+    config = peft.SupertuningConfig(target_modules=["lin"], sparsity=0.5, save_precomputed_indices=False)
+    wrapped(config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match="save it again with save_precomputed_indices=True"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors, fields, words",
+    [
+        ({"supertuning_indices": np.array([1, 2, 3])}, {}, "must have a place for each value"),
+        ({"supertuning_indices": np.array([0.5, 2.0])}, {}, "places must be whole"),
+        ({}, {"r": 2, "lora_alpha": 4}, "has no supertuning_lora_A"),
+        ({"supertuning_lora_A.weight": numbers(2, 6), "supertuning_lora_B.weight": numbers(4, 2)}, {}, "ignore it"),
+        (
+            {"supertuning_lora_A.weight": numbers(2, 6), "supertuning_lora_B.weight": numbers(4, 2)},
+            {"r": 3, "lora_alpha": 4},
+            "a pair of factors of the config's r, 3",
+        ),
+    ],
+)
+def test_super_tuning_whose_tensors_make_no_sense_is_refused(
+    tmp_path: Path, tensors: dict[str, Any], fields: dict[str, Any], words: str
+) -> None:
+    whole = {"supertuning_indices": np.array([1, 2]), "supertuning_values": numbers(2), **tensors}
+    folder = method_folder(tmp_path, {f"m.q.{name}": value for name, value in whole.items()}, "SUPERTUNING", **fields)
+    with pytest.raises(AdapterFileError, match=words):
+        read_adapter(folder)
 
 
 def test_layer_norms_are_whole_weights(tmp_path: Path) -> None:

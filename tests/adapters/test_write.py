@@ -14,6 +14,7 @@ from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
 from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.methods.ia3 import IA3
 from onnx_lora.adapters.methods.loha import LoHa
+from onnx_lora.adapters.methods.products import Product
 from onnx_lora.adapters.write import FORMATS, write_adapter, write_bound
 from onnx_lora.errors import BindError, InputError, OutputExistsError, StorageError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING, Conv
@@ -112,7 +113,7 @@ def test_a_blend_is_written_as_one_adapter(tmp_path: Path, package: Package) -> 
 
 
 def test_a_change_that_this_base_makes_factors_of_is_written_as_them(tmp_path: Path, package: Package) -> None:
-    one = (numbers(6, 1), numbers(1, 4, seed=1))
+    one = Product(numbers(6, 1), numbers(1, 4, seed=1))
     own = adapter({}, changes={"unet.q": LoHa(one, one, 0.5)})
     folder = write_adapter(own, tmp_path / "out", format="peft", package=package)
     assert_same_effect(bind(read_adapter(folder), package), bind(own, package))

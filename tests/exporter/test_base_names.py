@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onnx_lora.exporter.frontends.huggingface import base_of, short_name
-from onnx_lora.exporter.frontends.onnx_file import load_onnx
+from onnx_lora.exporter import OnnxFiles
+from onnx_lora.exporter.frontends.names import base_of, short_name
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,12 @@ def test_a_folder_of_the_hubs_cache_is_called_as_its_repository(tmp_path: Path) 
     assert base_of(folder) == {"base": "org/tiny-model"}
 
 
+def _record(file: Path) -> dict[str, str]:
+    return OnnxFiles(file).load(file.parent, lambda *_: None).record
+
+
 def test_an_attached_file_is_of_the_model_that_its_config_or_its_checkpoint_names(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
-    assert "base" not in load_onnx(tmp_path / "model.onnx", None).origin
+    assert "base" not in _record(tmp_path / "model.onnx")
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "org/tiny"}), "utf-8")
-    assert load_onnx(tmp_path / "model.onnx", None).origin["base"] == "org/tiny"
+    assert _record(tmp_path / "model.onnx")["base"] == "org/tiny"

@@ -15,8 +15,7 @@ from torch import nn
 
 from onnx_lora import AdapterSession, Package, fold
 from onnx_lora.errors import ExportError, ModelError, VerificationError
-from onnx_lora.exporter import export
-from onnx_lora.exporter.verification import verify_module
+from onnx_lora.exporter import TorchModule, export, verify
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 
@@ -136,14 +135,14 @@ def test_verification_sees_a_branch_that_is_wrong(net: tuple[Net, Package], tmp_
             node.input[1] = node.input[0]  # y + y in place of y + delta
     onnx.save(graph, broken / "model.onnx")
     ids = (torch.randint(0, 50, (2, 7)),)
-    assert verify_module(net[1], net[0], None, ids)
+    assert verify(net[1], TorchModule(net[0], ids))
     with pytest.raises(VerificationError, match="must reproduce the model in PyTorch"):
-        verify_module(Package.open(broken), net[0], None, ids)
+        verify(Package.open(broken), TorchModule(net[0], ids))
 
 
 def test_verification_leaves_the_model_as_it_was(net: tuple[Net, Package]) -> None:
     before = {name: value.clone() for name, value in net[0].state_dict().items()}
-    verify_module(net[1], net[0], None, (torch.randint(0, 50, (2, 7)),))
+    verify(net[1], TorchModule(net[0], (torch.randint(0, 50, (2, 7)),)))
     after = net[0].state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

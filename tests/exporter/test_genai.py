@@ -32,9 +32,8 @@ from onnx_lora.errors import (
 )
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.frontends import genai_builder
-from onnx_lora.exporter.frontends.choice import MEASURED, choose
-from onnx_lora.exporter.frontends.genai import load_causal_model, references
-from onnx_lora.exporter.frontends.source import Precision
+from onnx_lora.exporter.frontends.checkpoint import Checkpoint
+from onnx_lora.exporter.frontends.genai import MEASURED, load_causal_model, references
 from onnx_lora.exporter.verification import verify
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
@@ -318,7 +317,7 @@ def _with_config(source: Path, folder: Path, **change: Any) -> Path:
         ({"precision": "int4", "block_size": 0}, "block_size must be one of .*, and is 0"),
         ({"precision": "int4", "accuracy_level": 5}, "accuracy_level must be one of .*, and is 5"),
         ({"block_size": 32}, "are for precision int4 and int8"),
-        ({"via": "onnx"}, "via must be one of optimum, genai, and is 'onnx'"),
+        ({"via": "onnx"}, "via must be one of genai, optimum, and is 'onnx'"),
         ({"via": "optimum", "precision": "int4"}, "Optimum writes no int4"),
         ({"via": "genai", "task": "text-classification"}, "for text generation"),
         ({"precision": "int4", "task": "text-classification"}, "'int4' is for text generation"),
@@ -359,7 +358,7 @@ def test_without_the_builder(wide: Make, tmp_path: Path, monkeypatch: pytest.Mon
     for options in ({"via": "genai"}, {"precision": "int4"}):
         with pytest.raises(MissingDependencyError, match=r"pip install 'onnx-lora\[export,genai,cpu\]'"):
             export(wide("llama"), tmp_path / "out", **options)
-    assert choose(wide("llama"), via=None, task=None, precision=Precision()) == "optimum"
+    assert Checkpoint(wide("llama")).choose_exporter().name == "optimum"
 
 
 @pytest.mark.parametrize(
@@ -372,12 +371,12 @@ def test_without_the_builder(wide: Make, tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_who_exports_by_default(wide: Make, name: str, task: str | None, chosen: str) -> None:
-    assert choose(wide(name), via=None, task=task, precision=Precision()) == chosen
+    assert Checkpoint(wide(name), task=task).choose_exporter().name == chosen
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])  # heads too small, and two unknown ones
 def test_others_go_to_optimum_by_default(checkpoints: Make, name: str) -> None:
-    assert choose(checkpoints(name), via=None, task=None, precision=Precision()) == "optimum"
+    assert Checkpoint(checkpoints(name)).choose_exporter().name == "optimum"
 
 
 def test_the_builder_knows_what_we_say_it_knows() -> None:

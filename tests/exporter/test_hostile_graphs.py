@@ -20,7 +20,7 @@ from torch import nn
 
 from onnx_lora.errors import ExportError, ModelError
 from onnx_lora.exporter import attach, export, intake, load
-from onnx_lora.exporter.foreign import foreign
+from onnx_lora.exporter.foreign_libraries import name_step
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from tests.support.graphs import random, save
 from tests.support.numbers import assert_close
@@ -297,9 +297,9 @@ def test_whatever_a_library_throws_names_the_step_and_the_file(
 
 
 def test_memory_that_runs_out_and_disks_that_fail_are_no_damage() -> None:
-    with pytest.raises(ExportError, match="memory ran out"), foreign("trying", "f"):
+    with pytest.raises(ExportError, match="memory ran out"), name_step("trying", "f"):
         raise MemoryError
-    with pytest.raises(OSError, match="disk"), foreign("trying", "f"):
+    with pytest.raises(OSError, match="disk"), name_step("trying", "f"):
         raise OSError(28, "disk")
 
 

@@ -20,7 +20,7 @@ from onnx_lora import OnnxLoraError
 from onnx_lora.errors import ModelError, VerificationError
 from onnx_lora.exporter import export
 from onnx_lora.exporter.frontends.genai import load_causal_model
-from onnx_lora.exporter.frontends.newer import readable, translated_config
+from onnx_lora.exporter.frontends.newer import open_readable, translate_config
 from onnx_lora.exporter.frontends.optimum import load_model
 from onnx_lora.exporter.verification import verify
 
@@ -110,12 +110,12 @@ OTHER = {"rope_type": "default", "rope_theta": 99.0}
     ],
 )
 def test_what_version_5_says_is_said_in_the_words_of_version_4(given: dict[str, Any], wanted: dict[str, Any]) -> None:
-    translated = translated_config(given, "it")
+    translated = translate_config(given, "it")
     assert {name: translated[name] for name in wanted} == wanted
 
 
 def test_a_config_within_a_config_is_translated_too() -> None:
-    translated = translated_config({"model_type": "llava", "text_config": config("llama", BASE)} | V5, "it")
+    translated = translate_config({"model_type": "llava", "text_config": config("llama", BASE)} | V5, "it")
     assert translated["text_config"]["rope_theta"] == 777.0
 
 
@@ -148,21 +148,21 @@ def test_a_config_within_a_config_is_translated_too() -> None:
 )
 def test_what_version_4_cannot_be_told_is_refused_by_name(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words) as caught:
-        translated_config(given, "it")
+        translate_config(given, "it")
     assert "save it again with transformers 4" in str(caught.value)
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "4.30.0", "", None, "nightly"])
 def test_unknown_fields_of_no_newer_version_are_anybodys_notes(version: str | None) -> None:
     given = {"model_type": "llama", "my_tag": "v1", "transformers_version": version}
-    assert translated_config(given, "it") == given
+    assert translate_config(given, "it") == given
 
 
 @pytest.mark.parametrize(
     "fields", [{"use_bidirectional_attention": False}, {"use_bidirectional_attention": None}, {"unsloth_version": "1"}]
 )
 def test_fields_that_say_what_version_4_does_anyway_are_no_reason_to_refuse(fields: dict[str, Any]) -> None:
-    translated_config({"model_type": "gemma2"} | V5 | fields, "it")
+    translate_config({"model_type": "gemma2"} | V5 | fields, "it")
 
 
 # --- through the frontends ---------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_an_unknown_field_of_a_newer_version_stops_an_export_with_the_users_path
 
 def test_what_is_read_in_place_of_a_checkpoint_is_gone_afterwards_and_the_checkpoint_untouched(llama: Path) -> None:
     before = {file.name: file.read_bytes() for file in as_version_5(llama).iterdir()}
-    with readable(llama) as read:
+    with open_readable(llama) as read:
         assert read != llama
         assert json.loads((Path(read) / "config.json").read_text("utf-8"))["rope_theta"] == 777.0
     assert not Path(read).exists()
@@ -245,7 +245,7 @@ def test_the_networks_of_a_pipeline_are_read_each_with_its_config(llama: Path, t
     (tmp_path / "pipeline").mkdir()
     llama.rename(tmp_path / "pipeline" / "text_encoder")
     as_version_5(tmp_path / "pipeline" / "text_encoder")
-    with readable(tmp_path / "pipeline") as read:
+    with open_readable(tmp_path / "pipeline") as read:
         assert json.loads((Path(read) / "text_encoder" / "config.json").read_text("utf-8"))["rope_theta"] == 777.0
 
 

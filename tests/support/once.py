@@ -1,4 +1,4 @@
-"""What a run of the tests makes once, however many processes it has: checkpoints, and exports, which take seconds each."""
+"""What a run of the tests makes once, however many processes it has: checkpoints and exports, seconds each."""
 
 from __future__ import annotations
 

@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, read_json, translated_damage
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, translated_damage
 from onnx_lora.adapters.formats.files.safetensors_file import Header, read_behind, read_header
 from onnx_lora.errors import AdapterFileError
+from onnx_lora.json_file import read_json
 
 __all__ = ["Place"]
 
@@ -19,8 +20,8 @@ T = TypeVar("T")
 
 _BEGINNING = 16  # bytes: marks of formats lie in the first nine
 
-# Marks of other containers, by where they lie. In a safetensors file the length of its header lies there, and would be
-# larger than any file.
+# Marks of other containers, by where they lie. A safetensors file has the length of its header there, which would then
+# be larger than any file.
 _OTHER_MARKS = {0: b"GGUF", 4: b"TORT"}
 
 
@@ -53,7 +54,7 @@ class Place:
             return None
         if name not in self._configs:
             try:
-                self._configs[name] = read_json(self.path / name)
+                self._configs[name] = read_json(self.path / name, AdapterFileError)
             except AdapterFileError:
                 self._configs[name] = None
         return self._configs[name]
@@ -74,10 +75,12 @@ class Place:
 
         Raises AdapterFileError: it is one by its name or its beginning, and damaged.
         """
-        if any(self.beginning[place:].startswith(mark) for place, mark in _OTHER_MARKS.items()):
+        if self._reading is None or any(self.beginning[at:].startswith(mark) for at, mark in _OTHER_MARKS.items()):
             return None
-        if self.is_folder or (self.path.suffix != ".safetensors" and self.beginning[8:9] != b"{"):
-            return None
+        if self.path.suffix != ".safetensors":
+            length = int.from_bytes(self.beginning[:8], "little")
+            if self.beginning[8:9] != b"{" or length > self._reading.size - 8:
+                return None
         return self.read(read_header)
 
     def tensors(self) -> TensorFile:

@@ -14,7 +14,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, columns, read_product, rows, thin
+from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, read_product
 from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
@@ -24,10 +24,10 @@ __all__ = ["METHOD", "LoHa", "read_loha"]
 
 @dataclass(frozen=True)
 class LoHa:
-    """`left` and `right`: products of `[out, r]` and `[r, in · kernel]`, or by modes (`products.thin`)."""
+    """`left` and `right`, of one shape, are the products that are multiplied element by element."""
 
-    left: tuple[Array, ...]
-    right: tuple[Array, ...]
+    left: Product | CoredProduct
+    right: Product | CoredProduct
     scale: float
 
     @property
@@ -37,19 +37,19 @@ class LoHa:
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("LoHa", "linear modules and convolutions", shape, kind)
-        return kernel_unlike("LoHa", (rows(self.left), columns(self.left)), shape)
+        return kernel_unlike("LoHa", (self.left.outputs, self.left.inputs), shape)
 
     def apply_to(self, weight: Array) -> Array:
-        (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
-        change: Floats = (b1 @ a1) * (b2 @ a2) * np.float32(self.scale)
+        change: Floats = self.left.matrix() * self.right.matrix() * np.float32(self.scale)
         return wide(weight) + change.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Of the product of both ranks: every column of one with every column of the other."""
-        rank = len(self.left[-1]) * len(self.right[-1])
+        rank = self.left.rank * self.right.rank
         if not pays(rank, weight.shape):
             return None
-        (b1, a1), (b2, a2) = thin(self.left), thin(self.right)
+        b1, a1 = self.left.factors()
+        b2, a2 = self.right.factors()
         a = (a1[:, None] * a2[None]).reshape(rank, -1)
         b = (b1[:, :, None] * b2[:, None]).reshape(-1, rank)
         return pair(a, b * np.float32(self.scale))
@@ -67,7 +67,7 @@ def read_loha(module: Module) -> Part:
     left = read_product(module, "hada_w1", "hada_t1")
     right = read_product(module, "hada_w2", "hada_t2")
     module.must(module.has("hada_t1") == module.has("hada_t2"), "LoHa must have hada_t1 and hada_t2, or none of them")
-    same_shape = rows(left) == rows(right) and columns(left) == columns(right)
+    same_shape = left.outputs == right.outputs and left.inputs == right.inputs
     module.must(same_shape, "the two products of LoHa must have one shape")
     return Part(change=LoHa(left, right, module.scale))
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
+from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, columns, read_product, rows, thin
+from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, Whole, read_product
 from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
@@ -23,11 +23,10 @@ __all__ = ["METHOD", "LoKr", "read_lokr"]
 
 @dataclass(frozen=True)
 class LoKr:
-    """`first` `[a, c]` and `second` `[b, d, *kernel]`, of a weight `[a · b, c · d, *kernel]`. Each is one array, or a
-    pair whose product it is, or by modes (`products.thin`)."""
+    """`first` `[a, c]` and `second` `[b, d, *kernel]`, of a weight `[a · b, c · d, *kernel]`."""
 
-    first: tuple[Array, ...]
-    second: tuple[Array, ...]
+    first: Whole | Product | CoredProduct
+    second: Whole | Product | CoredProduct
     scale: float
 
     @property
@@ -35,65 +34,49 @@ class LoKr:
         return "LoKr"
 
     @property
-    def _sizes(self) -> tuple[int, int]:
-        """Outputs and inputs of the weight, its kernel counted as inputs."""
-        return rows(self.first) * rows(self.second), columns(self.first) * columns(self.second)
-
-    @property
-    def _is_conv1d(self) -> bool:
+    def _conv1d(self) -> Array | None:
         """A whole W2 with a kernel of one axis. PEFT's product pads W1 in front of it, not behind, and so it is no
         Kronecker product of the weight's own axes."""
-        return len(self.second) == 1 and self.second[0].ndim == 3
+        if isinstance(self.second, Whole) and self.second.values.ndim == 3:
+            return self.second.values
+        return None
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
             return not_for("LoKr", "linear modules and convolutions", shape, kind)
-        if self._is_conv1d and shape[2:] != self.second[0].shape[2:]:
-            return f"LoKr must meet a kernel of shape {self.second[0].shape[2:]}, and this weight has shape {shape}"
-        return kernel_unlike("LoKr", self._sizes, shape)
+        conv1d = self._conv1d
+        if conv1d is not None and shape[2:] != conv1d.shape[2:]:
+            return f"LoKr must meet a kernel of shape {conv1d.shape[2:]}, and this weight has shape {shape}"
+        outputs = self.first.outputs * self.second.outputs
+        inputs = self.first.inputs * self.second.inputs
+        return kernel_unlike("LoKr", (outputs, inputs), shape)
 
     def apply_to(self, weight: Array) -> Array:
-        if self._is_conv1d:
-            product = np.kron(_product(self.first), wide(self.second[0]))
-        else:
-            product = np.kron(_product(self.first), _product(self.second))
+        conv1d = self._conv1d
+        second = self.second.matrix() if conv1d is None else wide(conv1d)
+        product = np.kron(self.first.matrix(), second)
         return wide(weight) + product.reshape(weight.shape) * np.float32(self.scale)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """(L1 · R1) ⊗ (L2 · R2) = (L1 ⊗ L2) · (R1 ⊗ R2)."""
-        if self._is_conv1d:
+        if self._conv1d is not None:
             return None
-        rank = _rank(self.first) * _rank(self.second)
-        if not pays(rank, weight.shape):
+        first, second = _smallest(self.first), _smallest(self.second)
+        if not pays(first.rank * second.rank, weight.shape):
             return None
-        (left1, right1), (left2, right2) = _smallest(self.first), _smallest(self.second)
+        left1, right1 = first.factors()
+        left2, right2 = second.factors()
         return pair(np.kron(right1, right2), np.kron(left1, left2) * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None
 
 
-def _product(parts: tuple[Array, ...]) -> Floats:
-    """As one matrix, the axes of a kernel side by side."""
-    if len(parts) == 1:
-        return wide(parts[0]).reshape(len(parts[0]), -1)
-    left, right = thin(parts)
-    return left @ right
-
-
-def _rank(parts: tuple[Array, ...]) -> int:
-    """The most that `_smallest` needs."""
-    return min(rows(parts), columns(parts), *(len(factor) for factor in parts[1:][-1:]))
-
-
-def _smallest(parts: tuple[Array, ...]) -> tuple[Floats, Floats]:
-    """As a pair of the smallest rank that needs no decomposition."""
-    rank = _rank(parts)
-    if len(parts) > 1 and len(parts[-1]) == rank:
-        return thin(parts)
-    matrix = _product(parts)
-    identity = np.eye(rank, dtype=matrix.dtype)
-    return (identity, matrix) if len(matrix) == rank else (matrix, identity)
+def _smallest(operand: Whole | Product | CoredProduct) -> Whole | Product | CoredProduct:
+    """The operand, or the array that it makes where that has a smaller rank: no decomposition is needed for either."""
+    if operand.rank <= min(operand.outputs, operand.inputs):
+        return operand
+    return Whole(operand.matrix())
 
 
 def read_lokr(module: Module) -> Part:
@@ -108,15 +91,15 @@ def read_lokr(module: Module) -> Part:
     return Part(change=LoKr(first, second, module.scale))
 
 
-def _read_whole(module: Module, name: str, axes: tuple[int, ...]) -> tuple[Array] | None:
+def _read_whole(module: Module, name: str, axes: tuple[int, ...]) -> Whole | None:
     """One array; None where there are factors in its place. Raises TensorError: another number of axes, or both."""
     if not module.has(name):
         return None
-    whole = module.tensor(name)
-    module.must(whole.ndim in axes and whole.size > 0, f"{name} must have {' or '.join(map(str, axes))} axes")
+    values = module.tensor(name)
+    module.must(values.ndim in axes and values.size > 0, f"{name} must have {' or '.join(map(str, axes))} axes")
     factors = {f"{name}_a", f"{name}_b", name.replace("_w", "_t")} & set(module.tensors)
     module.must(not factors, f"{name} must be whole, or made of factors")
-    return (whole,)
+    return Whole(values)
 
 
 METHOD = Method(

@@ -1,4 +1,4 @@
-"""Products of low rank as LoHa and LoKr have them: of two factors, or of a core and a factor for each of its modes.
+"""What LoHa and LoKr are made of: whole arrays, products of two factors, and products with a core between them.
 
 FedPara (Hyeon-Woo et al. 2022), propositions 1 and 3; PEFT 0.21: `tuners/lycoris_utils.py`.
 """
@@ -6,14 +6,18 @@ FedPara (Hyeon-Woo et al. 2022), propositions 1 and 3; PEFT 0.21: `tuners/lycori
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_lora.adapters.methods.arrays import Floats, wide
-from onnx_lora.adapters.methods.method import Module
-from onnx_lora.points import Array
+from onnx_lora.adapters.methods.arrays import Floats, flat, wide
 
-__all__ = ["LYCORIS_FIELDS", "columns", "read_product", "rows", "thin"]
+if TYPE_CHECKING:
+    from onnx_lora.adapters.methods.method import Module
+    from onnx_lora.points import Array
+
+__all__ = ["LYCORIS_FIELDS", "CoredProduct", "Product", "Whole", "read_product"]
 
 # Fields of the configs of LoHa and LoKr alike.
 LYCORIS_FIELDS = frozenset(
@@ -21,40 +25,117 @@ LYCORIS_FIELDS = frozenset(
 )
 
 
-def read_product(module: Module, name: str, core: str | None = None) -> tuple[Array, ...]:
+@dataclass(frozen=True)
+class Whole:
+    """`values` `[out, in, *kernel]`."""
+
+    values: Array
+
+    @property
+    def outputs(self) -> int:
+        """Of it as a matrix."""
+        return len(self.values)
+
+    @property
+    def inputs(self) -> int:
+        """Of it as a matrix: the axes of a kernel count as inputs."""
+        return flat(self.values.shape)[1]
+
+    @property
+    def rank(self) -> int:
+        """The most that a matrix of its shape can have."""
+        return min(self.outputs, self.inputs)
+
+    def matrix(self) -> Floats:
+        """`[out, in · kernel]`."""
+        return wide(self.values).reshape(self.outputs, -1)
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """The array and an identity, `[out, rank]` and `[rank, in · kernel]`."""
+        matrix = self.matrix()
+        identity = np.eye(self.rank, dtype=matrix.dtype)
+        return (identity, matrix) if self.outputs == self.rank else (matrix, identity)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`left` `[out, r]` times `right` `[r, in · kernel]`."""
+
+    left: Array
+    right: Array
+
+    @property
+    def outputs(self) -> int:
+        """Of the product."""
+        return len(self.left)
+
+    @property
+    def inputs(self) -> int:
+        """Of the product: the axes of a kernel count as inputs."""
+        return int(self.right.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.right)
+
+    def matrix(self) -> Floats:
+        """`[out, in · kernel]`."""
+        return wide(self.left) @ wide(self.right)
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """`[out, r]` and `[r, in · kernel]`."""
+        return wide(self.left), wide(self.right)
+
+
+@dataclass(frozen=True)
+class CoredProduct:
+    """A `core` `[r, r, *kernel]`, multiplied with `by_output` `[r, out]` along its first axis and with `by_input`
+    `[r, in]` along its second. FedPara, proposition 3."""
+
+    core: Array
+    by_output: Array
+    by_input: Array
+
+    @property
+    def outputs(self) -> int:
+        """Of the product."""
+        return int(self.by_output.shape[1])
+
+    @property
+    def inputs(self) -> int:
+        """Of the product: the axes of a kernel count as inputs."""
+        return int(self.by_input.shape[1]) * math.prod(self.core.shape[2:])
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.by_output)
+
+    def matrix(self) -> Floats:
+        """`[out, in · kernel]`."""
+        left, right = self.factors()
+        return left @ right
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """`[out, r]` and `[r, in · kernel]`, the core in the second."""
+        inner = np.einsum("ij...,jr->ir...", wide(self.core), wide(self.by_input))
+        return wide(self.by_output).T, inner.reshape(len(inner), -1)
+
+
+def read_product(module: Module, name: str, core: str | None = None) -> Product | CoredProduct:
     """The factors `NAME_a` `[out, r]` and `NAME_b` `[r, in · kernel]`; or, where the module has the tensor `core`
-    `[r, r, *kernel]`, that before `NAME_a` `[r, out]` and `NAME_b` `[r, in]`.
+    `[r, r, *kernel]`, that with `NAME_a` `[r, out]` and `NAME_b` `[r, in]`.
 
     Raises TensorError: one of them is missing or empty, the rank is not the config's, or the shapes do not fit.
     """
-    w_a, w_b = module.tensor(f"{name}_a", 2), module.tensor(f"{name}_b", 2)
-    module.must_have_rank(len(w_b))
-    module.must(w_a.size > 0 and w_b.size > 0, f"the factors of {name} must hold something")
+    a, b = module.tensor(f"{name}_a", 2), module.tensor(f"{name}_b", 2)
+    module.must_have_rank(len(b))
+    module.must(a.size > 0 and b.size > 0, f"the factors of {name} must hold something")
     if core is None or not module.has(core):
-        module.must(w_a.shape[1] == len(w_b), f"the factors of {name} must fit")
-        return w_a, w_b
+        module.must(a.shape[1] == len(b), f"the factors of {name} must fit")
+        return Product(a, b)
     values = module.tensor(core, 4)
-    fits = values.shape[:2] == (len(w_a), len(w_b)) and values.size > 0
+    fits = len(a) == len(b) and values.shape[:2] == (len(a), len(b)) and values.size > 0
     module.must(fits, f"the factors of {core} must fit")
-    return values, w_a, w_b
-
-
-def thin(parts: tuple[Array, ...]) -> tuple[Floats, Floats]:
-    """A product as a pair `[out, r]`, `[r, in · kernel]`: of two factors, or of a core `[r, r, *kernel]` with a factor
-    for each mode, `[r, out]` and `[r, in]`. FedPara (Hyeon-Woo et al. 2022), proposition 3."""
-    if len(parts) == 2:
-        return wide(parts[0]), wide(parts[1])
-    core, by_output, by_input = map(wide, parts)
-    inner = np.einsum("ij...,jr->ir...", core, by_input)
-    return by_output.T, inner.reshape(len(inner), -1)
-
-
-def rows(parts: tuple[Array, ...]) -> int:
-    """Outputs of one array, or of a product that `thin` knows."""
-    return parts[1].shape[1] if len(parts) == 3 else len(parts[0])
-
-
-def columns(parts: tuple[Array, ...]) -> int:
-    """Inputs of one array, or of a product that `thin` knows, the axes of a kernel counted as inputs."""
-    kernel: int = math.prod(parts[0].shape[2:]) if len(parts) != 2 else 1
-    return int(parts[-1].shape[1]) * kernel
+    return CoredProduct(values, a, b)

@@ -37,6 +37,7 @@ METHODS: Plugins[Method] = Plugins(
         "PVERA": f"{_HERE}.pvera:METHOD",
         "RANDLORA": f"{_HERE}.randlora:METHOD",
         "SHIRA": f"{_HERE}.shira:METHOD",
+        "SUPERTUNING": f"{_HERE}.supertuning:METHOD",
         "TRAINABLE_TOKENS": f"{_HERE}.tokens:METHOD",
         "VBLORA": f"{_HERE}.vblora:METHOD",
         "VERA": f"{_HERE}.vera:METHOD",

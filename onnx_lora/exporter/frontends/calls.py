@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.checkpoint import overridden
+from onnx_lora.exporter.torch_weights import overridden_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,7 @@ __all__ = ["count_calls"]
 def count_calls(model: nn.Module, runs: Mapping[str, Callable[[], object]]) -> dict[str, Calls]:
     """For every graph of a model, what the run behind it does with each module."""
     modules = dict(model.named_modules())
-    plain = {name: kind for name, module in modules.items() if (kind := overridden(module)) is not None}
+    plain = {name: kind for name, module in modules.items() if (kind := overridden_class(module)) is not None}
     shared = _sharing(modules)
     found: dict[str, Calls] = {}
     for graph, run in runs.items():

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.frontends.huggingface import config_of
 from onnx_lora.exporter.frontends.rope import RopeError, rope_fields
 from onnx_lora.json_file import read_json
 
-__all__ = ["is_newer", "readable", "translated_config"]
+__all__ = ["is_newer", "open_readable", "translate_config"]
 
 _CONFIG = "config.json"
 
@@ -64,39 +63,52 @@ _RENAMED = {"num_local_experts": "num_experts", "scale_decoder_outputs": "tie_wo
 
 
 @contextlib.contextmanager
-def readable(model: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+def open_readable(
+    model: str | os.PathLike[str], fields: Mapping[str, Any] | None = None
+) -> Iterator[str | os.PathLike[str]]:
     """What to read in place of a folder or a hub id: itself, or a folder of the same files with translated configs,
-    for as long as the block runs.
+    for as long as the block runs. `fields`: what its config.json says, where it was read already; of a hub id it must
+    have been.
 
-    Raises ModelError: a config says what the installed transformers does not understand, or there is none.
+    Raises ModelError: a config says what the installed transformers does not understand, or is no JSON.
     """
     root = Path(model)
     if not root.is_dir():
-        config = config_of(model)
-        if not is_newer(_version(config)) and translated_config(config, model) == config:
+        written = dict(fields or {})
+        if not is_newer(_version(written)) and translate_config(written, model) == written:
             yield model
             return
-        root = _snapshot(model)
-    configs: dict[Path, dict[str, Any]] = {}
-    for file in sorted([*root.glob(_CONFIG), *root.glob(f"*/{_CONFIG}")]):  # a pipeline's networks have their own
-        config = read_json(file, ModelError)
-        translated = translated_config(config, file)
-        if translated != config:
-            configs[file.relative_to(root)] = translated
-    if not configs:
+        root, fields = _snapshot(model), None
+    changed = _changed_configs(root, fields)
+    if not changed:
         yield root
         return
     with tempfile.TemporaryDirectory(prefix="onnx_lora.") as scratch:
         folder = Path(scratch) / root.resolve().name
         shutil.copytree(root, folder, copy_function=_copy_or_link)
-        for name, config in configs.items():
+        for name, config in changed.items():
             (folder / name).unlink()
             (folder / name).write_text(json.dumps(config, indent=2), "utf-8")
         yield folder
 
 
-def translated_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A config's dictionary as the installed transformers must be told to compute the same.
+def _changed_configs(root: Path, fields: Mapping[str, Any] | None) -> dict[Path, dict[str, Any]]:
+    """The configs of a folder that the installed transformers must be told otherwise, by their place in it; a
+    pipeline's networks have their own. `fields`: those of the folder itself, where they were read already."""
+    changed: dict[Path, dict[str, Any]] = {}
+    for file in sorted([*root.glob(_CONFIG), *root.glob(f"*/{_CONFIG}")]):
+        if fields is not None and file.parent == root:
+            written = dict(fields)
+        else:
+            written = read_json(file, ModelError)
+        translated = translate_config(written, file)
+        if translated != written:
+            changed[file.relative_to(root)] = translated
+    return changed
+
+
+def translate_config(config: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A config's dictionary as the installed transformers must be told to compute the same. `path` is for messages.
 
     Raises ModelError: it says what the installed transformers does not understand.
     """
@@ -130,19 +142,13 @@ def _version(config: Mapping[str, Any]) -> str:
 def _translate(
     config: dict[str, Any], kind: type[Any] | None, newer: bool, where: str, problems: list[str]
 ) -> dict[str, Any]:
-    """One level of a config, and those below it. `kind`: the installed class of it, or None for one that it lacks."""
+    """One level of a config, and those below it. `kind`: the installed class of it, or None for one that it lacks.
+    `where`: the names of the levels above, each with a dot. What cannot be translated is added to `problems`."""
     if kind is None:
         return config  # whoever loads it says that it knows no such model
-    config = {name: _decoded(value) for name, value in config.items()}
+    config = {name: _decode(value) for name, value in config.items()}
     known = _fields_of(kind)
-    parts = getattr(kind, "sub_configs", {})
-    parts = parts if isinstance(parts, dict) else {}
-    translated = {
-        name: _translate(value, _class_of(value, parts.get(name)), newer, f"{where}{name}.", problems)
-        if isinstance(value, dict) and ("model_type" in value or name in parts)
-        else value
-        for name, value in config.items()
-    }
+    translated = _translate_parts(config, kind, newer, where, problems)
     rope = config.get("rope_parameters")
     if rope is not None and not isinstance(rope, dict):
         problems.append(f"{where}rope_parameters: must be an object, and is {rope!r}")
@@ -151,14 +157,33 @@ def _translate(
             translated |= rope_fields(config, known)
         except RopeError as error:
             problems.append(f"{where}rope_parameters: {error}")
-    if newer:
-        for name in [name for name in _RENAMED if name in config and name not in known and _RENAMED[name] in known]:
-            translated[_RENAMED[name]] = translated.pop(name)
-        problems += [
-            f"{where}{name}: has the value {value!r}, and the older {kind.__name__} knows no such field"
-            for name, value in config.items()
-            if name not in known and name in translated and not _is_harmless(name, value, config)
-        ]
+    if not newer:
+        return translated
+    for name, old in _RENAMED.items():
+        if name in config and name not in known and old in known:
+            translated[old] = translated.pop(name)
+    for name, value in config.items():
+        if name not in known and name in translated and not _is_harmless(name, value, config):
+            problems.append(
+                f"{where}{name}: has the value {value!r}, and the older {kind.__name__} knows no such field"
+            )
+    return translated
+
+
+def _translate_parts(
+    config: Mapping[str, Any], kind: type[Any], newer: bool, where: str, problems: list[str]
+) -> dict[str, Any]:
+    """A config whose inner configs (a text model's, a vision model's) are translated, and the rest as it was."""
+    parts = getattr(kind, "sub_configs", {})
+    if not isinstance(parts, dict):
+        parts = {}
+    translated: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and ("model_type" in value or name in parts):
+            inner = _class_of(value, parts.get(name))
+            translated[name] = _translate(value, inner, newer, f"{where}{name}.", problems)
+        else:
+            translated[name] = value
     return translated
 
 
@@ -180,10 +205,10 @@ def _are_default_layers(types: object, config: Mapping[str, Any]) -> bool:
     return all(name == names[index % every != 0] for index, name in enumerate(types))
 
 
-def _decoded(value: object) -> object:
+def _decode(value: object) -> object:
     """Infinity, which transformers 5 writes as an object."""
     if isinstance(value, list):
-        return [_decoded(entry) for entry in value]
+        return [_decode(entry) for entry in value]
     if isinstance(value, dict) and set(value) == {"__float__"}:
         return float(value["__float__"])
     return value
@@ -213,14 +238,18 @@ def _fields_of(kind: type[Any]) -> dict[str, object]:
 
     names: dict[str, object] = dict.fromkeys(vars(PretrainedConfig()))
     for ancestor in reversed(kind.__mro__):
-        # The attributes that a constructor sets are among the names of its code.
-        code = getattr(vars(ancestor).get("__init__"), "__code__", None)
-        names |= dict.fromkeys([*vars(ancestor), *(code.co_names if code else ())])
+        names |= dict.fromkeys(vars(ancestor))
+        constructor = getattr(vars(ancestor).get("__init__"), "__code__", None)
+        if constructor is not None:
+            # The attributes that a constructor sets are among the names of its code.
+            names |= dict.fromkeys(constructor.co_names)
     for file in Path(inspect.getfile(kind)).parent.glob("modeling_*.py"):
         for read in _READ.findall(file.read_text("utf-8")):
             names |= dict.fromkeys(read)
     names |= dict.fromkeys(getattr(kind, "attribute_map", {}))
-    return names | {name: value.default for name, value in inspect.signature(kind.__init__).parameters.items()}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        names[name] = parameter.default
+    return names
 
 
 def _snapshot(model: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,7 @@ from onnx_lora.adapters.formats.builder import TensorError, as_matrix
 from onnx_lora.adapters.formats.diffusion.lycoris_changes import Decomposed
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.methods.lokr import LoKr
-from onnx_lora.adapters.methods.products import columns, rows
+from onnx_lora.adapters.methods.products import CoredProduct, Product, Whole
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
 
@@ -39,9 +39,9 @@ def build_loha(tensors: Mapping[str, Array], alpha: float | None) -> LoHa:
     """
     left = _product(tensors, "hada_w1", "hada_t1")
     right = _product(tensors, "hada_w2", "hada_t2")
-    if (rows(left), columns(left)) != (rows(right), columns(right)):
+    if (left.outputs, left.inputs) != (right.outputs, right.inputs):
         raise TensorError("the two products of LoHa must have one shape")
-    scale = 1.0 if alpha is None else lora_scale(alpha, len(left[-1]))
+    scale = 1.0 if alpha is None else lora_scale(alpha, left.rank)
     return LoHa(left, right, scale)
 
 
@@ -53,26 +53,26 @@ def build_lokr(tensors: Mapping[str, Array], alpha: float | None) -> LoKr:
 
     Raises TensorError: a tensor is missing, or they do not fit each other.
     """
-    first = _whole(tensors, "lokr_w1") or _product(tensors, "lokr_w1", "")
+    first = _whole(tensors, "lokr_w1") or _product(tensors, "lokr_w1")
     second = _whole(tensors, "lokr_w2") or _product(tensors, "lokr_w2", "lokr_t2")
-    ranks = {len(part[-1]) for part in (first, second) if len(part) > 1}
+    ranks = {part.rank for part in (first, second) if not isinstance(part, Whole)}
     if len(ranks) > 1:
         raise TensorError(f"the factors of LoKr must have one rank, and have {sorted(ranks)}")
     scale = 1.0 if alpha is None or not ranks else lora_scale(alpha, ranks.pop())
     return LoKr(first, second, scale)
 
 
-def _whole(tensors: Mapping[str, Array], name: str) -> tuple[Array, ...]:
-    """The one tensor of a part of LoKr that is not made of factors; nothing where there is none. Raises TensorError."""
+def _whole(tensors: Mapping[str, Array], name: str) -> Whole | None:
+    """The tensor of a part of LoKr that is not made of factors; None where there is none. Raises TensorError."""
     values = tensors.get(name)
     if values is None:
-        return ()
+        return None
     if f"{name}_a" in tensors or f"{name}_b" in tensors or values.ndim < 2 or not values.size:
         raise TensorError(f"{name} must be whole, with 2 axes or more, or made of factors")
-    return (values,)
+    return Whole(values)
 
 
-def _product(tensors: Mapping[str, Array], name: str, core: str) -> tuple[Array, ...]:
+def _product(tensors: Mapping[str, Array], name: str, core: str | None = None) -> Product | CoredProduct:
     """A pair, `[out, r]` and `[r, in · kernel]`; or a core with a factor for each mode, `[r, out]` and `[r, in]`.
 
     Raises TensorError: a factor is missing, or they do not fit each other.
@@ -85,12 +85,13 @@ def _product(tensors: Mapping[str, Array], name: str, core: str) -> tuple[Array,
         raise TensorError(
             f"the factors of {name} must have 2 axes or more, and have shapes {w_a.shape} and {w_b.shape}"
         )
-    if core not in tensors:
+    if core is None or core not in tensors:
         a, b = w_a.reshape(len(w_a), -1), w_b.reshape(len(w_b), -1)
         if a.shape[1] != len(b):
             raise TensorError(f"the factors of {name} must have one rank, and have shapes {w_a.shape} and {w_b.shape}")
-        return a, b
+        return Product(a, b)
     values = tensors[core]
-    if values.ndim < 3 or values.shape[:2] != (len(w_a), len(w_b)) or w_a.ndim != 2 or w_b.ndim != 2:
+    are_square = len(w_a) == len(w_b) and w_a.ndim == w_b.ndim == 2
+    if values.ndim < 3 or values.shape[:2] != (len(w_a), len(w_b)) or not are_square:
         raise TensorError(f"{core} {values.shape} must fit the factors {w_a.shape} and {w_b.shape}")
-    return values, w_a, w_b
+    return CoredProduct(values, w_a, w_b)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.reading import Reading, name_problems, shown, widened_bfloat16
+from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.errors import AdapterFileError, MissingDependencyError
 from onnx_lora.points import Array
 
@@ -63,10 +64,6 @@ class _Entry:
     size: int = 0  # bytes
 
 
-class _DamageError(Exception):
-    """What is wrong with the header."""
-
-
 class _Header:
     """Reads the header front to back, and no more values of it than an adapter has."""
 
@@ -79,14 +76,14 @@ class _Header:
     def text(self) -> str:
         length = self.number("<Q")
         if length > _LIMIT:
-            raise _DamageError(f"a text of {length} bytes is too long")
+            raise TensorError(f"a text of {length} bytes is too long")
         return self.file.take(length).decode("utf-8")
 
     def count(self, number: int, what: str, *, smallest: int) -> int:
         """The number itself, where so many, each of `smallest` bytes at least, can still come."""
         self.values += number
         if number > self.file.left // smallest or self.values > _MOST_VALUES:
-            raise _DamageError(f"it cannot hold {number} {what}")
+            raise TensorError(f"it cannot hold {number} {what}")
         return number
 
     def value(self, kind: int) -> Any:
@@ -95,17 +92,17 @@ class _Header:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
-            raise _DamageError(f"values of type {kind} are not known here")
+            raise TensorError(f"values of type {kind} are not known here")
         inner, length = self.number("<I"), self.number("<Q")
         if inner not in _SCALARS and inner != _STRING:
-            raise _DamageError(f"arrays of type {inner} are not known here")
+            raise TensorError(f"arrays of type {inner} are not known here")
         smallest = 8 if inner == _STRING else struct.calcsize(_SCALARS[inner])
         return tuple(self.value(inner) for _ in range(self.count(length, "values in an array", smallest=smallest)))
 
     def entry(self) -> _Entry:
         name, axes = self.text(), self.number("<I")
         if axes > _AXES:
-            raise _DamageError(f"{name}: {axes} axes are too many")
+            raise TensorError(f"{name}: {axes} axes are too many")
         shape = tuple(self.number("<Q") for _ in range(axes))
         return _Entry(name, shape[::-1], self.number("<I"), self.number("<Q"))
 
@@ -115,7 +112,7 @@ def read_gguf_file(file: Reading) -> GgufFile:
     MissingDependencyError: quantized tensors, and no `gguf` package."""
     try:
         fields, entries, alignment = _header(_Header(file))
-    except (_DamageError, UnicodeDecodeError) as error:
+    except (TensorError, UnicodeDecodeError) as error:
         raise AdapterFileError(f"is damaged, or no GGUF file: {error}", path=file.path) from error
     end = file.size - file.left
     start = end + -end % alignment
@@ -130,10 +127,10 @@ def read_gguf_file(file: Reading) -> GgufFile:
 def _header(header: _Header) -> tuple[dict[str, Any], list[_Entry], int]:
     """The fields, the tensors, and to how many bytes their places are aligned."""
     if header.file.take(len(MAGIC)) != MAGIC:
-        raise _DamageError("it must begin with GGUF")
+        raise TensorError("it must begin with GGUF")
     version = header.number("<I")
     if version not in _VERSIONS:
-        raise _DamageError(f"version {version} (a number with zeros at its end: big-endian), and known are {_VERSIONS}")
+        raise TensorError(f"version {version} (a number with zeros at its end: big-endian), and known are {_VERSIONS}")
     # The shortest entries that there can be, in bytes.
     tensors = header.count(header.number("<Q"), "tensors", smallest=24)
     count = header.count(header.number("<Q"), "fields", smallest=13)
@@ -141,12 +138,12 @@ def _header(header: _Header) -> tuple[dict[str, Any], list[_Entry], int]:
     for _ in range(count):
         key = header.text()
         if key in fields:
-            raise _DamageError(f"{shown(key)} comes twice")
+            raise TensorError(f"{shown(key)} comes twice")
         fields[key] = header.value(header.number("<I"))
     entries = [header.entry() for _ in range(tensors)]
     alignment = fields.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= _LIMIT or alignment & (alignment - 1):
-        raise _DamageError(f"general.alignment must be a power of two, and is {alignment!r}")
+        raise TensorError(f"general.alignment must be a power of two, and is {alignment!r}")
     return fields, entries, alignment
 
 

@@ -1,5 +1,10 @@
 """An uncompressed `.npz` file as numpy arrays. It trusts nothing in the file, and knows nothing of what its tensors
-mean."""
+mean.
+
+`numpy.load` without pickles would make an array before it compares the header with the member's size (64 GiB for a
+header that says so). It also takes bytes behind an array, members that are no arrays, structures, texts, dates, and
+types that have another size on other machines. So the header is read by numpy's own functions here, and the sizes are
+checked before the data is read. A test holds that whatever `numpy.load` refuses is refused here."""
 
 from __future__ import annotations
 

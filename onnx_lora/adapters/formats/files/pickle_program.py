@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-__all__ = ["STORAGES", "RefusedError", "Storage", "Tensor", "read_program"]
+from onnx_lora.adapters.formats.problem import TensorError
+
+__all__ = ["STORAGES", "Storage", "Tensor", "read_program"]
 
 # The classes of storages, by the name of numpy's type.
 STORAGES = {
@@ -33,10 +35,6 @@ _MOST_INSTRUCTIONS = 4_000_000
 
 _DEEPEST = 100  # open tuples, lists and dictionaries; torch.save has five
 _MOST_AXES = 32
-
-
-class RefusedError(Exception):
-    """An instruction, a name or a value that is not allowed; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,12 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def read_program(file: BinaryIO) -> Any:
     """The value of the pickle that begins here; `file` stands behind it then.
 
-    Raises RefusedError. ValueError, IndexError, KeyError: damaged.
+    Raises TensorError. ValueError, IndexError, KeyError: damaged.
     """
     machine = _Machine()
     for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
         if count > _MOST_INSTRUCTIONS:
-            raise RefusedError(f"it has more than {_MOST_INSTRUCTIONS} instructions")
+            raise TensorError(f"it has more than {_MOST_INSTRUCTIONS} instructions")
         machine.do(instruction.name, argument)
     return machine.pop()
 
@@ -118,7 +116,7 @@ class _Machine:
         elif name not in ("PROTO", "FRAME", "STOP"):
             own = getattr(self, f"_{name.lower()}", None)
             if own is None:
-                raise RefusedError(f"it has the instruction {name}, which no file of tensors needs")
+                raise TensorError(f"it has the instruction {name}, which no file of tensors needs")
             own(argument)
 
     def pop(self) -> Any:
@@ -129,7 +127,7 @@ class _Machine:
     def _mark(self, argument: Any) -> None:
         del argument
         if len(self.marks) >= _DEEPEST:
-            raise RefusedError(f"it has values in more than {_DEEPEST} others")
+            raise TensorError(f"it has values in more than {_DEEPEST} others")
         self.marks.append(len(self.stack))
 
     def _marked(self) -> list[Any]:
@@ -162,7 +160,7 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise RefusedError("it appends to what is no list")
+            raise TensorError("it appends to what is no list")
         self.stack[-1].extend(items)
 
     def _setitem(self, argument: Any) -> None:
@@ -176,10 +174,10 @@ class _Machine:
 
     def _set(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not dict or len(items) % 2:
-            raise RefusedError("it sets items of what is no dictionary")
+            raise TensorError("it sets items of what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, int):
-                raise RefusedError(f"a key is a {type(key).__name__}, not a tensor's name")
+                raise TensorError(f"a key is a {type(key).__name__}, not a tensor's name")
             self.stack[-1][key] = value
 
     def _build(self, argument: Any) -> None:
@@ -187,7 +185,7 @@ class _Machine:
         del argument
         self.pop()
         if type(self.stack[-1]) is not dict:
-            raise RefusedError("it sets attributes of what is no state dict")
+            raise TensorError("it sets attributes of what is no state dict")
 
     def _global(self, argument: Any) -> None:
         self._put_name(*argument.split(" ", 1))
@@ -199,9 +197,9 @@ class _Machine:
 
     def _put_name(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise RefusedError("it asks for a name that is no text")
+            raise TensorError("it asks for a name that is no text")
         if (module, name) not in _CALLS and not (module == "torch" and name in STORAGES):
-            raise RefusedError(f"it asks for {module[:100]}.{name[:100]}, which no file of tensors needs")
+            raise TensorError(f"it asks for {module[:100]}.{name[:100]}, which no file of tensors needs")
         self.stack.append(_Name(module, name))
 
     def _reduce(self, argument: Any) -> None:
@@ -209,7 +207,7 @@ class _Machine:
         arguments, name = self.pop(), self.pop()
         call = _CALLS.get((name.module, name.name)) if type(name) is _Name else None
         if call is None or type(arguments) is not tuple:
-            raise RefusedError("it calls what is no function of torch's")
+            raise TensorError("it calls what is no function of torch's")
         self.stack.append(call(arguments))
 
     def _binpersid(self, argument: Any) -> None:
@@ -220,26 +218,26 @@ class _Machine:
 def _storage(description: Any) -> Storage:
     """`("storage", class, key, device, elements)`, as torch.save describes one."""
     if type(description) is not tuple or not 5 <= len(description) <= 6:
-        raise RefusedError("it names a storage in a way not known here")
+        raise TensorError("it names a storage in a way not known here")
     tag, kind, key, _, count, *view = description
     if type(tag) is not str or tag != "storage" or type(kind) is not _Name or kind.name not in STORAGES:
-        raise RefusedError("it names a storage in a way not known here")
+        raise TensorError("it names a storage in a way not known here")
     if type(key) not in (str, int):
-        raise RefusedError("it names a storage by what is no text")
+        raise TensorError("it names a storage by what is no text")
     if view and view[0] is not None:
-        raise RefusedError("it uses storages that are views of others (torch before 0.4)")
+        raise TensorError("it uses storages that are views of others (torch before 0.4)")
     return Storage(kind.name, str(key), _size(count, "size of a storage"))
 
 
 def _size(value: Any, what: str) -> int:
     if type(value) is not int or not 0 <= value < 2**62:
-        raise RefusedError(f"impossible {what}")
+        raise TensorError(f"impossible {what}")
     return value
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     if type(value) not in (tuple, list) or len(value) > _MOST_AXES:
-        raise RefusedError(f"impossible {what}")
+        raise TensorError(f"impossible {what}")
     return tuple(_size(size, what) for size in value)
 
 
@@ -249,7 +247,7 @@ def _ordered(arguments: tuple[Any, ...]) -> dict[Any, Any]:
     machine.stack.append({})
     for pairs in arguments:
         if type(pairs) is not list or not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
-            raise RefusedError("a dictionary of what are no pairs")
+            raise TensorError("a dictionary of what are no pairs")
         for pair in pairs:
             machine._set(list(pair))
     made: dict[Any, Any] = machine.pop()
@@ -259,24 +257,24 @@ def _ordered(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 def _rebuilt(arguments: tuple[Any, ...]) -> Tensor:
     """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, …)`."""
     if len(arguments) < 4 or type(arguments[0]) is not Storage:
-        raise RefusedError("a tensor with an impossible storage")
+        raise TensorError("a tensor with an impossible storage")
     storage, offset, shape, strides = arguments[:4]
     tensor = Tensor(storage, _size(offset, "offset"), _sizes(shape, "shape"), _sizes(strides, "stride"))
     if len(tensor.shape) != len(tensor.strides):
-        raise RefusedError("a tensor whose shape and strides differ in length")
+        raise TensorError("a tensor whose shape and strides differ in length")
     return tensor
 
 
 def _first(arguments: tuple[Any, ...]) -> Any:
     """`torch._utils._rebuild_parameter(tensor, …)`."""
     if not arguments or type(arguments[0]) is not Tensor:
-        raise RefusedError("a parameter of what is no tensor")
+        raise TensorError("a parameter of what is no tensor")
     return arguments[0]
 
 
 def _size_of_torch(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     if len(arguments) != 1:
-        raise RefusedError("impossible shape")
+        raise TensorError("impossible shape")
     return _sizes(arguments[0], "shape")
 
 

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from onnx_lora import json_file
+from onnx_lora import json_text
 from onnx_lora.errors import AdapterFileError
-from onnx_lora.points import Array
+
+if TYPE_CHECKING:
+    from onnx_lora.points import Array
 
 __all__ = [
     "Reading",
@@ -28,7 +30,6 @@ __all__ = [
     "open_regular",
     "opened",
     "parse_json",
-    "read_json",
     "shown",
     "translated_damage",
     "widened_bfloat16",
@@ -145,17 +146,13 @@ def translated_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A config. Raises AdapterFileError: none, damaged, or too large for one."""
-    return json_file.read_json(path, AdapterFileError)
-
-
-def parse_json(text: bytes, path: Path, *, what: str) -> dict[str, Any]:
-    """A JSON object, without numbers that no float holds and without halves of characters.
+def parse_json(text: bytes, path: Path, *, what: str, names_once: bool = False) -> dict[str, Any]:
+    """A JSON object, without numbers that no float holds and without halves of characters. `names_once`: no name comes
+    twice in an object; else the last counts, as everywhere in Python.
 
     Raises AdapterFileError: `what` is damaged, too large, or another kind of JSON.
     """
-    return json_file.parse_json(text, path, AdapterFileError, what=what)
+    return json_text.parse_json(text, path, AdapterFileError, what=what, names_once=names_once)
 
 
 def name_problems(names: Iterable[str]) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files.pickle_program import STORAGES, RefusedError, Storage, Tensor, read_program
+from onnx_lora.adapters.formats.files.pickle_program import STORAGES, Storage, Tensor, read_program
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, shown, widened_bfloat16
 from onnx_lora.adapters.formats.files.zip_archive import archive_of
+from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -40,7 +41,7 @@ def read_torch_pickle(file: Reading) -> TensorFile:
     """
     try:
         arrays = _read_zip(file) if file.ahead(4) == b"PK\x03\x04" else _read_legacy(file)
-    except RefusedError as error:
+    except TensorError as error:
         raise AdapterFileError(
             f"must hold tensors by name and nothing else, and was not loaded: {error}; "
             "load it where you trust it and save it again as adapter_model.safetensors",
@@ -54,13 +55,13 @@ def _read_zip(file: Reading) -> Mapping[str, Array]:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise RefusedError("an archive of torch.save has exactly one data.pkl")
+            raise TensorError("an archive of torch.save has exactly one data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         order = members.get(f"{root}byteorder")
         if order is not None and archive.read(order).strip() != b"little":
-            raise RefusedError("it was written on a big-endian machine")
+            raise TensorError("it was written on a big-endian machine")
         if members[pickles[0]].file_size > _PICKLE_LIMIT:
-            raise RefusedError(f"its data.pkl has {members[pickles[0]].file_size} bytes (limit {_PICKLE_LIMIT})")
+            raise TensorError(f"its data.pkl has {members[pickles[0]].file_size} bytes (limit {_PICKLE_LIMIT})")
         state = _state(read_program(io.BytesIO(archive.read(pickles[0]))), file.size)
         return _arrays(state, lambda storage: archive.read(f"{root}data/{storage.key}"))
 
@@ -69,23 +70,23 @@ def _read_legacy(file: Reading) -> Mapping[str, Array]:
     stream = io.BytesIO(file.rest())
     magic, version, system = (read_program(stream) for _ in range(3))
     if type(magic) is not int or magic != _LEGACY_MAGIC or type(version) is not int or version != _LEGACY_VERSION:
-        raise RefusedError("it is a pickle, but not one of torch.save")
+        raise TensorError("it is a pickle, but not one of torch.save")
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise RefusedError("it was written on a big-endian machine")
+        raise TensorError("it was written on a big-endian machine")
     state = _state(read_program(stream), file.size)
     keys = read_program(stream)
     storages = {tensor.storage.key: tensor.storage for tensor in state.values()}
     if type(keys) is not list or not all(type(key) in (str, int) for key in keys):
-        raise RefusedError("it does not list its storages")
+        raise TensorError("it does not list its storages")
     if not set(storages) <= {str(key) for key in keys}:
-        raise RefusedError("it does not hold the storages that its tensors name")
+        raise TensorError("it does not hold the storages that its tensors name")
     view = stream.getbuffer()
     where: dict[str, memoryview] = {}
     position = stream.tell()
     for key in map(str, keys):
         storage = storages.get(key)
         if storage is None:
-            raise RefusedError(f"it holds a storage {shown(key)} that no tensor names")
+            raise TensorError(f"it holds a storage {shown(key)} that no tensor names")
         end = position + 8 + storage.count * _TYPES[storage.kind].itemsize
         if end > len(view) or int.from_bytes(view[position : position + 8], "little") != storage.count:
             raise ValueError(f"storage {shown(key)} does not have {storage.count} elements")
@@ -97,15 +98,15 @@ def _read_legacy(file: Reading) -> Mapping[str, Array]:
 def _state(value: Any, size: int) -> dict[str, Tensor]:
     """A state dict, of a file of `size` bytes."""
     if type(value) is not dict:
-        raise RefusedError(f"it holds a {type(value).__name__}, not a dictionary")
+        raise TensorError(f"it holds a {type(value).__name__}, not a dictionary")
     for name, tensor in value.items():
         if type(name) is not str or type(tensor) is not Tensor:
-            raise RefusedError(f"{shown(name)} is a {type(tensor).__name__}, not a tensor")
+            raise TensorError(f"{shown(name)} is a {type(tensor).__name__}, not a tensor")
     if problems := name_problems(value):
-        raise RefusedError(problems[0])
+        raise TensorError(problems[0])
     used = sum(_bytes(tensor) for tensor in value.values())
     if used > _MOST_USES * size:
-        raise RefusedError(f"its tensors have {used} bytes, and the whole file has {size}")
+        raise TensorError(f"its tensors have {used} bytes, and the whole file has {size}")
     return value
 
 
@@ -120,7 +121,7 @@ def _arrays(state: Mapping[str, Tensor], read: Callable[[Storage], bytes | memor
     for name, tensor in state.items():
         known, values = storages.get(tensor.storage.key) or (tensor.storage, _numbers(read(tensor.storage), tensor))
         if known != tensor.storage:
-            raise RefusedError(f"storage {shown(known.key)} is described in two ways")
+            raise TensorError(f"storage {shown(known.key)} is described in two ways")
         storages[known.key] = known, values
         if tensor not in arrays:
             arrays[tensor] = _strided(name, values, tensor)
@@ -140,7 +141,7 @@ def _strided(name: str, values: Array, tensor: Tensor) -> Array:
     count = math.prod(tensor.shape)
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if count and (last >= values.size or count > values.size):
-        raise RefusedError(f"{name} reaches beyond its storage of {values.size} elements")
+        raise TensorError(f"{name} reaches beyond its storage of {values.size} elements")
     if not count:
         return np.empty(tensor.shape, values.dtype)
     return np.lib.stride_tricks.as_strided(

@@ -12,11 +12,12 @@ from typing import Any
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Origin, Replacement
 from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
 from onnx_lora.adapters.formats.files.npz_file import read_npz
-from onnx_lora.adapters.formats.files.reading import TensorFile, opened, read_json, shown
+from onnx_lora.adapters.formats.files.reading import TensorFile, opened, shown
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, NPZ, WEIGHTS
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
+from onnx_lora.json_file import read_json
 from onnx_lora.points import Array
 
 __all__ = ["read_mlx"]
@@ -82,7 +83,7 @@ def _read_tensors(weights: Path) -> TensorFile:
 
 
 def _config(path: Path) -> _Config:
-    fields = read_json(path)
+    fields = read_json(path, AdapterFileError)
     kind = fields.get("fine_tune_type") or ("dora" if fields.get("use_dora") else "lora")
     if kind not in ("lora", "dora", "full"):
         raise UnsupportedAdapterError(f"fine_tune_type {shown(kind)} is not known here", path=path)

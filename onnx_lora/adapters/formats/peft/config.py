@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import read_json, shown
+from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.peft.patterns import Patterns
 from onnx_lora.adapters.formats.peft.refused import check_method, refusals
 from onnx_lora.adapters.formats.peft.rules import (
@@ -27,6 +27,7 @@ from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.expressions import Expression, ExpressionError, Work
 from onnx_lora.heads import TASK_HEADS
+from onnx_lora.json_file import read_json
 
 __all__ = ["CONFIG", "parse_config", "read_config"]
 
@@ -41,7 +42,7 @@ def read_config(path: Path, *, with_initial: bool = False) -> PeftConfig:
     Raises AdapterFileError: damaged, or not PEFT's. UnsupportedAdapterError: PEFT's, and refused,
     every reason named.
     """
-    return parse_config(read_json(path), path, with_initial=with_initial)
+    return parse_config(read_json(path, AdapterFileError), path, with_initial=with_initial)
 
 
 def parse_config(config: dict[str, Any], path: Path, *, with_initial: bool = False) -> PeftConfig:

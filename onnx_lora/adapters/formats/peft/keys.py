@@ -18,7 +18,8 @@ _COPIES = (".modules_to_save.", ".ln_tuning_layers.")
 
 _LAYERS = re.compile(r"(?:\.base_layer|\.token_adapter)++(?=\.)")
 
-# The beginnings of other methods' names of tensors.
+# The beginnings of other methods' names of tensors. A name with none of them counts as a whole parameter's, and `bind`
+# refuses that where the base has none.
 _OTHERS = (
     "hada_",
     "lokr_",
@@ -38,7 +39,6 @@ _OTHERS = (
     "gralora_",
     "road_",
     "waveft_",
-    "beft_",
 )
 
 # Why a key that is none of the method's is refused; the first match counts. Others are whole parameters.

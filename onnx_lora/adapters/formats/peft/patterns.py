@@ -49,11 +49,13 @@ class Patterns:
 
     def __init__(self, texts: Sequence[str], where: Literal["at end", "around"], work: Work | None = None) -> None:
         """Raises ExpressionError: one of them is no expression, or there are too many that are no names."""
-        self._inside, self._work = where == "around", work or Work()
-        self._names: dict[int, dict[_Form, dict[str, list[int]]]] = {}  # by length
+        self._inside = where == "around"
+        self._work = work or Work()
+        self._names: dict[int, dict[_Form, dict[str, list[int]]]] = {}  # by length, form and name
         self._expressions: list[tuple[int, Expression]] = []
         for number, text in enumerate(texts):
-            if plain := _NAME.fullmatch(text):
+            plain = _NAME.fullmatch(text)
+            if plain:
                 self._put(number, plain)
             else:
                 self._expressions.append((number, Expression(_WRAPPERS[where].replace("{}", text), self._work)))
@@ -61,12 +63,12 @@ class Patterns:
                 raise ExpressionError(f"has more than {_MOST} expressions; write the modules' names")
 
     def _put(self, number: int, plain: re.Match[str]) -> None:
-        letters = re.findall(r"\\.|.", plain["name"], re.DOTALL)
-        form = _Form(
-            plain["begin"] != "", plain["end"] != "", tuple(i for i, letter in enumerate(letters) if letter == ".")
-        )
+        letters: list[str] = re.findall(r"\\.|.", plain["name"], re.DOTALL)
+        any_character = [place for place, letter in enumerate(letters) if letter == "."]
+        form = _Form(plain["begin"] != "", plain["end"] != "", tuple(any_character))
         name = form.of("".join(letter[-1] for letter in letters))
-        self._names.setdefault(len(letters), {}).setdefault(form, {}).setdefault(name, []).append(number)
+        forms = self._names.setdefault(len(letters), {})
+        forms.setdefault(form, {}).setdefault(name, []).append(number)
 
     def first(self, module: str) -> int | None:
         """The number of the first that matches, or None. Raises ExpressionError: too much work."""
@@ -80,20 +82,29 @@ class Patterns:
 
     def all(self, module: str) -> list[int]:
         """The numbers of all that match. Raises ExpressionError: too much work."""
-        matching = [number for number, expression in self._expressions if expression.match(module)]
-        return sorted({*self._plain(module), *matching})
+        found = set(self._plain(module))
+        for number, expression in self._expressions:
+            if expression.match(module):
+                found.add(number)
+        return sorted(found)
 
     def _plain(self, module: str) -> Iterator[int]:
+        """The numbers of the plain names that match."""
         for start, end in self._pieces(module):
             for form, names in self._names.get(end - start, {}).items():
                 self._work.spend(1)
-                if (start and form.begin) or (end < len(module) and form.end):
-                    continue
-                yield from names.get(form.of(module[start:end]), ())
+                is_outside = (start > 0 and form.begin) or (end < len(module) and form.end)
+                if not is_outside:
+                    yield from names.get(form.of(module[start:end]), ())
 
     def _pieces(self, module: str) -> Iterator[tuple[int, int]]:
         """Where a plain name may stand: at the end, behind a dot; or between any two."""
         dots = [place for place, character in enumerate(module) if character == "."]
-        ends = [*dots, len(module)] if self._inside else [len(module)]
-        for start in (0, *(dot + 1 for dot in dots)):
-            yield from ((start, end) for end in ends if end >= start)
+        starts = [0, *(dot + 1 for dot in dots)]
+        ends = [len(module)]
+        if self._inside:
+            ends = [*dots, len(module)]
+        for start in starts:
+            for end in ends:
+                if end >= start:
+                    yield start, end

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
+from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.points import Array
@@ -28,20 +29,29 @@ _PREFIX = "base_model.model."
 
 
 def write_peft(adapter: PortableAdapter, folder: Path) -> None:
-    """Raises UnsupportedAdapterError: what one config of PEFT cannot say."""
+    """Write the folder, which must not exist: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises UnsupportedAdapterError: what one config of PEFT cannot say.
+    """
     refuse(adapter, "PEFT's LoRA", dora_problems(adapter.deltas) + _whole_problems(adapter))
     deltas = {module: with_alpha(delta) for module, delta in adapter.deltas.items()}
-    tensors = {f"{_PREFIX}{name}": values for name, values in lora_tensors(deltas).items()}
+    tensors: dict[str, Array] = {}
+    for name, values in lora_tensors(deltas).items():
+        tensors[f"{_PREFIX}{name}"] = values
+    saved_modules: set[str] = set()
+    has_biases = False
     for name, replacement in adapter.replacements.items():
         module, _, parameter = name.rpartition(".")
         inside = f"{module}.base_layer" if module in deltas else module
         tensors[f"{_PREFIX}{inside}.{parameter}"] = replacement.value
-    own = [name for name, replacement in adapter.replacements.items() if not replacement.in_place]
-    biases = any(name.endswith(".bias") for name in adapter.replacements if name not in own)
+        if not replacement.in_place:
+            saved_modules.add(module)
+        elif parameter == "bias":
+            has_biases = True
     config = lora_config(deltas) | {
         "base_model_name_or_path": adapter.origin.base_model or None,
-        "bias": "all" if biases else "none",
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in own}) or None,
+        "bias": "all" if has_biases else "none",
+        "modules_to_save": sorted(saved_modules) or None,
         "inference_mode": True,
         "task_type": None,
     }
@@ -51,18 +61,16 @@ def write_peft(adapter: PortableAdapter, folder: Path) -> None:
 
 
 def _whole_problems(adapter: PortableAdapter) -> list[str]:
-    problems = [
-        f"{name}: is {'added to' if replacement.operation == 'add' else 'multiplied with'} the base's own, and PEFT "
-        "only replaces; merge it"
-        for name, replacement in adapter.replacements.items()
-        if replacement.operation != "set"
-    ]
-    both = [
-        name
-        for name, replacement in adapter.replacements.items()
-        if name.rpartition(".")[0] in adapter.deltas and not replacement.in_place
-    ]
-    return problems + [f"{name}: its module has factors too, and PEFT keeps one or the other" for name in both]
+    """Whole weights that a PEFT folder cannot hold."""
+    problems: list[str] = []
+    for name, replacement in adapter.replacements.items():
+        if replacement.operation != "set":
+            done = "added to" if replacement.operation == "add" else "multiplied with"
+            problems.append(f"{name}: is {done} the base's own, and PEFT only replaces; merge it")
+    for name, replacement in adapter.replacements.items():
+        if name.rpartition(".")[0] in adapter.deltas and not replacement.in_place:
+            problems.append(f"{name}: its module has factors too, and PEFT keeps one or the other")
+    return problems
 
 
 def refuse(adapter: PortableAdapter, format: str, problems: list[str]) -> None:
@@ -76,29 +84,28 @@ def refuse(adapter: PortableAdapter, format: str, problems: list[str]) -> None:
 
 
 def dora_problems(deltas: Mapping[str, Delta]) -> list[str]:
-    """DoRA is for all modules or for none in one config; a scale that was computed is not its magnitude."""
+    """Why one config cannot say which modules have DoRA: it is for all of them or for none."""
     with_dora = [module for module, delta in deltas.items() if delta.magnitude is not None]
-    without = [module for module in deltas if module not in with_dora]
-    problems = []
-    if with_dora and without:
-        problems.append(
-            f"{without[0]} (and {len(without) - 1} more): has no DoRA, and {with_dora[0]} has; "
-            "one config says it for all"
-        )
-    return problems
+    without = [module for module, delta in deltas.items() if delta.magnitude is None]
+    if not with_dora or not without:
+        return []
+    return [
+        f"{without[0]} (and {len(without) - 1} more): has no DoRA, and {with_dora[0]} has; one config says it for all"
+    ]
 
 
 def lora_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     """The fields of `LoraConfig` that say ranks, alphas and targets; names in patterns are anchored and exact."""
-    ranks = {module: len(delta.a) for module, delta in deltas.items()}
+    ranks = {module: delta.rank for module, delta in deltas.items()}
     alphas = {module: alpha_for(delta) for module, delta in deltas.items()}
-    rank, alpha = _most_common(ranks, 8), _most_common(alphas, 8)
+    rank = _most_common(ranks, 8)
+    alpha = _most_common(alphas, 8)
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_anchored(module): own for module, own in ranks.items() if own != rank},
-        "alpha_pattern": {_anchored(module): own for module, own in alphas.items() if own != alpha},
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": sorted(deltas) or _NO_TARGETS,
         "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
         "use_rslora": False,
@@ -106,6 +113,11 @@ def lora_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+
+
+def _pattern(numbers: Mapping[str, float], default: float) -> dict[str, float]:
+    """The modules whose number is another than the config's."""
+    return {_anchored(module): number for module, number in numbers.items() if number != default}
 
 
 def _anchored(module: str) -> str:
@@ -118,16 +130,19 @@ def _most_common(values: Mapping[str, Any], default: Any) -> Any:
 
 def alpha_for(delta: Delta) -> float:
     """alpha with alpha / r equal to the scale, as near as it comes; whole where it is that."""
-    rank = len(delta.a)
-    near = delta.scale * rank
-    candidates = [near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
-    alpha = next((own for own in candidates if own / rank == delta.scale), near)
+    near = delta.scale * delta.rank
+    alpha = near
+    for candidate in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
+        if lora_scale(candidate, delta.rank) == delta.scale:
+            alpha = candidate
+            break
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def with_alpha(delta: Delta) -> Delta:
     """The delta itself, or with the scale in B where no alpha gives that scale exactly."""
-    return delta if alpha_for(delta) / len(delta.a) == delta.scale else multiplied_in(delta, 1.0)
+    has_alpha = lora_scale(alpha_for(delta), delta.rank) == delta.scale
+    return delta if has_alpha else multiplied_in(delta, 1.0)
 
 
 def multiplied_in(delta: Delta, scale: float) -> Delta:

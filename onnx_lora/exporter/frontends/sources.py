@@ -1,0 +1,32 @@
+"""The kinds of sources, and which of them made a package. It names them by their modules and imports none before it is
+asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+from onnx_lora.lazy import load_object
+
+if TYPE_CHECKING:
+    from onnx_lora.exporter.frontends.source import ModelSource, RecordedSource
+
+__all__ = ["SOURCES", "recorded_source"]
+
+# Asked in this order whether a manifest describes a package of theirs; the last one takes all that are left.
+SOURCES = (
+    "onnx_lora.exporter.frontends.pipeline:Pipeline",
+    "onnx_lora.exporter.frontends.checkpoint:Checkpoint",
+    "onnx_lora.exporter.frontends.onnx_files:OnnxFiles",
+)
+
+
+def recorded_source(record: Mapping[str, str], checkpoint: str | os.PathLike[str]) -> ModelSource:
+    """The source that a manifest's `source` describes, with its model at `checkpoint`: a folder or a hub id."""
+    for place in SOURCES:
+        kind = cast("RecordedSource", load_object(place))
+        found = kind.of_record(record, checkpoint)
+        if found is not None:
+            return found
+    raise AssertionError("the last kind takes every record")
