@@ -6,7 +6,6 @@ and takes memory that should be given back before its graph is opened."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from onnx_lora.errors import ExportError, ModelError, StorageError
+from onnx_lora.errors import ExportError, ModelError, OnnxLoraError, StorageError
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import Progress
+from onnx_lora.json_file import read_json
 
 __all__ = ["NoTokenizer", "Wish", "build_graph", "builder_version"]
 
@@ -189,7 +189,7 @@ def _last_words(lines: list[str]) -> str:
 def _is_whole(folder: Path) -> bool:
     """Whether all but the tokenizer was written: its config comes after the graph, and before the tokenizer."""
     try:
-        json.loads((folder / "genai_config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        read_json(folder / "genai_config.json", ModelError)
+    except OnnxLoraError:
         return False
     return (folder / "model.onnx").is_file()

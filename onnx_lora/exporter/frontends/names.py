@@ -4,12 +4,14 @@ folder's config for the name alone."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from onnx_lora.errors import ModelError, OnnxLoraError
+from onnx_lora.json_file import read_json
 
 __all__ = ["base_of", "base_of_fields", "name_of", "short_name"]
 
@@ -35,9 +37,9 @@ def base_of(model: str | os.PathLike[str]) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     for file in _CONFIGS:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            fields = json.loads((folder / file).read_text("utf-8"))
-            if isinstance(fields, dict) and _name_in(fields):
+        with contextlib.suppress(OnnxLoraError):
+            fields = read_json(folder / file, ModelError)
+            if _name_in(fields):
                 return base_of_fields(folder, fields)
     return base_of_fields(folder, {})
 
