@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json, widened_bfloat16
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json, widen_bfloat16
 from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
@@ -146,6 +146,6 @@ def _is_sizes(value: object) -> bool:
 def _tensor(data: bytes, entry: _Entry) -> Array:
     values: Array = np.frombuffer(data, _DTYPES[entry.kind]).reshape(entry.shape)
     if entry.kind == "BF16":
-        values = widened_bfloat16(values)
+        values = widen_bfloat16(values)
     values.flags.writeable = False
     return values
