@@ -19,8 +19,9 @@ from onnx_lora import bind, read_adapter
 from onnx_lora.adapters.formats.files import gguf_file, pickle_program
 from onnx_lora.adapters.formats.files import zip_archive as zip_file
 from onnx_lora.adapters.formats.files.npz_file import read_npz
-from onnx_lora.adapters.formats.files.reading import open_reading, shown
+from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.errors import AdapterFileError, InputError
 from tests.adapters.building import PackageBuilder, lora, numbers, peft_folder
 from tests.adapters.test_format_gguf import file as gguf_sample

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Module
 from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays

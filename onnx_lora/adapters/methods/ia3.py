@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta, Replacement
-from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters

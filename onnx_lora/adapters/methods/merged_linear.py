@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta
-from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.adapters.methods.method import DocsRow, Module
 from onnx_lora.points import Array
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from onnx_lora.adapters.adapter import Change, Delta, MatrixDelta, Replacement
-from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.points import Array
 
 __all__ = ["MERGE", "RETRAIN", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "bare_parameters"]

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.formats.files.reading import shown
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
 from onnx_lora.adapters.methods.shapes import not_for, pair, pays

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.formats.files.reading import shown
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters

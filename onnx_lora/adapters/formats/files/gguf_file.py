@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files.reading import Reading, name_problems, shown, widen_bfloat16
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.files.reading import Reading, name_problems, widen_bfloat16
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.errors import AdapterFileError, MissingDependencyError
 from onnx_lora.points import Array
 

@@ -4,7 +4,6 @@ read once, into memory of our own, so that what was checked, used and hashed is 
 from __future__ import annotations
 
 import hashlib
-import reprlib
 import struct
 import tokenize
 import zipfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from onnx_lora import json_text
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.errors import AdapterFileError
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "open_reading",
     "open_regular",
     "parse_json",
-    "shown",
     "translate_damage",
     "widen_bfloat16",
 ]
@@ -56,9 +55,6 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 80  # characters
 
 
 class Reading:
@@ -169,8 +165,3 @@ def name_problems(names: Iterable[str]) -> list[str]:
 def widen_bfloat16(bits: Array) -> Array:
     """bfloat16, held as 16-bit integers, as float32: exact, since it is float32's upper half."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def shown(value: object) -> str:
-    """A value out of a file, short enough for a message."""
-    return _SHOWN.repr(value)[:80]

@@ -16,14 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files.reading import (
-    Reading,
-    TensorFile,
-    name_problems,
-    parse_json,
-    shown,
-    widen_bfloat16,
-)
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json, widen_bfloat16
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 

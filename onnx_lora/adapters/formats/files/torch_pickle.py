@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.pickle_program import STORAGES, Storage, Tensor, read_program
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, shown, widen_bfloat16
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, widen_bfloat16
 from onnx_lora.adapters.formats.files.zip_archive import open_archive
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.formats.problem import TensorError, shown
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from onnx_lora.adapters.adapter import Adapter, Delta, Origin
 from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
 from onnx_lora.adapters.formats.files.gguf_file import GgufFile
-from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.gguf.architectures import ARCHITECTURES, HEADS, Architecture
 from onnx_lora.adapters.formats.gguf.rows import InterleavedRows
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING, LINEAR

@@ -12,9 +12,10 @@ from typing import Any
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Origin, Replacement
 from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
 from onnx_lora.adapters.formats.files.npz_file import read_npz
-from onnx_lora.adapters.formats.files.reading import TensorFile, open_reading, shown
+from onnx_lora.adapters.formats.files.reading import TensorFile, open_reading
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, NPZ, WEIGHTS
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.json_file import read_json

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.peft.patterns import Patterns
 from onnx_lora.adapters.formats.peft.refused import check_method, refusals
 from onnx_lora.adapters.formats.peft.rules import (
@@ -22,6 +21,7 @@ from onnx_lora.adapters.formats.peft.rules import (
     Ranks,
     Targets,
 )
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.method import Fields, Method
 from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError

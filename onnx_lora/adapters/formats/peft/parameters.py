@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnx_lora.adapters.adapter import Change
-from onnx_lora.adapters.formats.files.reading import shown
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.endings import tails
 from onnx_lora.points import Array
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.adapters.formats.files.reading import shown
+from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.method import MERGE, Method
 from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
