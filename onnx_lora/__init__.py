@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         TextGenerator,
         fold,
         fold_to,
+        measure,
     )
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "export",
     "fold",
     "fold_to",
+    "measure",
     "quantize",
     "read_adapter",
     "verify",
@@ -149,5 +151,6 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "TextGenerator": "onnx_lora.runtime",
             "fold": "onnx_lora.runtime",
             "fold_to": "onnx_lora.runtime",
+            "measure": "onnx_lora.runtime",
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections.abc
 import inspect
+import math
 import os
 import sys
 import types
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-__all__ = ["misfits"]
+__all__ = ["is_finite_number", "misfits"]
 
 # Modules that are imported for checkers alone. They are loaded where there is an object of theirs.
 _FOR_CHECKERS = {"torch": "torch", "nn": "torch.nn"}
@@ -49,6 +50,14 @@ def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         if wrong is not None:
             problems.append(f"{name} must be text that can be written, and {wrong}")
     return problems
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value is a finite number, of Python's or of numpy's; True and False are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _shown(value: object) -> str:

@@ -24,7 +24,8 @@
     └── InternalError                nobody foresaw it: a fault of this library, to be reported
 
 A message says what must hold, what was found, and what to do. An error that found several
-problems lists them, headed by the file's path. Names out of files are shown as `printable` makes them.
+problems lists them, headed by the file's path. Names out of files are shown as `printable` makes them, and
+foreign errors as `first_line` does.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ __all__ = [
     "StorageError",
     "UnsupportedAdapterError",
     "VerificationError",
+    "first_line",
     "printable",
 ]
 
@@ -70,6 +72,9 @@ _MESSAGE_LIMIT = 4000
 _PROBLEM_LIMIT = 1000
 _SHOWN_PROBLEMS = 20
 
+# A foreign error that says no more than this ("'key'", "0") is shown with its class.
+_TELLING = 8  # characters
+
 # What an error keeps for programs: 10 MB of the longest problems.
 _KEPT_PROBLEMS = 10_000
 
@@ -82,6 +87,16 @@ def printable(text: str, limit: int = _MESSAGE_LIMIT, *, one_line: bool = False)
         text = f"{head} … ({len(text) - len(head) - len(tail):,} characters) … {tail}"
     text = _STEERING.sub(_spelled, text)
     return _BREAKS.sub(_spelled, text) if one_line else text
+
+
+def first_line(error: BaseException, limit: int = _PROBLEM_LIMIT) -> str:
+    """What a foreign error, or its cause, says in its first line; with its class where it says next to nothing."""
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines()
+    said = printable(lines[0], limit) if lines else ""
+    if len(said) > _TELLING:
+        return said
+    return f"{type(cause).__name__}: {said}" if said else type(cause).__name__
 
 
 def _spelled(found: re.Match[str]) -> str:

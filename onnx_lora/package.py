@@ -247,6 +247,12 @@ class Package:
 
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
+    if folder.suffix == ".onnx" and folder.is_file():
+        raise PackageError(
+            "must be a package, and is an ONNX model without injection points; give it some first: "
+            f"onnx-lora attach {folder} PACKAGE",
+            path=folder,
+        )
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
     if not file.exists():

@@ -20,16 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
 from onnx_lora.errors import printable
-from onnx_lora.heat import Heat
-from onnx_lora.package import Package
 
 if TYPE_CHECKING:
+    from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
     from onnx_lora.exporter import Comparison
-    from onnx_lora.runtime import Requantize
+    from onnx_lora.heat import Heat
+    from onnx_lora.package import Package
+    from onnx_lora.runtime import GraphMeasurement, Measurement, Requantize
 
 __all__ = [
     "Clock",
@@ -43,6 +43,7 @@ __all__ = [
     "show_demo",
     "show_generations",
     "show_heat",
+    "show_measurement",
     "show_piece",
     "show_writer",
     "verification_facts",
@@ -356,6 +357,54 @@ def show_writer(result: WriterResult) -> None:
         f"{result.tokens_per_second:.0f} tokens a second over all rows."
     )
     console.print(f"Base model in 8 bits {_size(result.base_bytes)}, four adapters {_size(result.adapter_bytes)}.")
+
+
+def show_measurement(result: Measurement) -> None:
+    """What was measured of an adapter on a package, and what follows."""
+    console = _stdout()
+    where = ", ".join(result.providers) or "the default providers"
+    threads = "" if result.threads is None else f", {result.threads} threads"
+    console.print(_cell(_shown(f"{result.adapter} on {result.package} ({where}{threads})")))
+    table = Table()
+    for heading in ("call", "base", "points, no adapter", "adapter apart", "adapter folded", "rounds"):
+        table.add_column(heading, justify="left" if heading == "call" else "right")
+    for graph in result.graphs:
+        for times in graph.calls:
+            name = times.call if len(result.graphs) == 1 else f"{graph.graph}: {times.call}"
+            ways = (times.base, times.without_adapter, times.delta, times.folded)
+            table.add_row(_cell(_shown(name)), *(_beside(way, times.base) for way in ways), str(times.rounds))
+    console.print(table)
+    starts = Table(box=None, pad_edge=False, show_header=False)
+    for graph in result.graphs:
+        for what, value in _starts(graph).items():
+            name = what if len(result.graphs) == 1 else f"{graph.graph}: {what}"
+            starts.add_row(_cell(_shown(name)), value)
+    console.print(starts)
+    for reason in result.advice.reasons:
+        console.print(_cell(_shown(reason)))
+
+
+def _beside(seconds: float | None, base: float) -> str:
+    """A call's time, and how far it is from the base's."""
+    if seconds is None:
+        return "-"
+    milliseconds = f"{1000 * seconds:.3g} ms"
+    return milliseconds if seconds == base else f"{milliseconds} ({seconds / base - 1:+.0%})"
+
+
+def _starts(graph: GraphMeasurement) -> dict[str, str]:
+    """What starting took, in words."""
+    said = {
+        "start a session without points": f"{graph.start_base:.3g} s",
+        "start one with points": f"{graph.start_delta:.3g} s",
+    }
+    if graph.load is not None:
+        said["load the adapter"] = f"{graph.load:.3g} s, {_size(graph.adapter_bytes)}"
+    if graph.fold is not None:
+        said["fold it and start a session"] = f"{graph.fold:.3g} s, {_size(graph.folded_bytes or 0)} of weights"
+    if graph.folded_resident is not None:
+        said["the process grew meanwhile by"] = _size(graph.folded_resident)
+    return said
 
 
 def show_demo(result: DemoResult) -> None:

@@ -4,7 +4,9 @@ tests `make fast` leaves out."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from onnx_lora.errors import MissingDependencyError
 from tests.support.once import made_once
 
 _ROOT = Path(__file__).parent.parent
@@ -41,6 +44,52 @@ _SLOW = (
     "test_trained_bases.py",
     "test_verdicts.py",
 )
+
+
+# What exports, trains and compares. Where it is not installed (`make matrix`), tests that need it are skipped aloud.
+_HEAVY = ("torch", "transformers", "peft", "optimum", "diffusers", "onnxruntime_genai")
+_ABSENT = tuple(name for name in _HEAVY if find_spec(name) is None)
+
+
+def _needs_what_is_absent(file: Path) -> bool:
+    """Whether a file of tests cannot even be imported."""
+    modules = "|".join((*_ABSENT, r"tests\.support\.(?:models|bases|diffusion)" if "torch" in _ABSENT else "-"))
+    return re.search(rf"^(?:import|from) (?:{modules})\b", file.read_text("utf-8"), re.MULTILINE) is not None
+
+
+collect_ignore = [str(file) for file in _ROOT.glob("tests/**/test_*.py") if _ABSENT and _needs_what_is_absent(file)]
+if "torch" in _ABSENT:
+    collect_ignore.append(str(_ROOT / "tests" / "generation"))  # whose conftest makes decoders
+
+
+def pytest_report_header() -> list[str]:
+    if not _ABSENT:
+        return []
+    return [f"not installed: {', '.join(_ABSENT)}; {len(collect_ignore)} files of tests are left out for it"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    yield from _skipping_what_is_absent()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    yield from _skipping_what_is_absent()
+
+
+def _skipping_what_is_absent() -> Iterator[None]:
+    """Skip a test that ended because a library is not installed that this environment was made without."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in _ABSENT:
+            raise
+        pytest.skip(f"needs {error.name}")
+    except MissingDependencyError as error:
+        if not _ABSENT:
+            raise
+        pytest.skip(f"needs what is not installed: {error.message}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

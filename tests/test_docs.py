@@ -18,7 +18,7 @@ import pytest
 
 import onnx_lora
 import onnx_lora.errors
-from onnx_lora.cli import cli
+from onnx_lora.cli import COMMANDS
 
 ROOT = Path(onnx_lora.__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -190,9 +190,9 @@ def test_the_decode_table_in_the_docs_is_the_measured_one() -> None:
         assert own in page, f"{name}: not what was measured"
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_an_example_that_names_real_options(name: str) -> None:
-    command = cli.commands[name]
+    command = COMMANDS[name].load(name)
     text = (command.help or "").replace("\b", "")
     example = re.search(rf"onnx-lora {name}( .*)?$", text, re.MULTILINE)
     assert example, f"onnx-lora {name} --help shows no example"

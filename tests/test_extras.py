@@ -24,6 +24,8 @@ PARTS = {
     "runtime": {"cpu", "fold", "generate"},
     "exporter": {"cpu", "attach", "export", "genai", "diffusion"},
     "cli": {"cli"},
+    "commands": {"cli"},
+    "onnxruntime_errors": {"cpu"},
     "report": {"cli"},
     "heat": {"plot"},
     "demo": {"demo"},
@@ -31,7 +33,7 @@ PARTS = {
 }
 
 # Of these, what a part may need as soon as it is imported.
-AT_ONCE = {"exporter": {"attach"}, "cli": {"cli"}, "report": {"cli"}, "heat": {"cli"}}
+AT_ONCE = {"exporter": {"attach"}, "cli": {"cli"}, "commands": {"cli"}, "report": {"cli"}, "heat": {"cli"}}
 
 # Import names that are not their distribution's name.
 DISTRIBUTIONS = {"google": "protobuf", "optimum": "optimum-onnx"}

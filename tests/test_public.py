@@ -38,6 +38,7 @@ PUBLIC = {
     "export",
     "fold",
     "fold_to",
+    "measure",
     "quantize",
     "read_adapter",
     "verify",

@@ -5,20 +5,19 @@ adapter alone. It knows the layout of graph inputs, and no session."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from pathlib import PurePath
 from typing import TypeVar
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter, Coverage, Origin
+from onnx_lora.arguments import is_finite_number
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.points import Array
 
-__all__ = ["Parts", "Tensors", "blend", "is_weight", "make_blend"]
+__all__ = ["Parts", "Tensors", "blend", "make_blend"]
 
 T = TypeVar("T")
 
@@ -26,14 +25,6 @@ Tensors = Mapping[str, Array]  # by graph input name
 Parts = Sequence[tuple[BoundAdapter, float]]  # adapters and their weights
 
 _A, _B, _SCALE = ".lora_A.weight", ".lora_B.weight", ".dora_scale"
-
-
-def is_weight(weight: object) -> bool:
-    """Whether an adapter can have this weight: a finite number, of Python's or of numpy's."""
-    try:
-        return isinstance(weight, Real) and not isinstance(weight, bool) and math.isfinite(weight)
-    except OverflowError:
-        return False
 
 
 @public
@@ -70,7 +61,7 @@ def make_blend(parts: Parts, *, name: str) -> BoundAdapter:
     """
     if not parts:
         raise SelectionError("a blend must have an adapter at least, and has none")
-    if len(parts) == 1 and is_weight(parts[0][1]) and parts[0][1] == 1.0:
+    if len(parts) == 1 and is_finite_number(parts[0][1]) and parts[0][1] == 1.0:
         return parts[0][0]
     tensors = dict(blend(parts))
     for tensor in tensors.values():
@@ -96,7 +87,7 @@ def make_blend(parts: Parts, *, name: str) -> BoundAdapter:
 def _weight_problems(parts: Parts) -> list[str]:
     problems: list[str] = []
     for part, weight in parts:
-        if not is_weight(weight):
+        if not is_finite_number(weight):
             problems.append(f"{part.name}: a weight must be a finite number, and is {weight!r}")
     return problems
 

@@ -12,9 +12,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnx_lora.errors import MissingDependencyError, printable
+from onnx_lora.errors import printable
 from onnx_lora.exporter.foreign_libraries import Failure, attempt
 from onnx_lora.exporter.placement import Form
+from onnx_lora.onnxruntime_errors import load_onnxruntime
 
 __all__ = ["Shapes", "infer_shapes", "outputs_are_free"]
 
@@ -169,17 +170,13 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
     """The graph with shapes, and whether they are all there."""
-    try:
-        from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"giving a graph its points needs {error.name}: pip install 'onnx-lora[attach,cpu]' (or [attach,gpu])"
-        ) from error
+    part = "tools.symbolic_shape_infer"
+    library = load_onnxruntime("giving a graph its points needs", part=part, extra="attach,cpu")
     tool = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
     level = tool.level
     tool.setLevel(logging.ERROR)
     try:
-        inferred = attempt(lambda: _infer_symbolically(SymbolicShapeInference, proto))
+        inferred = attempt(lambda: _infer_symbolically(library.SymbolicShapeInference, proto))
     finally:
         tool.setLevel(level)
     if isinstance(inferred, Failure):  # only rows are lost without it

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, ModelError, OnnxLoraError, first_line
 
-__all__ = ["Failure", "attempt", "first_line", "name_step", "translate_failures"]
+__all__ = ["Failure", "attempt", "name_step", "translate_failures"]
 
 T = TypeVar("T")
 
@@ -70,13 +70,3 @@ def name_step(step: str, file: str | os.PathLike[str], *, must: str = "be a soun
 
     with translate_failures(as_ours):
         yield
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its class where it says nothing."""
-    cause = error.__cause__ or error
-    lines = str(cause).strip().splitlines()
-    said = lines[0] if lines else ""
-    if len(said) > 8:
-        return said
-    return f"{type(cause).__name__}: {said}".removesuffix(": ")

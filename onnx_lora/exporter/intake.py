@@ -12,8 +12,8 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.companions import leads_out
-from onnx_lora.errors import ModelError
-from onnx_lora.exporter.foreign_libraries import Failure, attempt, first_line, name_step
+from onnx_lora.errors import ModelError, first_line
+from onnx_lora.exporter.foreign_libraries import Failure, attempt, name_step
 
 __all__ = ["read_model", "read_proto"]
 

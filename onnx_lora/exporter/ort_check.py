@@ -1,4 +1,4 @@
-"""ONNX Runtime as the exporter meets it: for trying out graphs that were just made. Its exceptions become ours here."""
+"""ONNX Runtime as the exporter meets it: for trying out graphs that were just made. It knows graphs as files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign_libraries import Failure, attempt, first_line, translate_failures
+from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
+from onnx_lora.exporter.foreign_libraries import translate_failures
+from onnx_lora.onnxruntime_errors import fail_as, is_unsupported, load_onnxruntime
 from onnx_lora.points import Array
 
-__all__ = ["blamed_on_damage", "check_opens", "native_failures", "open_graph", "run_graph"]
-
-# What ONNX Runtime says of a type or an operator that the CPU has no kernel for, or that a library of the user's
-# brings: the graph may still be sound.
-_NO_FAULT = ("NOT_IMPLEMENTED", "is not a registered function/op")
-
-
-def native_failures() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's exceptions, which have no common root; none where it is not installed."""
-    try:
-        from onnxruntime.capi import onnxruntime_pybind11_state as native
-    except ImportError:
-        return ()
-    return tuple(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception))
+__all__ = ["blamed_on_damage", "check_opens", "open_graph", "run_graph"]
 
 
 def check_opens(file: Path, source: Path) -> None:
@@ -35,14 +23,15 @@ def check_opens(file: Path, source: Path) -> None:
     options = _options()
     options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    opened = attempt(lambda: _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"]))
-    if not isinstance(opened, Failure):
-        return
-    said = str(opened.error)
-    if any(phrase in said for phrase in _NO_FAULT):
-        return
     made = "it" if file == source else f"{file.name}, made from it"
-    raise ModelError(f"ONNX Runtime cannot open {made}: {opened.line}", path=source) from opened.error
+    try:
+        with fail_as(lambda said: ModelError(f"ONNX Runtime cannot open {made}: {said}", path=source)):
+            _onnxruntime().InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except ModelError as error:
+        # A type or an operator that the CPU has no kernel for, or that a library of the user's brings: the graph may
+        # still be sound.
+        if error.__cause__ is None or not is_unsupported(error.__cause__):
+            raise
 
 
 @contextmanager
@@ -64,11 +53,7 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
 
 
 def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError("trying a graph needs onnxruntime: pip install 'onnx-lora[cpu]'") from error
-    return onnxruntime
+    return load_onnxruntime("trying a graph needs")
 
 
 def _options() -> Any:
@@ -101,8 +86,4 @@ def run_graph(session: Any, file: Path, feeds: Mapping[str, Array]) -> dict[str,
 
 def _name_failure(file: Path) -> AbstractContextManager[None]:
     """Raises ExportError: ONNX Runtime failed with a graph of ours."""
-
-    def as_ours(error: Exception) -> OnnxLoraError:
-        return ExportError(f"ONNX Runtime cannot run the graph that was made: {first_line(error)}", path=file.name)
-
-    return translate_failures(as_ours)
+    return fail_as(lambda said: ExportError(f"ONNX Runtime cannot run the graph that was made: {said}", path=file.name))

@@ -19,9 +19,9 @@ import onnx
 import onnx_ir as ir
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
 from onnx_lora.exporter.build import build
-from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
+from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
 from onnx_lora.exporter.frontends.source import Loaded

@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from onnx_lora.runtime.generation.cache import Cache
     from onnx_lora.runtime.generation.chat import Chat
     from onnx_lora.runtime.generation.generator import TextGenerator
+    from onnx_lora.runtime.generation.results import Generation, Piece
     from onnx_lora.runtime.generation.sampling import Sampling
-    from onnx_lora.runtime.generation.stream import Generation, Piece, Stream
+    from onnx_lora.runtime.generation.stream import Stream
+    from onnx_lora.runtime.measurement import Advice, CallTimes, GraphMeasurement, Measurement
+    from onnx_lora.runtime.measuring import measure
     from onnx_lora.runtime.requantize import Requantize, Rounding
     from onnx_lora.runtime.session import AdapterSession
     from onnx_lora.runtime.standalone import fold_to
 
 __all__ = [
     "AdapterSession",
+    "Advice",
     "Cache",
+    "CallTimes",
     "Chat",
     "Generation",
+    "GraphMeasurement",
+    "Measurement",
     "Piece",
     "Requantize",
     "Rounding",
@@ -33,6 +40,7 @@ __all__ = [
     "TextGenerator",
     "fold",
     "fold_to",
+    "measure",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -41,11 +49,16 @@ __getattr__, __dir__ = lazy_names(
         "fold": "onnx_lora.runtime.folding",
         "Cache": "onnx_lora.runtime.generation.cache",
         "Chat": "onnx_lora.runtime.generation.chat",
-        "Generation": "onnx_lora.runtime.generation.stream",
-        "Piece": "onnx_lora.runtime.generation.stream",
+        "Generation": "onnx_lora.runtime.generation.results",
+        "Piece": "onnx_lora.runtime.generation.results",
         "Stream": "onnx_lora.runtime.generation.stream",
         "Sampling": "onnx_lora.runtime.generation.sampling",
         "TextGenerator": "onnx_lora.runtime.generation.generator",
+        "Advice": "onnx_lora.runtime.measurement",
+        "CallTimes": "onnx_lora.runtime.measurement",
+        "GraphMeasurement": "onnx_lora.runtime.measurement",
+        "Measurement": "onnx_lora.runtime.measurement",
+        "measure": "onnx_lora.runtime.measuring",
         "Requantize": "onnx_lora.runtime.requantize",
         "Rounding": "onnx_lora.runtime.requantize",
         "AdapterSession": "onnx_lora.runtime.session",

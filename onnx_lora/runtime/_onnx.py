@@ -28,6 +28,7 @@ class External:
 
     @property
     def name(self) -> str:
+        """The initializer's."""
         return str(self.proto.name)
 
 
@@ -42,7 +43,7 @@ def load(path: Path) -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             "writing a graph, or giving a head another number of outputs, needs the package onnx; "
-            "install it: pip install onnx"
+            "install it: pip install 'onnx-lora[fold]'"
         ) from error
     try:
         return onnx.load(str(path), load_external_data=False)
@@ -54,18 +55,22 @@ def load(path: Path) -> Any:
 
 def externals(model: Any, path: Path) -> list[External]:
     """Every tensor of the graph that lies in a file, subgraphs and functions included."""
-    found = []
+    found: list[External] = []
     for tensor in _tensors(model):
-        if tensor.data_location == _EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            file, offset, length = (entries.get(key, "") for key in ("location", "offset", "length"))
-            if not (offset or "0").isdecimal() or not length.isdecimal() or Path(file).name != file or not file:
-                raise PackageError(
-                    f"{tensor.name} must say where in a file of the package it lies, and says {entries}; "
-                    "make the package again",
-                    path=path,
-                )
-            found.append(External(tensor, file, int(offset or "0"), int(length)))
+        if tensor.data_location != _EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        file = entries.get("location", "")
+        offset = entries.get("offset", "") or "0"
+        length = entries.get("length", "")
+        is_name = bool(file) and Path(file).name == file
+        if not is_name or not offset.isdecimal() or not length.isdecimal():
+            raise PackageError(
+                f"{tensor.name} must say where in a file of the package it lies, and says {entries}; "
+                "make the package again",
+                path=path,
+            )
+        found.append(External(tensor, file, int(offset), int(length)))
     return found
 
 
@@ -113,5 +118,7 @@ def _of_nodes(nodes: Any) -> Iterator[Any]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            if attribute.HasField("g"):
+                yield from _of_graph(attribute.g)
+            for graph in attribute.graphs:
                 yield from _of_graph(graph)

@@ -1,39 +1,35 @@
-"""The boundary to ONNX Runtime: importing it, starting sessions, and its exceptions in our words. It
-knows nothing of adapters."""
+"""ONNX Runtime as the runtime uses it: sessions, their options, and values on their device. It knows nothing of
+adapters; `onnxruntime_errors` knows what fails."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from onnx_lora.errors import FeedError, InputError, MissingDependencyError, PackageError, RunError
+from onnx_lora.errors import InputError, RunError
+from onnx_lora.onnxruntime_errors import fail_as, fail_to_start, load_onnxruntime
 from onnx_lora.points import Array
 
-try:
-    import onnxruntime as ort
-    from onnxruntime.capi import onnxruntime_pybind11_state as _native
-except ImportError as error:
-    raise MissingDependencyError(
-        "running a package needs ONNX Runtime, and it cannot be imported; "
-        "install it: pip install onnx-lora[cpu], or onnx-lora[gpu] for CUDA (one of them, never both)"
-    ) from error
+ort = load_onnxruntime("running a package needs")
 
-__all__ = ["CPU", "Device", "Options", "Providers", "fed_value", "ort", "own_options", "running", "start"]
+__all__ = [
+    "CPU",
+    "Device",
+    "Options",
+    "Providers",
+    "copy_options",
+    "make_fed_value",
+    "ort",
+    "start_session",
+]
 
 # What ONNX Runtime's sessions take for `providers`.
 Providers = Sequence[str | tuple[str, dict[Any, Any]]]
-
-# ONNX Runtime's own exceptions have no common root but Exception.
-_NATIVE: tuple[type[Exception], ...] = tuple(
-    kind for kind in vars(_native).values() if isinstance(kind, type) and issubclass(kind, Exception)
-)
-# pybind turns what is not ONNX Runtime's own into these.
-_FAILURES: tuple[type[Exception], ...] = (*_NATIVE, RuntimeError, ValueError, TypeError, MemoryError)
 
 # Severity 3 is ERROR. At WARNING, ONNX Runtime writes one line for every optional input.
 _ERRORS_ONLY = 3
@@ -53,16 +49,17 @@ class Options:
     provider_options: Sequence[dict[Any, Any]] | None = None
     sess_options: Any = None
 
-    def quiet(self) -> Any:
-        """The caller's session options, or ones that log errors only.
+    def silence(self) -> Options:
+        """The same with session options: the caller's, or ones that log errors only.
 
-        Raises InputError: they are something else.
+        Raises InputError: the caller's are something else.
         """
         if self.sess_options is not None:
-            return _checked(self.sess_options)
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        return options
+            _check_options(self.sess_options)
+            return self
+        quiet = ort.SessionOptions()
+        quiet.log_severity_level = _ERRORS_ONLY
+        return replace(self, sess_options=quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +82,15 @@ class Device:
         return ort.OrtValue.ortvalue_from_numpy(array, self.kind, self.index)
 
     def values(self, tensors: Mapping[str, Array]) -> dict[str, Any]:
-        try:
+        """OrtValues by name. Raises RunError: there is no room for them."""
+        with fail_as(lambda said: RunError(f"the adapter's tensors cannot be put on {self.kind}: {said}")):
             return {name: self.value(tensor) for name, tensor in tensors.items()}
-        except _FAILURES as error:
-            raise RunError(f"the adapter's tensors cannot be put on {self.kind}: {_first_line(error)}") from error
 
 
 CPU = Device("cpu")
 
 
-def fed_value(fed: Any, element: int) -> Any:
+def make_fed_value(fed: Any, element: int) -> Any:
     """A model's input as an OrtValue over the same memory, on the CPU; an OrtValue is taken as it is.
 
     `element`: its type's number in ONNX. A quarter of the time that the other constructor takes; this one
@@ -105,8 +101,11 @@ def fed_value(fed: Any, element: int) -> Any:
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.asarray(fed, order="C"), element)
 
 
-def start(model: PathLike[str] | bytes, options: Options, *, path: PathLike[str] | None, kind: Any = None) -> Any:
-    """A session over `model`, a file or the bytes of one; `path` heads the errors.
+def start_session(
+    model: PathLike[str] | bytes, options: Options, *, path: PathLike[str] | None, kind: Any = None
+) -> Any:
+    """A session over `model`, a file or the bytes of one; `path` heads the errors. `kind` makes it, in place of
+    `onnxruntime.InferenceSession`.
 
     It plans no reuse of memory ahead: ONNX Runtime compares every value with all buffers that are free, and those of
     the points' ranks, each a symbol of its own, fit no other value. With 1000 points that took 15 seconds, and its
@@ -115,59 +114,40 @@ def start(model: PathLike[str] | bytes, options: Options, *, path: PathLike[str]
     Raises PackageError: ONNX Runtime cannot open the model. InputError: no such providers or options.
     RunError: a provider failed to start.
     """
-    try:
-        # Fallback prints, and goes on without the provider that was asked for.
-        with _changed(options.sess_options, enable_mem_reuse=False):
-            return (kind or ort.InferenceSession)(
-                model if isinstance(model, bytes) else str(model),
-                options.sess_options,
-                providers=options.providers,
-                provider_options=options.provider_options,
-                enable_fallback=0,
-            )
-    except _NATIVE as error:
-        raise PackageError(
-            f"ONNX Runtime cannot open the graph; make the package again, or copy it again: {_first_line(error)}",
-            path=path,
-        ) from error
-    except (ValueError, TypeError) as error:
-        raise InputError(f"ONNX Runtime cannot start with these providers or options: {_first_line(error)}") from error
-    except RuntimeError as error:
-        raise RunError(f"ONNX Runtime cannot start: {_first_line(error)}", path=path) from error
+    make = kind or ort.InferenceSession
+    with fail_to_start(path), _changed(options.sess_options, enable_mem_reuse=False):
+        return make(
+            model if isinstance(model, bytes) else str(model),
+            options.sess_options,
+            providers=options.providers,
+            provider_options=options.provider_options,
+            # Fallback prints, and goes on without the provider that was asked for.
+            enable_fallback=0,
+        )
 
 
-@contextmanager
-def running() -> Iterator[None]:
-    """Around a run. Raises FeedError: ONNX Runtime refuses an argument. RunError: it failed."""
-    try:
-        yield
-    except _native.InvalidArgument as error:
-        raise FeedError(f"ONNX Runtime refuses the inputs; correct what it names: {_first_line(error)}") from error
-    except _FAILURES as error:
-        raise RunError(f"ONNX Runtime failed in the run: {_first_line(error)}") from error
-
-
-def own_options(given: Any) -> Any:
+def copy_options(given: Any) -> Any:
     """A copy of session options that may be changed; the ones given stay as they are.
 
     Raises InputError: they carry execution providers, which a copy would lose.
     """
     if given is None:
         return ort.SessionOptions()
-    if _checked(given).has_providers():
+    _check_options(given)
+    if given.has_providers():
         raise InputError("sess_options must not carry providers of their own here; give them as providers=...")
     # These two would make the session write files.
     with _changed(given, enable_profiling=False, optimized_model_filepath=""):
-        session = start(_IDENTITY, Options(("CPUExecutionProvider",), None, given), path=None)
+        session = start_session(_IDENTITY, Options(("CPUExecutionProvider",), None, given), path=None)
     copy = session.get_session_options()
-    copy.enable_profiling, copy.optimized_model_filepath = given.enable_profiling, given.optimized_model_filepath
+    copy.enable_profiling = given.enable_profiling
+    copy.optimized_model_filepath = given.optimized_model_filepath
     return copy
 
 
-def _checked(options: Any) -> Any:
+def _check_options(options: Any) -> None:
     if not isinstance(options, ort.SessionOptions):
         raise InputError(f"sess_options must be an onnxruntime.SessionOptions, and is a {type(options).__name__}")
-    return options
 
 
 @contextmanager
@@ -181,8 +161,3 @@ def _changed(options: Any, **values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(options, name, value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""An adapter held for as long as a generation runs, and what remains known of it afterwards. It knows OrtValues by
+"""An adapter kept for as long as a generation runs, and what remains known of it afterwards. It knows OrtValues by
 name; which adapter they are, it can only tell from another one."""
 
 from __future__ import annotations
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
-from onnx_lora.runtime._ort import ort, running
-from onnx_lora.runtime.store import Key, Loaded, Values
+from onnx_lora.onnxruntime_errors import fail_in_run
+from onnx_lora.runtime._ort import ort
+from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
 
-__all__ = ["Held", "Identity"]
+__all__ = ["Identity", "Lease"]
 
 # Per row, the adapters that were loaded and their weights.
 _Parts: TypeAlias = tuple[tuple[tuple[ReferenceType[Loaded], float], ...], ...]
@@ -21,22 +22,26 @@ class Identity:
     """Which adapters something was computed with: the loaded objects, not their names.
 
     They are not kept alive: an adapter unloaded frees its memory, and is then equal to no other.
+    names: a row each, for messages; one for all rows where they are equal.
     """
 
     parts: _Parts
-    names: tuple[str, ...]  # a row each, for messages; one for all rows where they are equal
+    names: tuple[str, ...]
 
     @staticmethod
     def of(key: Key) -> Identity:
-        parts = tuple(tuple((ref(loaded), weight) for loaded, weight in choice) for choice in key)
-        return Identity(parts, tuple(_name(choice) for choice in key))
+        parts = [tuple((ref(loaded), weight) for loaded, weight in part) for part in key]
+        names = [_describe(part) for part in key]
+        return Identity(tuple(parts), tuple(names))
 
     def __str__(self) -> str:
-        return self.names[0] if len(self.names) == 1 else f"rows of {', '.join(self.names)}"
+        if len(self.names) == 1:
+            return self.names[0]
+        return f"rows of {', '.join(self.names)}"
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class Lease:
     """The tensors of one choice of adapters, and the session that takes them."""
 
     session: Any
@@ -44,18 +49,25 @@ class Held:
     identity: Identity
 
     @staticmethod
-    def of(session: Any, key: Key, values: Values) -> Held:
-        return Held(session, values, Identity.of(key))
+    def of(session: Any, key: Key, values: Values) -> Lease:
+        return Lease(session, values, Identity.of(key))
 
-    def binding(self) -> Any:
-        """A new IOBinding with the adapter's inputs bound, once for all runs with it."""
-        with running():
+    def bind(self) -> Any:
+        """A new IOBinding with the adapter's inputs bound, once for all runs with it.
+
+        Raises RunError: ONNX Runtime failed.
+        """
+        with fail_in_run():
             binding = ort.IOBinding(self.session)
             for name, value in self.values.items():
                 binding.bind_ortvalue_input(name, value)
         return binding
 
 
-def _name(choice: tuple[tuple[Loaded, float], ...]) -> str:
-    parts = [repr(loaded.part.name) + (f" at {weight:g}" if weight != 1.0 else "") for loaded, weight in choice]
-    return " and ".join(parts) or "the base"
+def _describe(part: Part) -> str:
+    """A row's adapters in words."""
+    said: list[str] = []
+    for loaded, weight in part:
+        name = repr(loaded.part.name)
+        said.append(name if weight == 1.0 else f"{name} at {weight:g}")
+    return " and ".join(said) or "the base"

@@ -6,7 +6,7 @@ W = W0 + B·A with the scale in B: LoRA (Hu et al. 2021), section 4.1; times a f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
 from onnx_lora.points import Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight
 
-__all__ = ["Changed", "Edit", "Low", "Whole", "edits", "folded"]
+__all__ = ["InitializerEdit", "LowRankEdit", "MethodEdit", "NewWeight", "Progress", "fold_weight", "plan_edits"]
+
+# Called with the weights folded so far, and how many there are.
+Progress = Callable[[int, int], None]
 
 # Elements of a weight computed at once in float64: 1 MiB, which stays in the cache. Measured on
 # 4096 x 4096: 0.20 s, against 0.49 s with 16 MiB and 1.3 s with 64.
@@ -26,7 +29,7 @@ _BLOCK = 2**17
 
 
 @dataclass(frozen=True, slots=True)
-class Low:
+class LowRankEdit:
     """A low-rank change of one module, and a factor for each output: `a` `[in, rank]`, `b` `[rank, out]`, the scale in
     `b`; `gain` `[out]` is DoRA's, and multiplies the sum."""
 
@@ -48,18 +51,22 @@ class Low:
         a, b = self.a.astype(wide, copy=False), self.b.astype(wide, copy=False)
         gain = np.ones(1, wide) if self.gain is None else self.gain.astype(wide, copy=False)
         for rows, columns in _blocks(window.shape, by_output=self.part.transposed):
+            block = window[rows, columns]
             # In the order in which the weight lies in memory: a third of the time of the other.
-            delta = (b[:, columns].T @ a[rows].T).T if self.part.transposed else a[rows] @ b[:, columns]
+            if self.part.transposed:
+                delta = (b[:, columns].T @ a[rows].T).T
+            else:
+                delta = a[rows] @ b[:, columns]
             with np.errstate(over="ignore"):
                 if self.gain is None:
-                    np.add(window[rows, columns], delta, out=window[rows, columns], casting="same_kind")
+                    np.add(block, delta, out=block, casting="same_kind")
                 else:
-                    window[rows, columns] = (window[rows, columns].astype(wide) + delta) * gain[columns]
-            _check_fits(self.module, window[rows, columns], values.dtype, delta)
+                    block[...] = (block.astype(wide) + delta) * gain[columns]
+            _check_fits(self.module, block, values.dtype, delta)
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class MethodEdit:
     """A module's new weight as a function of the whole old one; `part` says which outputs of it lie here."""
 
     point: InjectionPoint
@@ -84,7 +91,7 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class NewWeight:
     """A whole weight in place of the base's, as its graph input takes it."""
 
     weight: WholeWeight
@@ -93,60 +100,73 @@ class Whole:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
+class InitializerEdit:
     """Everything an adapter does to one initializer: a new value first, changes on top of it."""
 
     initializer: str
     stored: StoredTensor
-    whole: Whole | None
-    lows: tuple[Low | Changed, ...]
+    new: NewWeight | None
+    changes: tuple[LowRankEdit | MethodEdit, ...]
 
     @property
     def quantized(self) -> bool:
-        return any(low.part.quantized is not None for low in self.lows)
+        """Whether the weight that changes is quantized."""
+        return any(change.part.quantized is not None for change in self.changes)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every initializer that changes: of a quantized weight its scales and zero points too."""
         places = {self.initializer: self.stored}
-        for low in self.lows:
-            if low.part.quantized is not None:
-                places.update((tensor.initializer, tensor.stored) for tensor in low.part.quantized.tensors)
+        for change in self.changes:
+            if change.part.quantized is not None:
+                for tensor in change.part.quantized.tensors:
+                    places[tensor.initializer] = tensor.stored
         return places
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for edits of several graphs that give the same values."""
-        lows = tuple((low.module, low.part.start, low.part.first, low.part.transposed) for low in self.lows)
-        return self.stored, (self.whole.weight.name, self.whole.part.transposed) if self.whole else None, lows
+        changes = [
+            (change.module, change.part.start, change.part.first, change.part.transposed) for change in self.changes
+        ]
+        new = None if self.new is None else (self.new.weight.name, self.new.part.transposed)
+        return self.stored, new, tuple(changes)
 
 
-def edits(graph: GraphInfo, adapter: BoundAdapter) -> tuple[Edit, ...]:
-    """What an adapter changes in the base of `graph`. Raises BindError: of a convolution in groups."""
-    tensors = adapter.tensors
-    wholes: dict[str, Whole] = {}
-    lows: dict[str, list[Low | Changed]] = {}
+def plan_edits(graph: GraphInfo, adapter: BoundAdapter) -> tuple[InitializerEdit, ...]:
+    """What an adapter changes in the base of `graph`, initializer by initializer.
+
+    Raises BindError: a point is a convolution in groups, which cannot be folded.
+    """
+    new: dict[str, NewWeight] = {}
+    changes: dict[str, list[LowRankEdit | MethodEdit]] = {}
     stored: dict[str, StoredTensor] = {}
     for weight in graph.replaceable:
-        if weight.name in tensors:
-            for part in weight.parts:
-                wholes[part.initializer] = Whole(weight, part, tensors[weight.name])
-                stored[part.initializer] = part.stored
+        value = adapter.tensors.get(weight.name)
+        if value is None:
+            continue
+        for part in weight.parts:
+            new[part.initializer] = NewWeight(weight, part, value)
+            stored[part.initializer] = part.stored
     for point in graph.points:
-        for low in _of_point(point, adapter):
-            lows.setdefault(low.part.initializer, []).append(low)
-            stored[low.part.initializer] = low.part.stored
-    return tuple(
-        Edit(name, place, wholes.get(name), tuple(lows.get(name, ()))) for name, place in sorted(stored.items())
-    )
+        for change in _plan_point(point, adapter):
+            changes.setdefault(change.part.initializer, []).append(change)
+            stored[change.part.initializer] = change.part.stored
+    edits: list[InitializerEdit] = []
+    for name, place in sorted(stored.items()):
+        edits.append(InitializerEdit(name, place, new.get(name), tuple(changes.get(name, ()))))
+    return tuple(edits)
 
 
-def _of_point(point: InjectionPoint, adapter: BoundAdapter) -> Iterator[Low | Changed]:
+def _plan_point(point: InjectionPoint, adapter: BoundAdapter) -> Iterator[LowRankEdit | MethodEdit]:
     """What an adapter does to each part of a module; nothing where its B is zero."""
-    if (change := adapter.changes.get(point.module)) is not None:
-        yield from (Changed(point, part, change) for part in point.parts)
+    change = adapter.changes.get(point.module)
+    if change is not None:
+        for part in point.parts:
+            yield MethodEdit(point, part, change)
         return
-    scale, b = adapter.tensors.get(point.dora_scale), adapter.tensors.get(point.lora_b)
+    scale = adapter.tensors.get(point.dora_scale)
+    b = adapter.tensors.get(point.lora_b)
     if scale is None and (b is None or not np.any(b)):
         return
     if not point.kind.foldable:
@@ -154,33 +174,37 @@ def _of_point(point: InjectionPoint, adapter: BoundAdapter) -> Iterator[Low | Ch
             f"{point.module}: LoRA on {point.kind.noun} reads all channels, which no weight of "
             "it does: it cannot be folded, in PEFT neither; run it unfolded"
         )
-    a = np.zeros((point.in_features, 0), np.float32) if b is None else adapter.tensors[point.lora_a][0]
-    wide_b = np.zeros((0, point.out_features), np.float32) if b is None else b[0]
+    if b is None:  # DoRA's scale alone
+        factor_a = np.zeros((point.in_features, 0), np.float32)
+        factor_b = np.zeros((0, point.out_features), np.float32)
+    else:
+        factor_a, factor_b = adapter.tensors[point.lora_a][0], b[0]
     for part in point.parts:
         outputs = slice(part.first, part.first + part.outputs)
-        yield Low(point.module, part, a, wide_b[:, outputs], None if scale is None else scale[0, 0, outputs])
+        gain = None if scale is None else scale[0, 0, outputs]
+        yield LowRankEdit(point.module, part, factor_a, factor_b[:, outputs], gain)
 
 
-def folded(edit: Edit, package: Package) -> Array:
+def fold_weight(edit: InitializerEdit, package: Package) -> Array:
     """The initializer's new values, in the base's type and layout: summed in float32 (float64 for a base of
     that), as PEFT merges.
 
     Raises BindError: they do not fit the weight's shape or type. PackageError: the base cannot be read.
     """
-    values = _start(edit, package)
-    for low in edit.lows:
-        low.apply(values, package)
+    values = _start_values(edit, package)
+    for change in edit.changes:
+        change.apply(values, package)
     return values
 
 
-def _start(edit: Edit, package: Package) -> Array:
-    if edit.whole is None:
+def _start_values(edit: InitializerEdit, package: Package) -> Array:
+    if edit.new is None:
         return np.array(package.read(edit.stored))
-    whole = edit.whole
-    values = whole.weight.to_initializer(whole.value, whole.part).astype(edit.stored.dtype)
-    if values.shape != edit.stored.shape and not whole.weight.free_outputs:
+    weight = edit.new.weight
+    values = weight.to_initializer(edit.new.value, edit.new.part).astype(edit.stored.dtype)
+    if values.shape != edit.stored.shape and not weight.free_outputs:
         raise BindError(
-            f"{whole.weight.name} must have the base's shape {list(edit.stored.shape)}, and has {list(values.shape)}"
+            f"{weight.name} must have the base's shape {list(edit.stored.shape)}, and has {list(values.shape)}"
         )
     return values
 

@@ -13,9 +13,9 @@ from onnx_lora.errors import BindError
 from onnx_lora.package import Package
 from onnx_lora.points import Array, WeightPart
 from onnx_lora.quantized import Scheme, dequantize, quantize
-from onnx_lora.runtime.merge import Changed, Edit, Low, folded
+from onnx_lora.runtime.merge import InitializerEdit, LowRankEdit, MethodEdit, fold_weight
 
-__all__ = ["Requantize", "Rounding", "merged"]
+__all__ = ["Requantize", "Rounding", "compute_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,64 +59,101 @@ class Requantize:
         return self.source.module_weight(point)
 
 
-def merged(edit: Edit, package: Package, requantize: Requantize | None) -> Mapping[str, Array]:
+def compute_values(edit: InitializerEdit, package: Package, requantize: Requantize | None) -> Mapping[str, Array]:
     """The new values of every initializer that an edit changes; 4-bit numbers as 8-bit ones.
 
-    Raises BindError: as `folded`, or a weight is quantized and nobody gave leave.
+    Raises BindError: as `fold_weight`, or a weight is quantized and nobody gave leave.
     """
     if not edit.quantized:
-        return {edit.initializer: folded(edit, package)}
+        return {edit.initializer: fold_weight(edit, package)}
     if requantize is None:
-        modules = ", ".join(dict.fromkeys(low.module for low in edit.lows))
+        modules = ", ".join(dict.fromkeys(change.module for change in edit.changes))
         raise BindError(
             f"{modules}: the weight is quantized, and folding would round it again; run the adapter unfolded, which "
             "is exact, or allow it: requantize=Requantize(), on the command line --requantize"
         )
-    return _rounded(edit, package, requantize)
+    return _fold_quantized(edit, package, requantize)
 
 
-def _rounded(edit: Edit, package: Package, requantize: Requantize) -> dict[str, Array]:
-    part = edit.lows[0].part
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A weight `[in, out]` in float32 at four stages of a fold."""
+
+    base: Array  # as the quantized one is used
+    start: Array  # what the change is added to: the source's, or the base's
+    wanted: Array  # with the change
+    rounded: Array  # quantized again
+
+
+def _fold_quantized(edit: InitializerEdit, package: Package, requantize: Requantize) -> dict[str, Array]:
+    part = edit.changes[0].part
     assert part.quantized is not None  # or the edit were none of a quantized weight
-    scheme, old = part.quantized.scheme, _tensors(part, package)
+    scheme = part.quantized.scheme
+    old = _read_tensors(part, package)
     base = np.array(package.weight(part), np.float32)
-    start = base.copy()
-    for low in edit.lows:
-        source = requantize.weight(low.module, package)
-        if source is not None:
-            low.part.window(start)[...] = source[:, low.part.first : low.part.first + low.part.outputs]
+    start = _start_values(edit, base, package, requantize)
     wanted = start.copy()
-    for low in edit.lows:
-        low.apply(wanted, package)
-    if len(old) == 2 and old[0].dtype == np.uint8 and scheme.layout == "affine" and wanted.min() < 0:
-        raise BindError(f"{edit.lows[0].module}: unsigned weights without a zero point hold no negative numbers")
-    made = [
-        tensor for tensor in quantize(scheme, wanted, old[0], old[2] if len(old) > 2 else None) if tensor is not None
-    ]
+    for change in edit.changes:
+        change.apply(wanted, package)
+    new = _quantize_like(old, wanted, scheme, edit.changes[0].module)
+    touched = _touched_outputs(edit, base.shape[0 if part.transposed else 1])
+    new = [_keep_untouched(made, was, touched, scheme, part) for made, was in zip(new, old, strict=True)]
+    rounded = dequantize(scheme, new[0], new[1], new[2] if len(new) > 2 else None)
+    weights = _Weights(base, start, wanted, rounded)
+    for change in edit.changes:
+        rounding = _measure_rounding(change, weights)
+        worst = requantize.rounding.get(change.module, rounding)  # of a module in several initializers
+        requantize.rounding[change.module] = max(worst, rounding, key=lambda entry: entry.of_change)
+    return dict(zip(edit.tensors, new, strict=True))
+
+
+def _start_values(edit: InitializerEdit, base: Array, package: Package, requantize: Requantize) -> Array:
+    """The weight that the change is added to: the source's where there is a source."""
+    start = base.copy()
+    for change in edit.changes:
+        source = requantize.weight(change.module, package)
+        if source is not None:
+            outputs = slice(change.part.first, change.part.first + change.part.outputs)
+            change.part.window(start)[...] = source[:, outputs]
+    return start
+
+
+def _quantize_like(old: list[Array], wanted: Array, scheme: Scheme, module: str) -> list[Array]:
+    """`wanted` in few bits, with the types and shapes of the tensors that it replaces.
+
+    Raises BindError: those types cannot hold it.
+    """
+    zero_point = old[2] if len(old) > 2 else None
+    unsigned = old[0].dtype == np.uint8 and zero_point is None and scheme.layout == "affine"
+    if unsigned and wanted.min() < 0:
+        raise BindError(f"{module}: unsigned weights without a zero point hold no negative numbers")
+    made = [tensor for tensor in quantize(scheme, wanted, old[0], zero_point) if tensor is not None]
+    new: list[Array] = []
     with np.errstate(over="ignore"):
-        made = [np.asarray(new, was.dtype).reshape(was.shape) for new, was in zip(made, old, strict=True)]
-    if not np.isfinite(made[1]).all():
-        raise BindError(f"{edit.lows[0].module}: the folded weight needs scales beyond what {made[1].dtype} holds")
-    touched = np.zeros(base.shape[0 if part.transposed else 1], bool)
-    for low in edit.lows:
-        touched[low.part.start : low.part.start + low.part.outputs] = True
-    made = [_kept(new, was, touched, scheme, part) for new, was in zip(made, old, strict=True)]
-    got = dequantize(scheme, made[0], made[1], made[2] if len(made) > 2 else None)
-    for low in edit.lows:
-        rounding = _rounding(low, base, start, wanted, got)
-        worst = requantize.rounding.get(low.module, rounding)  # of a module in several initializers
-        requantize.rounding[low.module] = max(worst, rounding, key=lambda entry: entry.of_change)
-    return dict(zip(edit.tensors, made, strict=True))
+        for tensor, was in zip(made, old, strict=True):
+            new.append(np.asarray(tensor, was.dtype).reshape(was.shape))
+    if not np.isfinite(new[1]).all():
+        raise BindError(f"{module}: the folded weight needs scales beyond what {new[1].dtype} holds")
+    return new
 
 
-def _tensors(part: WeightPart, package: Package) -> list[Array]:
+def _read_tensors(part: WeightPart, package: Package) -> list[Array]:
     """Values, scale, and the zero point where there is one."""
-    beside = () if part.quantized is None else part.quantized.tensors
-    places = [part.stored, *(tensor.stored for tensor in beside)]
+    places = [part.stored]
+    if part.quantized is not None:
+        places += [tensor.stored for tensor in part.quantized.tensors]
     return [np.asarray(package.read(place)) for place in places]
 
 
-def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:
+def _touched_outputs(edit: InitializerEdit, outputs: int) -> Array:
+    """Which outputs of an initializer an adapter changes: `[out]`, bool."""
+    touched = np.zeros(outputs, bool)
+    for change in edit.changes:
+        touched[change.part.start : change.part.start + change.part.outputs] = True
+    return touched
+
+
+def _keep_untouched(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:
     """`new`, with what belongs to outputs that no adapter touches as it was, where outputs have scales of their
     own."""
     if scheme.layout == "blocks" and not part.transposed:
@@ -132,12 +169,20 @@ def _kept(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPa
     return np.where(own, new, was)
 
 
-def _rounding(low: Low | Changed, base: Array, start: Array, wanted: Array, got: Array) -> Rounding:
-    """The change that arrived is measured from the base as it runs."""
-    windows = [low.part.window(weight).astype(np.float32, copy=False) for weight in (base, start, wanted, got)]
-    before, first, aim, after = windows
-    change = float(np.linalg.norm(aim - first)) or 1.0
+def _measure_rounding(change: LowRankEdit | MethodEdit, weights: _Weights) -> Rounding:
+    """What rounding cost one module. The change that arrived is measured from the base as it runs."""
+
+    def window(weight: Array) -> Array:
+        return change.part.window(weight).astype(np.float32, copy=False)
+
+    wanted, rounded = window(weights.wanted), window(weights.rounded)
+    meant = np.subtract(wanted, window(weights.start))
+    arrived = np.subtract(rounded, window(weights.base))
     return Rounding(
-        of_weight=float(np.linalg.norm(after - aim)) / (float(np.linalg.norm(aim)) or 1.0),
-        of_change=float(np.linalg.norm((after - before) - (aim - first))) / change,
+        of_weight=_norm(np.subtract(rounded, wanted)) / (_norm(wanted) or 1.0),
+        of_change=_norm(np.subtract(arrived, meant)) / (_norm(meant) or 1.0),
     )
+
+
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values))

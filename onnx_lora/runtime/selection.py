@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeAlias, cast
 
-from onnx_lora.adapters.compose import is_weight
+from onnx_lora.arguments import is_finite_number
 from onnx_lora.errors import SelectionError
 
-__all__ = ["AdapterChoice", "Choice", "Selection", "parse", "unknown"]
+__all__ = ["AdapterChoice", "Choice", "Selection", "explain_unknown", "parse"]
 
 # What a caller may write: a name, a blend, or None for the base; or a list of these, one per row.
 OneChoice: TypeAlias = str | Mapping[str, float] | None
@@ -40,26 +40,38 @@ def parse(adapter: AdapterChoice, loaded: Collection[str]) -> Selection:
     Raises SelectionError: it is no choice, or names an adapter that is not loaded.
     """
     problems: list[str] = []
-    if not isinstance(adapter, (list, tuple)):
-        selection = Selection((_choice(adapter, loaded, "adapter", problems),))
+    if isinstance(adapter, (list, tuple)):
+        selection = _parse_rows(adapter, loaded, problems)
     else:
-        rows = tuple(_choice(row, loaded, f"row {index}", problems) for index, row in enumerate(adapter))
-        if not rows:
-            problems.append("a list must have one choice for every row of the batch, and is empty")
-        selection = Selection(rows[:1] if len(set(rows)) == 1 else rows, len(rows))
+        selection = Selection((_parse_choice(adapter, loaded, "adapter", problems),))
     if problems:
         raise SelectionError("the call's adapter cannot be had", problems=problems)
     return selection
 
 
-def unknown(name: str, loaded: Collection[str]) -> str:
+def explain_unknown(name: str, loaded: Collection[str]) -> str:
     """That there is no such adapter, and what there is."""
     there = ", ".join(map(repr, sorted(loaded))) or "none"
-    close = " or ".join(map(repr, get_close_matches(name, loaded, n=3)))
-    return f"no adapter {name!r} is loaded; loaded: {there}" + (f"; did you mean {close}?" if close else "")
+    said = f"no adapter {name!r} is loaded; loaded: {there}"
+    close = get_close_matches(name, loaded, n=3)
+    if close:
+        said += f"; did you mean {' or '.join(map(repr, close))}?"
+    return said
 
 
-def _choice(asked: object, loaded: Collection[str], where: str, problems: list[str]) -> Choice:
+def _parse_rows(
+    adapter: list[OneChoice] | tuple[OneChoice, ...], loaded: Collection[str], problems: list[str]
+) -> Selection:
+    rows: list[Choice] = []
+    for index, row in enumerate(adapter):
+        rows.append(_parse_choice(row, loaded, f"row {index}", problems))
+    if not rows:
+        problems.append("a list must have one choice for every row of the batch, and is empty")
+    are_equal = len(set(rows)) == 1
+    return Selection(tuple(rows[:1] if are_equal else rows), len(rows))
+
+
+def _parse_choice(asked: object, loaded: Collection[str], where: str, problems: list[str]) -> Choice:
     if asked is None:
         return ()
     if isinstance(asked, str):
@@ -76,8 +88,8 @@ def _choice(asked: object, loaded: Collection[str], where: str, problems: list[s
         if not isinstance(name, str):
             problems.append(f"{where}: adapters are chosen by name, not by a {type(name).__name__}")
         elif name not in loaded:
-            problems.append(f"{where}: {unknown(name, loaded)}")
-        elif not is_weight(weight):
+            problems.append(f"{where}: {explain_unknown(name, loaded)}")
+        elif not is_finite_number(weight):
             problems.append(f"{where}: the weight of {name!r} must be a finite number, and is {weight!r}")
         else:
             choice.append((name, float(cast(float, weight))))

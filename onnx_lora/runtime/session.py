@@ -15,13 +15,15 @@ from onnx_lora.adapters.explain import explain_doubts
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, SelectionError
 from onnx_lora.manifest import GraphInfo
+from onnx_lora.onnxruntime_errors import fail_in_run
 from onnx_lora.package import Package
-from onnx_lora.runtime._ort import Device, Options, Providers, fed_value, running, start
-from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, as_bound, opened
-from onnx_lora.runtime.lease import Held
-from onnx_lora.runtime.selection import AdapterChoice, Selection, parse
+from onnx_lora.runtime._ort import Device, Options, Providers, make_fed_value, start_session
+from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, bind_adapter, open_package
+from onnx_lora.runtime.lease import Lease
+from onnx_lora.runtime.loaded import Values
+from onnx_lora.runtime.selection import AdapterChoice, parse
 from onnx_lora.runtime.signature import Signature
-from onnx_lora.runtime.store import Store, Values, key_of
+from onnx_lora.runtime.store import Store, resolve
 
 __all__ = ["COMPOSED_BYTES", "AdapterSession"]
 
@@ -66,17 +68,19 @@ class AdapterSession:
 
         Raises PackageError: the package is broken, has no such graph, or ONNX Runtime cannot open it.
         """
-        self._package = opened(package)
+        self._package = open_package(package)
         self._graph = self._package.graph(graph)
+        options = Options(providers, provider_options, sess_options).silence()
         path = self._package.path / self._graph.file
-        options = Options(providers, provider_options, sess_options)
-        quiet = Options(providers, provider_options, options.quiet())
-        self._session = start(path, quiet, path=path)
-        base = self._package.path / self._graph.base_file
-        self._base = start(base, quiet, path=base) if separate_base else self._session
+        self._session = start_session(path, options, path=path)
+        self._base = self._session
+        if separate_base:
+            base = self._package.path / self._graph.base_file
+            self._base = start_session(base, options, path=base)
         inputs = self._graph.adapter_inputs
         offered = {arg.name for arg in self._session.get_overridable_initializers()}
-        if missing := sorted(inputs - offered):
+        missing = sorted(inputs - offered)
+        if missing:
             raise PackageError(
                 "the graph must have the inputs that the manifest names; make the package again",
                 path=path,
@@ -87,6 +91,7 @@ class AdapterSession:
 
     @property
     def package(self) -> Package:
+        """The package whose graph runs."""
         return self._package
 
     @property
@@ -114,8 +119,9 @@ class AdapterSession:
         if not isinstance(name, str) or not name:
             raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
         self._store.check_free(name)
-        bound = as_bound(adapter, self._package.allowing_unproven(allow_unproven), name=name, strict=strict)
-        if problem := base_problem(bound.origin.base_model, self._package):
+        bound = bind_adapter(adapter, self._package.allowing_unproven(allow_unproven), name=name, strict=strict)
+        problem = base_problem(bound.origin.base_model, self._package)
+        if problem is not None:
             logger.warning("adapter %r: %s", name, problem)
         for doubt in explain_doubts(bound.base_digests, self._package):
             logger.warning("adapter %r: %s", name, doubt)
@@ -145,28 +151,30 @@ class AdapterSession:
         names = self._signature.output_names(output_names)
         self._signature.check_feeds(input_feed)
         values = self._choose(adapter, input_feed)
-        with running():
+        with fail_in_run():
             if not values or not self._signature.plain:
                 session = self._session if values else self._base
                 return list(session.run(names, {**input_feed, **values}, run_options))
             # Of the ways to feed OrtValues the fastest: with 420 of them beside 62 arrays, 0.26 ms
             # over the base, against 0.36 ms by IOBinding and 0.39 ms by run().
+            feeds = dict(values)
             inputs = self._signature.inputs
-            feeds = {name: fed_value(fed, inputs[name].element) for name, fed in input_feed.items()}
-            outputs = self._session.run_with_ort_values(names, {**feeds, **values}, run_options)
+            for name, fed in input_feed.items():
+                feeds[name] = make_fed_value(fed, inputs[name].element)
+            outputs = self._session.run_with_ort_values(names, feeds, run_options)
             return [output.numpy() for output in outputs]
 
     def _choose(self, adapter: AdapterChoice, feeds: Mapping[str, Any]) -> Values:
         loaded = self._store.loaded
-        selection: Selection = parse(adapter, loaded.keys())
+        selection = parse(adapter, loaded.keys())
         if selection.batch is not None:
             self._signature.check_rows(selection.batch, feeds)
         return self._store.values(selection, loaded)
 
-    def hold(self, adapter: AdapterChoice, rows: int) -> Held:
+    def lease(self, adapter: AdapterChoice, rows: int) -> Lease:
         """The adapter of several calls that belong together, for `rows` rows; the runtime's own, for generation.
 
-        Raises SelectionError: no such adapter or blend, or as many choices as there are no rows.
+        Raises SelectionError: no such adapter or blend, or another number of choices than of rows.
         """
         loaded = self._store.loaded
         selection = parse(adapter, loaded.keys())
@@ -176,13 +184,15 @@ class AdapterSession:
                 f"for {rows} prompt{'s' if rows > 1 else ''}"
             )
         values = self._store.values(selection, loaded)
-        return Held.of(self._session if values else self._base, key_of(selection, loaded), values)
+        session = self._session if values else self._base
+        return Lease.of(session, resolve(selection, loaded), values)
 
     def get_inputs(self) -> Sequence[Any]:
         """The model's inputs, not the adapters'."""
         return list(self._session.get_inputs())
 
     def get_outputs(self) -> Sequence[Any]:
+        """The model's outputs."""
         return list(self._session.get_outputs())
 
     def get_overridable_initializers(self) -> Sequence[Any]:
@@ -191,15 +201,19 @@ class AdapterSession:
         return [arg for arg in optional if arg.name not in self._signature.reserved]
 
     def get_modelmeta(self) -> Any:
+        """As of an `onnxruntime.InferenceSession`."""
         return self._session.get_modelmeta()
 
     def get_providers(self) -> Sequence[str]:
+        """The execution providers' names, in the order in which they are asked."""
         return list(self._session.get_providers())
 
     def get_provider_options(self) -> dict[str, Any]:
+        """The options of each execution provider, by its name."""
         return dict(self._session.get_provider_options())
 
     def get_session_options(self) -> Any:
+        """As of an `onnxruntime.InferenceSession`."""
         return self._session.get_session_options()
 
     def end_profiling(self) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 
 from onnx_lora.errors import FeedError, SelectionError
 
-__all__ = ["Signature"]
+__all__ = ["TYPES", "Signature"]
 
 # ONNX Runtime's names of the types that numpy has too, and their numbers in ONNX (TensorProto.DataType).
-_TYPES = {
+TYPES = {
     "tensor(float)": ("float32", 1),
     "tensor(uint8)": ("uint8", 2),
     "tensor(int8)": ("int8", 3),
@@ -47,7 +47,7 @@ class _Slot:
     @staticmethod
     def of(arg: Any, *, required: bool = True) -> _Slot:
         optional = arg.type.startswith("optional")
-        dtype, element = _TYPES.get(arg.type, ("", 0))
+        dtype, element = TYPES.get(arg.type, ("", 0))
         return _Slot(arg.name, arg.type, dtype, element, tuple(arg.shape or ()), required and not optional)
 
     def __str__(self) -> str:
@@ -65,9 +65,12 @@ class _Slot:
             return f"{self.name} must be a numpy array, and is a {type(value).__name__}; expected {self}"
         if not self.dtype:
             return None
-        found = value.dtype.str if isinstance(value, np.ndarray) else value.data_type()
-        if found not in (np.dtype(self.dtype).str, self.type):
-            shown = str(value.dtype) if isinstance(value, np.ndarray) else found
+        if isinstance(value, np.ndarray):
+            fits, shown = value.dtype == np.dtype(self.dtype), str(value.dtype)
+        else:
+            shown = value.data_type()
+            fits = shown == self.type
+        if not fits:
             return f"{self.name} must be {self.dtype}, and is {shown}; convert it with .astype({self.dtype!r})"
         shape = shape_of(value)
         if not self.shape:
@@ -89,11 +92,12 @@ class Signature:
 
     @staticmethod
     def of(session: Any, reserved: frozenset[str]) -> Signature:
-        inputs = [_Slot.of(arg) for arg in session.get_inputs()]
-        others = [arg for arg in session.get_overridable_initializers() if arg.name not in reserved]
-        inputs += [_Slot.of(arg, required=False) for arg in others]
-        outputs = [_Slot.of(arg) for arg in session.get_outputs()]
-        return Signature({slot.name: slot for slot in inputs}, {slot.name: slot for slot in outputs}, reserved)
+        inputs = {arg.name: _Slot.of(arg) for arg in session.get_inputs()}
+        for arg in session.get_overridable_initializers():
+            if arg.name not in reserved:
+                inputs[arg.name] = _Slot.of(arg, required=False)
+        outputs = {arg.name: _Slot.of(arg) for arg in session.get_outputs()}
+        return Signature(inputs, outputs, reserved)
 
     @property
     def plain(self) -> bool:
@@ -104,20 +108,20 @@ class Signature:
         """Raises FeedError: an input is missing, unknown, reserved, or of the wrong kind."""
         if not isinstance(feeds, Mapping):
             raise FeedError(f"input_feed must map input names to arrays, and is a {type(feeds).__name__}")
-        problems = [
-            f"{name} is filled by the adapter chosen; load one and name it: run(..., adapter=...)"
-            if name in self.reserved
-            else f"{name!r} is no input of this graph"
-            for name in feeds
-            if name not in self.inputs
-        ]
-        problems += [
-            f"{name} is missing; expected {slot}"
-            for name, slot in self.inputs.items()
-            if slot.required and name not in feeds
-        ]
-        found = (self.inputs[name].problem(value) for name, value in feeds.items() if name in self.inputs)
-        problems += [problem for problem in found if problem is not None]
+        problems: list[str] = []
+        for name in feeds:
+            if name in self.reserved:
+                problems.append(f"{name} is filled by the adapter chosen; load one and name it: run(..., adapter=...)")
+            elif name not in self.inputs:
+                problems.append(f"{name!r} is no input of this graph")
+        for name, slot in self.inputs.items():
+            if slot.required and name not in feeds:
+                problems.append(f"{name} is missing; expected {slot}")
+        for name, value in feeds.items():
+            if name in self.inputs:
+                problem = self.inputs[name].problem(value)
+                if problem is not None:
+                    problems.append(problem)
         if problems:
             expected = ", ".join(self.inputs)
             raise FeedError(f"the feeds do not fit; this graph's inputs are {expected}", problems=problems)
@@ -128,7 +132,8 @@ class Signature:
             return list(self.outputs)
         if isinstance(asked, str) or not isinstance(asked, Sequence):
             raise FeedError(f"output_names must be a list of names or None for all, and is {asked!r}")
-        if unknown := [name for name in asked if name not in self.outputs]:
+        unknown = [name for name in asked if name not in self.outputs]
+        if unknown:
             raise FeedError(
                 f"this graph's outputs are {', '.join(self.outputs)}",
                 problems=[f"{name!r} is no output of this graph" for name in unknown],
@@ -137,7 +142,11 @@ class Signature:
 
     def check_rows(self, rows: int, feeds: Mapping[str, Any]) -> None:
         """Raises SelectionError: the batch fed does not have `rows` rows."""
-        lengths = {name: shape_of(value)[0] for name, value in feeds.items() if len(shape_of(value)) > 1}
+        lengths: dict[str, int] = {}
+        for name, value in feeds.items():
+            shape = shape_of(value)
+            if len(shape) > 1:
+                lengths[name] = shape[0]
         free = {name: length for name, length in lengths.items() if self.inputs[name].batched}
         wrong = {name: length for name, length in free.items() if length != rows}
         if not free and rows not in lengths.values():

@@ -14,6 +14,7 @@ from typing import IO
 
 import numpy as np
 
+from onnx_lora.adapters import BoundAdapter
 from onnx_lora.boundary import public, unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
@@ -21,13 +22,12 @@ from onnx_lora.heads import VOCABULARY_HEADS
 from onnx_lora.json_text import parse_json
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
-from onnx_lora.points import NIBBLES, Array, align_offset
+from onnx_lora.points import NIBBLES, Array, StoredTensor, align_offset
 from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import _onnx
-from onnx_lora.runtime.bound import AnyAdapter, AnyPackage, Mixture, mixed, opened
-from onnx_lora.runtime.folding import Progress
-from onnx_lora.runtime.merge import Edit, edits
-from onnx_lora.runtime.requantize import Requantize, merged
+from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_blend, open_package
+from onnx_lora.runtime.merge import InitializerEdit, Progress, plan_edits
+from onnx_lora.runtime.requantize import Requantize, compute_values
 from onnx_lora.staging import staged
 
 __all__ = ["fold_to"]
@@ -78,114 +78,142 @@ def fold_to(
     Raises AdapterError, SelectionError, PackageError: as `fold`. OutputExistsError: `out` exists.
     StorageError: it cannot be written. MissingDependencyError: no `onnx`.
     """
-    whole = opened(package).allowing_unproven(allow_unproven)
+    whole = open_package(package, allow_unproven=allow_unproven)
     if whole.path.resolve() in Path(out).resolve().parents:
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
-    bound = mixed(adapter, whole, strict=strict)
-    plans = [(info, {name: edit for edit in edits(info, bound) for name in edit.tensors}) for info in infos]
-    step = _stepper(progress, sum(len(plan) for _, plan in plans))
+    bound = bind_blend(adapter, whole, strict=strict)
+    plans = [_Plan.of(info, bound) for info in infos]
+    steps = _Steps(progress, sum(len(plan.edits) for plan in plans))
     with staged(out) as folder:
         with (folder / _DATA).open("wb") as file:
-            data = _Data(file)
-            for info, plan in plans:
-                values = _Values(plan, whole, requantize)
-                _write(info, values, whole, folder / (_MODEL if len(infos) == 1 else info.file), data, step)
+            writer = _Writer(whole, requantize, _Data(file), steps)
+            for plan in plans:
+                name = _MODEL if len(plans) == 1 else plan.info.file
+                writer.write(plan, folder / name)
         _copy_companions(whole, folder)
-        _fix_labels([edit for _, plan in plans for edit in plan.values()], folder / "config.json", whole.path)
+        _fix_labels(plans, folder / "config.json", whole.path)
     return Path(out)
 
 
-def _stepper(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = -1
+class _Steps:
+    """Counts the weights that are written, and says so to whoever asked."""
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = -1
+        self.count()
 
-    step()
-    return step
+    def count(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A graph, and what happens to its initializers, by their names."""
+
+    info: GraphInfo
+    edits: Mapping[str, InitializerEdit]
+
+    @staticmethod
+    def of(info: GraphInfo, adapter: BoundAdapter) -> _Plan:
+        edits: dict[str, InitializerEdit] = {}
+        for edit in plan_edits(info, adapter):
+            for name in edit.tensors:
+                edits[name] = edit
+        return _Plan(info, edits)
 
 
 @dataclass
 class _Values:
     """New values by initializer, computed when the first of an edit's is asked for and dropped with its last."""
 
-    plan: Mapping[str, Edit]
+    edits: Mapping[str, InitializerEdit]
     package: Package
     requantize: Requantize | None
     waiting: dict[str, Array] = field(default_factory=dict)
 
     def take(self, name: str) -> Array:
         if name not in self.waiting:
-            self.waiting.update(merged(self.plan[name], self.package, self.requantize))
+            self.waiting.update(compute_values(self.edits[name], self.package, self.requantize))
         return self.waiting.pop(name)
 
 
-def _write(
-    info: GraphInfo, new: _Values, package: Package, target: Path, data: _Data, step: Callable[[], None]
-) -> None:
-    plan = new.plan
-    source = package.path / info.base_file
-    model = _onnx.load(source)
-    outside = _onnx.externals(model, source)
-    _check_places(plan, outside, source)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for external in outside:
-        edit = plan.get(external.name)
-        if edit is None:
-            place = _copy(external, package, data)
-        else:
-            values = new.take(external.name)
-            stored = edit.tensors[external.name]
-            data_values = _nibbles(values) if stored.dtype in NIBBLES else values
-            place = data.put((edit.key, stored), data_values.nbytes, _writer(data_values))
-            if values.shape != stored.shape:
-                shapes[external.name] = values.shape
-            step()
-        _onnx.place(external, _DATA, *place)
-    _onnx.resize(model, shapes)
-    target.write_bytes(model.SerializeToString())
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the graphs of a package, with their weights in one data file."""
+
+    package: Package
+    requantize: Requantize | None
+    data: _Data
+    steps: _Steps
+
+    def write(self, plan: _Plan, target: Path) -> None:
+        source = self.package.path / plan.info.base_file
+        model = _onnx.load(source)
+        outside = _onnx.externals(model, source)
+        _check_places(plan.edits, outside, source)
+        values = _Values(plan.edits, self.package, self.requantize)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for external in outside:
+            edit = plan.edits.get(external.name)
+            if edit is None:
+                offset, length = _copy(external, self.package, self.data)
+            else:
+                new = values.take(external.name)
+                stored = edit.tensors[external.name]
+                offset, length = self._put(new, edit, stored)
+                if new.shape != stored.shape:
+                    shapes[external.name] = new.shape
+                self.steps.count()
+            _onnx.place(external, _DATA, offset, length)
+        _onnx.resize(model, shapes)
+        target.write_bytes(model.SerializeToString())
+
+    def _put(self, new: Array, edit: InitializerEdit, stored: StoredTensor) -> tuple[int, int]:
+        values = _pack_nibbles(new) if stored.dtype in NIBBLES else new
+        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+
+        def write(file: IO[bytes]) -> None:
+            file.write(little.reshape(-1).view(np.uint8).data)
+
+        return self.data.put((edit.key, stored), little.nbytes, write)
 
 
-def _check_places(plan: Mapping[str, Edit], outside: Sequence[_onnx.External], source: Path) -> None:
+def _check_places(edits: Mapping[str, InitializerEdit], outside: Sequence[_onnx.External], source: Path) -> None:
     """That graph and manifest mean the same bytes: else a fold would start from other weights."""
-    places = {
-        external.name: _place(external.file, external.offset, external.length, external.proto.dims)
-        for external in outside
-    }
-    wanted = {
-        name: _place(stored.file, stored.offset, stored.size, stored.shape)
-        for name, stored in ((name, edit.tensors[name]) for name, edit in plan.items())
-    }
-    if wrong := sorted(name for name in wanted if places.get(name) != wanted[name]):
+    problems: list[str] = []
+    places = {external.name: external for external in outside}
+    for name in sorted(edits):
+        stored = edits[name].tensors[name]
+        wanted = _describe_place(stored.file, stored.offset, stored.size, stored.shape)
+        found = "not in a file"
+        external = places.get(name)
+        if external is not None:
+            found = _describe_place(external.file, external.offset, external.length, external.proto.dims)
+        if found != wanted:
+            problems.append(f"{name} must be {wanted}, and is {found}")
+    if problems:
         raise PackageError(
             "the base graph must keep its weights where the manifest says; make the package again",
             path=source,
-            problems=[f"{name} must be {wanted[name]}, and is {places.get(name, 'not in a file')}" for name in wrong],
+            problems=problems,
         )
 
 
-def _place(file: str, offset: int, length: int, shape: Sequence[int]) -> str:
+def _describe_place(file: str, offset: int, length: int, shape: Sequence[int]) -> str:
     return f"{list(shape)} in {length} bytes from {offset} of {file}"
 
 
-def _nibbles(values: Array) -> Array:
+def _pack_nibbles(values: Array) -> Array:
     """Two numbers in a byte, the first in its low bits."""
-    flat = np.append(values.reshape(-1), np.zeros(values.size % 2, values.dtype)).astype(np.uint8) & 15
+    padding = np.zeros(values.size % 2, values.dtype)
+    flat = np.append(values.reshape(-1), padding).astype(np.uint8) & 15
     packed: Array = flat[::2] | (flat[1::2] << 4)
     return packed
-
-
-def _writer(values: Array) -> Callable[[IO[bytes]], None]:
-    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-
-    def write(file: IO[bytes]) -> None:
-        file.write(little.reshape(-1).view(np.uint8).data)
-
-    return write
 
 
 def _copy(external: _onnx.External, package: Package, data: _Data) -> tuple[int, int]:
@@ -215,11 +243,12 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
 
 def _copy_companions(package: Package, folder: Path) -> None:
     """Everything that is not a graph, its data, or the manifest."""
-    graphs = {name for info in package.manifest.graphs for name in (info.file, info.base_file)}
-    own = {MANIFEST, *graphs}
-    for name in graphs:
-        path = package.path / name
-        own |= {external.file for external in _onnx.externals(_onnx.load(path), path)}
+    own = {MANIFEST}
+    for info in package.manifest.graphs:
+        for name in (info.file, info.base_file):
+            path = package.path / name
+            own.add(name)
+            own.update(external.file for external in _onnx.externals(_onnx.load(path), path))
     for companion in sorted(package.path.iterdir()):
         if companion.name in own:
             continue
@@ -231,21 +260,32 @@ def _copy_companions(package: Package, folder: Path) -> None:
                 copy_file(path, copy, folder=package.path, kind=PackageError)
 
 
-def _fix_labels(done: Sequence[Edit], config: Path, package: Path) -> None:
+def _fix_labels(plans: Sequence[_Plan], config: Path, package: Path) -> None:
     """Where a head got another number of outputs, the config's labels are those of another head."""
-    widths = {
-        edit.whole.value.shape[-1]
-        for edit in done
-        if edit.whole is not None
-        and isinstance(edit.whole.weight.role, LinearWeight)
-        and edit.whole.weight.module.rpartition(".")[2] not in VOCABULARY_HEADS
-        and edit.whole.part.stored.shape[0 if edit.whole.part.transposed else 1] != edit.whole.value.shape[-1]
-    }
+    widths: set[int] = set()
+    for plan in plans:
+        for edit in plan.edits.values():
+            width = _new_width(edit)
+            if width is not None:
+                widths.add(width)
     if not widths or not config.is_file():
         return
     content = parse_json(config.read_bytes(), package / config.name, PackageError, what="a config")
-    content = {key: value for key, value in content.items() if key not in ("id2label", "label2id", "num_labels")}
+    for key in ("id2label", "label2id", "num_labels"):
+        content.pop(key, None)
     if len(widths) == 1:
         content["num_labels"] = widths.pop()
     config.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     _log.warning("%s: the head has another number of outputs; its labels were removed", config.name)
+
+
+def _new_width(edit: InitializerEdit) -> int | None:
+    """The labels that a new head counts, where they are not as many as the base's; None of what counts none."""
+    if edit.new is None or not isinstance(edit.new.weight.role, LinearWeight):
+        return None
+    if edit.new.weight.module.rpartition(".")[2] in VOCABULARY_HEADS:
+        return None
+    part = edit.new.part
+    width: int = edit.new.value.shape[-1]
+    before = part.stored.shape[0 if part.transposed else 1]
+    return None if width == before else width

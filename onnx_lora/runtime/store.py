@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,27 +16,10 @@ from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
 from onnx_lora.points import Array, digest, in_memory
 from onnx_lora.runtime._ort import Device
-from onnx_lora.runtime.selection import Selection, unknown
+from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
+from onnx_lora.runtime.selection import Selection, explain_unknown
 
-__all__ = ["Key", "Loaded", "Store", "Values", "key_of"]
-
-# OrtValues by graph input name.
-Values: TypeAlias = Mapping[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """An adapter on the device. Equal to itself alone: one loaded again under its name is another."""
-
-    bound: BoundAdapter
-    part: BoundAdapter  # what of it this session's graph takes
-    values: Values
-    defaults: Mapping[str, Array]  # the base's own values beside it in a batch, by parameter
-
-
-# Per row, the adapters and their weights. Holding the adapters keeps their identity from being given
-# to another one while an entry lives.
-Key: TypeAlias = tuple[tuple[tuple[Loaded, float], ...], ...]
+__all__ = ["Store", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +53,20 @@ class Store:
 
         Raises SelectionError: the name is taken. PackageError: the base's own values cannot be read.
         """
-        part = _restricted(bound, name, self._graph)
+        part = _restrict(bound, name, self._graph)
         values = self._device.values(self._graph.inputs(part.tensors))
-        loaded = Loaded(bound, part, values, self._defaults(part))
+        loaded = Loaded(bound, part, values, self._find_defaults(part))
         with self._lock:
             self.check_free(name)
             self._loaded = {**self._loaded, name: loaded}
 
-    def _defaults(self, part: BoundAdapter) -> dict[str, Array]:
+    def _find_defaults(self, part: BoundAdapter) -> dict[str, Array]:
         """The base's own values of the weights that an adapter replaces, and of their modules' others, which a row of
         the base has in one batch with it. Of weights that are never stacked only whether they are the adapter's."""
         modules = {name.rpartition(".")[0] for name in part.coverage.replaced}
-        kept = {name: value for loaded in self._loaded.values() for name, value in loaded.defaults.items()}
+        kept: dict[str, Array] = {}
+        for loaded in self._loaded.values():
+            kept.update(loaded.defaults)
         defaults: dict[str, Array] = {}
         for name, weight in self._package.replaceable.items():
             own = part.tensors.get(name)
@@ -95,6 +79,7 @@ class Store:
         return defaults
 
     def check_free(self, name: str) -> None:
+        """Raises SelectionError: the name is taken."""
         if name in self._loaded:
             raise SelectionError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
 
@@ -102,10 +87,11 @@ class Store:
         """Forget an adapter and everything composed of it. Raises SelectionError: it is not loaded."""
         with self._lock:
             if name not in self._loaded:
-                raise SelectionError(unknown(name, self._loaded))
+                raise SelectionError(explain_unknown(name, self._loaded))
             gone = self._loaded[name]
             self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
-            for key in [key for key in self._composed if _uses(key, gone)]:
+            stale = [key for key in self._composed if _uses(key, gone)]
+            for key in stale:
                 self._size -= self._composed.pop(key).size
 
     def values(self, selection: Selection, loaded: Mapping[str, Loaded]) -> Values:
@@ -113,10 +99,10 @@ class Store:
 
         Raises SelectionError: its parts cannot be composed.
         """
-        key: Key = key_of(selection, loaded)
+        key = resolve(selection, loaded)
         if len(key) == 1 and not key[0]:
             return {}
-        if len(key) == 1 and _is_plain(key[0]):
+        if len(key) == 1 and _is_alone(key[0]):
             return key[0][0][0].values
         with self._lock:
             entry = self._composed.get(key)
@@ -127,56 +113,77 @@ class Store:
 
     def _compose(self, key: Key) -> Values:
         # Outside the lock: two threads may do the same work once, and none waits for another's.
-        rows = {choice: _blend(choice) for choice in dict.fromkeys(key)}
-        tensors = rows[key[0]]
+        blends = {part: _blend(part) for part in dict.fromkeys(key)}
+        tensors = blends[key[0]]
         if len(key) > 1:
-            defaults = {name: value for choice in rows for part, _ in choice for name, value in part.defaults.items()}
-            tensors = stack_rows([rows[choice] for choice in key], self._package, defaults=defaults)
+            defaults: dict[str, Array] = {}
+            for part in blends:
+                for loaded, _ in part:
+                    defaults.update(loaded.defaults)
+            tensors = stack_rows([blends[part] for part in key], self._package, defaults=defaults)
         inputs = self._graph.inputs(tensors)
-        entry = _Entry(self._device.values(inputs), sum(value.nbytes for value in inputs.values()))
-        if entry.size <= self._limit:
+        size = sum(value.nbytes for value in inputs.values())
+        entry = _Entry(self._device.values(inputs), size)
+        if size <= self._limit:
             self._keep(key, entry)
         return entry.values
 
     def _keep(self, key: Key, entry: _Entry) -> None:
         with self._lock:
-            alive = set(self._loaded.values())
-            # An adapter unloaded meanwhile must not come back to life in here.
-            if key in self._composed or not all(part in alive for choice in key for part, _ in choice):
+            if key in self._composed or not self._has_all(key):
                 return
             self._composed[key] = entry
             self._size += entry.size
             while self._size > self._limit:
-                self._size -= self._composed.popitem(last=False)[1].size
+                _, oldest = self._composed.popitem(last=False)
+                self._size -= oldest.size
+
+    def _has_all(self, key: Key) -> bool:
+        """Whether all adapters of a key are loaded still: one unloaded meanwhile must not come back to life."""
+        used: set[Loaded] = set()
+        for part in key:
+            used.update(loaded for loaded, _ in part)
+        return used <= set(self._loaded.values())
 
 
-def key_of(selection: Selection, loaded: Mapping[str, Loaded]) -> Key:
+def resolve(selection: Selection, loaded: Mapping[str, Loaded]) -> Key:
     """What a selection made from the snapshot `loaded` stands for, names left behind."""
-    return tuple(tuple((loaded[name], weight) for name, weight in choice) for choice in selection.choices)
+    parts: list[Part] = []
+    for choice in selection.choices:
+        parts.append(tuple((loaded[name], weight) for name, weight in choice))
+    return tuple(parts)
 
 
-def _blend(choice: tuple[tuple[Loaded, float], ...]) -> Mapping[str, Array]:
-    if not choice:
+def _blend(part: Part) -> Mapping[str, Array]:
+    if not part:
         return {}
-    if _is_plain(choice):
-        return choice[0][0].part.tensors
-    return blend([(loaded.part, weight) for loaded, weight in choice])
+    if _is_alone(part):
+        return part[0][0].part.tensors
+    return blend([(loaded.part, weight) for loaded, weight in part])
 
 
-def _is_plain(choice: tuple[tuple[Loaded, float], ...]) -> bool:
+def _is_alone(part: Part) -> bool:
     """One adapter at full strength."""
-    return len(choice) == 1 and choice[0][1] == 1.0
+    return len(part) == 1 and part[0][1] == 1.0
 
 
-def _uses(key: Key, loaded: Loaded) -> bool:
-    return any(part is loaded for choice in key for part, _ in choice)
+def _uses(key: Key, gone: Loaded) -> bool:
+    return any(_names(part, gone) for part in key)
 
 
-def _restricted(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapter:
+def _names(part: Part, gone: Loaded) -> bool:
+    return any(loaded is gone for loaded, _ in part)
+
+
+def _restrict(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapter:
     """What of an adapter concerns a graph, under the name it is loaded as."""
-    names = {name for point in graph.points for name in (point.lora_a, point.lora_b, point.dora_scale)}
-    names |= {weight.name for weight in graph.replaceable}
-    tensors = {key: np.ascontiguousarray(in_memory(tensor)) for key, tensor in bound.tensors.items() if key in names}
+    names = {weight.name for weight in graph.replaceable}
+    for point in graph.points:
+        names |= {point.lora_a, point.lora_b, point.dora_scale}
+    tensors: dict[str, Array] = {}
+    for key, tensor in bound.tensors.items():
+        if key in names:
+            tensors[key] = np.ascontiguousarray(in_memory(tensor))
     modules = {point.module for point in graph.points}
     coverage = replace(
         bound.coverage,

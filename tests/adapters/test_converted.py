@@ -171,7 +171,7 @@ def test_without_onnx_runtime_the_extra_is_named(
         return real(name, *args, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingDependencyError, match=r"pip install onnx-lora\[cpu\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'onnx-lora\[cpu\]'"):
         write_bound(sql, file, format="onnx_adapter") if write else read_adapter(file)
 
 

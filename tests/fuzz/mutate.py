@@ -63,6 +63,12 @@ _TEXTS = (
     "nan",
     "{% for a in range(10**9) %}x{% endfor %}",
     "{{ 'x' * 10**9 }}",
+    *("input_ids", "attention_mask", "position_ids", "logits", "past_key_values.%d.key", "present.%d.value"),
+    *("past_key_values.0.key", "%d", "%d%d", "BPE", "ByteLevel", "▁", "é😀"),
+    *("{{", "}}", "{%", "%}", "{#", "#}", "{% endfor %}", "{% else %}", "{% break %}", "{% macro f() %}", "{{ f() }}"),
+    *("{% set ns.x = 1 %}", "{% generation %}", "{% include 'x' %}", "{% extends x %}", "namespace(x=1)", "cycler()"),
+    *("range(10**9)", "|join('b'*9999)", "|center(10**9)", "|tojson", "|batch(10**9)", "lipsum(n=999)", "caller()"),
+    *("raise_exception(x)", "strftime_now('%')", "messages[0]", ".__class__", "|attr('__init__')", "|format(1)"),
 )
 
 

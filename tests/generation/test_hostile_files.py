@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,8 @@ from onnx_lora import AdapterSession, Chat, Sampling, TextGenerator
 from onnx_lora.errors import MissingDependencyError, OnnxLoraError, PackageError, PromptError, RunError
 from onnx_lora.runtime.generation import template as rendering
 from onnx_lora.runtime.generation.text import refused
+from tests.fuzz.mutate import mutate
 from tests.generation.conftest import Decoder
-from tests.generation.fuzz import damaged
 
 Change = Callable[[str, dict[str, Any]], Path]
 
@@ -132,7 +133,7 @@ def test_damage_gives_our_errors_only(
     refused = 0
     try:
         for seed in range(start, start + ROUNDS):
-            file.write_bytes(damaged(content, seed))
+            file.write_bytes(mutate(content.encode(), name, Random(seed)))
             try:
                 refused += bool(_use(session))
             except BaseException:

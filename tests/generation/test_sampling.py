@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from onnx_lora import Sampling, TextGenerator
 from onnx_lora.errors import RunError, SamplingError
-from onnx_lora.runtime.generation.sampling import Chooser, distribution, penalised
+from onnx_lora.runtime.generation.sampling import Chooser, distribution, penalize
 from tests.support.numbers import assert_close
 
 PROMPT = [5, 17, 42, 8]
@@ -55,7 +55,7 @@ def test_probabilities_are_transformers(size: int, steps: float, temperature: fl
 def test_repetition_penalty_is_transformers(penalty: float) -> None:
     logits, seen = _logits(50, 3), [4, 9, 9, 30]
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])
-    assert_close(penalised(logits.copy(), np.unique(seen), penalty), expected[0].numpy())
+    assert_close(penalize(logits.copy(), np.unique(seen), penalty), expected[0].numpy())
 
 
 def test_tokens_are_drawn_as_often_as_they_should() -> None:

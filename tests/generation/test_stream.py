@@ -98,7 +98,7 @@ def _leave(generator: TextGenerator, how: str) -> dict[str, weakref.ref[Any]]:
     stream = generator.stream([PROMPT, PROMPT], adapter=["gone", None], sampling=LONG)
     work = stream._pieces.gi_frame.f_locals["work"]
     loaded = generator.session._store.loaded["gone"]
-    watched = {"held": work.held, "memory": work.memory, "value": next(iter(work.held.values.values()))}
+    watched = {"held": work.lease, "memory": work.memory, "value": next(iter(work.lease.values.values()))}
     references = {name: weakref.ref(value) for name, value in watched.items()}
     references["loaded"] = weakref.ref(loaded)
     del work, watched, loaded

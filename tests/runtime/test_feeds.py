@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 
 from onnx_lora.errors import FeedError, RunError
-from onnx_lora.runtime._ort import fed_value
+from onnx_lora.runtime._ort import make_fed_value
 from tests.runtime import tiny
 from tests.support.numbers import assert_same_bits
 
@@ -121,6 +121,6 @@ def test_an_empty_batch_gives_empty_outputs(session):
     ],
 )
 def test_an_ortvalue_holds_what_the_array_shows(value, element):
-    back = fed_value(value, element).numpy()
+    back = make_fed_value(value, element).numpy()
     assert back.shape == value.shape
     assert_same_bits(np.ascontiguousarray(back), np.ascontiguousarray(value))

@@ -15,7 +15,7 @@ from onnx_lora.package import Package
 from onnx_lora.points import StoredTensor, WeightPart, WholeWeight
 from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import AdapterSession, fold, merge
-from onnx_lora.runtime.merge import Edit, Low, Whole, folded
+from onnx_lora.runtime.merge import InitializerEdit, LowRankEdit, NewWeight, fold_weight
 from tests.runtime import tiny
 from tests.runtime.conftest import CPU, contents, one_thread
 from tests.support.numbers import assert_close, assert_same_bits
@@ -65,7 +65,7 @@ def test_a_head_of_another_width_folds(package, labels):
 
 def test_a_head_of_another_width_without_onnx_says_what_to_install(package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(MissingDependencyError, match="pip install onnx"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'onnx-lora\[fold\]'"):
         logits(package, tiny.adapter("own", 6, labels=7))
 
 
@@ -73,12 +73,12 @@ def test_float16_weights_are_folded_and_rounded_once(tmp_path):
     package = tiny.make_package(tmp_path / "p", dtype="float16")
     half = tiny.adapter("half", 1, dtype="float16")
     point = package.points["layer.up"]
-    (edit,) = merge.edits(
+    (edit,) = merge.plan_edits(
         package.graph(), replace(half, tensors={key: half.tensors[key] for key in (point.lora_a, point.lora_b)})
     )
     a, b = (half.tensors[key].astype(np.float64)[0] for key in (point.lora_a, point.lora_b))
     expected = (tiny.weights("float16")["W_up"].astype(np.float64) + (a @ b).T).astype(np.float16)
-    assert_same_bits(folded(edit, package), expected)
+    assert_same_bits(fold_weight(edit, package), expected)
 
 
 def test_float64_folds_as_the_oracle(tmp_path):
@@ -90,10 +90,10 @@ def test_float64_folds_as_the_oracle(tmp_path):
 
 
 def test_blocks_cover_the_weight(package, monkeypatch):
-    whole = [folded(edit, package) for edit in merge.edits(package.graph(), A)]
+    whole = [fold_weight(edit, package) for edit in merge.plan_edits(package.graph(), A)]
     monkeypatch.setattr(merge, "_BLOCK", 17)
-    for actual, edit in zip(whole, merge.edits(package.graph(), A), strict=True):
-        assert_close(folded(edit, package), actual)
+    for actual, edit in zip(whole, merge.plan_edits(package.graph(), A), strict=True):
+        assert_close(fold_weight(edit, package), actual)
 
 
 def test_a_delta_goes_on_top_of_a_replacement(package):
@@ -102,8 +102,8 @@ def test_a_delta_goes_on_top_of_a_replacement(package):
     weight = WholeWeight("layer.up.weight", LinearWeight(), stored.shape, "float32", False, True, "", (part,))
     value = np.ones((1, 12, 8), "f")
     a, b = np.full((12, 1), 2, "f"), np.full((1, 8), 3, "f")
-    edit = Edit("W_up", stored, Whole(weight, part, value), (Low("layer.up", part, a, b),))
-    assert_same_bits(folded(edit, package), np.full((8, 12), 7, "f"))
+    edit = InitializerEdit("W_up", stored, NewWeight(weight, part, value), (LowRankEdit("layer.up", part, a, b),))
+    assert_same_bits(fold_weight(edit, package), np.full((8, 12), 7, "f"))
 
 
 def test_a_weight_out_of_its_types_range_is_refused(tmp_path):
@@ -118,16 +118,20 @@ def test_a_weight_out_of_its_types_range_is_refused(tmp_path):
 
 def test_a_replacement_of_another_shape_is_refused(package):
     part = package.replaceable["norm.weight"].parts[0]
-    edit = Edit("norm", part.stored, Whole(package.replaceable["norm.weight"], part, np.ones(9, "f")), ())
+    edit = InitializerEdit(
+        "norm", part.stored, NewWeight(package.replaceable["norm.weight"], part, np.ones(9, "f")), ()
+    )
     with pytest.raises(BindError, match=r"norm\.weight must have the base's shape \[8\], and has \[9\]"):
-        folded(edit, package)
+        fold_weight(edit, package)
 
 
 def test_a_delta_of_another_shape_than_its_weight_is_refused(package):
     part = WeightPart("W_up", package.points["layer.up"].parts[0].stored, 8, transposed=True)
-    edit = Edit("W_up", part.stored, None, (Low("layer.up", part, np.ones((12, 1), "f"), np.ones((1, 9), "f")),))
+    edit = InitializerEdit(
+        "W_up", part.stored, None, (LowRankEdit("layer.up", part, np.ones((12, 1), "f"), np.ones((1, 9), "f")),)
+    )
     with pytest.raises(BindError, match=r"layer\.up"):
-        folded(edit, package)
+        fold_weight(edit, package)
 
 
 def test_the_values_live_as_long_as_the_session(package):

@@ -177,7 +177,7 @@ def test_a_base_graph_with_its_weights_inside_is_refused(tmp_path):
 
 def test_without_onnx_it_says_what_to_install(package, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(MissingDependencyError, match="pip install onnx"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'onnx-lora\[fold\]'"):
         fold_to(package, A, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
-from onnx_lora.exporter.ort_check import native_failures
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
+from onnx_lora.exporter.foreign_libraries import translate_failures
+from onnx_lora.onnxruntime_errors import native_failures
 
 __all__ = ["library_failures"]
 

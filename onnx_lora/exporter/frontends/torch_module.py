@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
-from onnx_lora.exporter.foreign_libraries import first_line, translate_failures
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
+from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.names import short_name
 from onnx_lora.exporter.frontends.quiet import quiet

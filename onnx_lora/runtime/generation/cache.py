@@ -8,9 +8,8 @@ from threading import Lock
 from weakref import ref
 
 from onnx_lora.errors import CacheError
-from onnx_lora.runtime.generation.decoder import Memory
+from onnx_lora.runtime.generation.memory import Memory
 from onnx_lora.runtime.lease import Identity
-from onnx_lora.runtime.session import AdapterSession
 
 __all__ = ["Cache"]
 
@@ -22,10 +21,9 @@ class Cache:
     then would be in a second use, too. `copy()` before makes another. A batch's results share one cache.
     """
 
-    def __init__(
-        self, session: AdapterSession, memory: Memory, tokens: Sequence[Sequence[int]], identity: Identity
-    ) -> None:
-        self._session = ref(session)
+    def __init__(self, owner: object, memory: Memory, tokens: Sequence[Sequence[int]], identity: Identity) -> None:
+        """`owner`: the session whose runs filled the memory; no other one goes on with it. `tokens`: each row's."""
+        self._owner = ref(owner)
         self._memory: Memory | None = memory
         self._tokens = tuple(tuple(row) for row in tokens)
         self._identity = identity
@@ -44,21 +42,21 @@ class Cache:
     def copy(self) -> Cache:
         """Another cache of the same texts. Raises CacheError: this one is used up."""
         with self._lock:
-            session = self._session()
-            if self._memory is None or session is None:
-                raise _used_up()
-            return Cache(session, self._memory.copy(), self._tokens, self._identity)
+            owner = self._owner()
+            if self._memory is None or owner is None:
+                raise _refuse_second_use()
+            return Cache(owner, self._memory.copy(), self._tokens, self._identity)
 
-    def check(self, session: AdapterSession, rows: int, identity: Identity, *, any_adapter: bool) -> None:
+    def check(self, owner: object, rows: int, identity: Identity, *, any_adapter: bool) -> None:
         """Raises CacheError: these rows cannot go on with it under this adapter."""
-        if self._session() is not session:
+        if self._owner() is not owner:
             raise CacheError("a cache must be gone on with by the generator that filled it, and this is another one")
         if len(self._tokens) != rows:
             raise CacheError(
                 f"the cache holds {len(self._tokens)} rows, and {rows} were given; give one text for each, '' for none"
             )
         if self._memory is None:
-            raise _used_up()
+            raise _refuse_second_use()
         if any_adapter or self._identity.parts == identity.parts:
             return
         again = " (unloaded since, and loaded again: another one)" if str(identity) == self.adapter else ""
@@ -72,9 +70,9 @@ class Cache:
         with self._lock:
             memory, self._memory = self._memory, None
         if memory is None:
-            raise _used_up()
+            raise _refuse_second_use()
         return memory
 
 
-def _used_up() -> CacheError:
+def _refuse_second_use() -> CacheError:
     return CacheError("a cache can be gone on with once, and this one was; keep cache.copy() for a second time")

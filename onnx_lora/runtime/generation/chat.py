@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import PackageError, PromptError
+from onnx_lora.errors import PackageError, PromptError, printable
 from onnx_lora.runtime.generation.settings import read_object, read_text
 from onnx_lora.runtime.generation.template import TemplateFailure, render
 
@@ -24,6 +24,9 @@ _DEFAULT = "default"
 
 # Descriptions of tools nest a dozen levels; a list that holds itself has no end.
 _DEEPEST = 100  # levels
+
+# How much of a value's place a message shows.
+_PLACE = 80  # characters
 
 # Python writes no longer numbers as text (`sys.set_int_max_str_digits`): 4300 digits.
 _LONGEST_NUMBER = 14_280  # bits
@@ -56,7 +59,10 @@ class ChatTemplate:
         config = read_object(folder / _CONFIG)
         file = folder / _FILE
         written = read_text(file)
-        path, source = (folder / _CONFIG, _single(config.get("chat_template"))) if written is None else (file, written)
+        if written is None:
+            path, source = folder / _CONFIG, _single(config.get("chat_template"))
+        else:
+            path, source = file, written
         if source is None:
             raise PackageError(
                 f"must hold a chat template for a chat ({_FILE}, or chat_template in {_CONFIG}); "
@@ -111,11 +117,10 @@ def _check(chat: Chat) -> None:
         raise PromptError('a chat must be a list of messages like {"role": "user", "content": "Hi"}, and not empty')
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise PromptError("a chat's variables must be a mapping from names, which are texts, to values")
-    wrong = [
-        f"message {index} must be a mapping with a role, which is a text; it is {_kind(message)}"
-        for index, message in enumerate(messages)
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str)
-    ]
+    wrong: list[str] = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            wrong.append(f"message {index} must be a mapping with a role, which is a text; it is {_kind(message)}")
     if wrong:
         raise PromptError("the chat's messages cannot be read", problems=wrong)
 
@@ -132,15 +137,17 @@ def _plain(value: object, place: str, depth: int = 0) -> object:
     if depth > _DEEPEST:
         raise PromptError(f"what a chat's template is given must not nest deeper than {_DEEPEST} levels")
     if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise PromptError(f"{place[:80]} must have texts as keys, and has a {type(wrong[0]).__name__}")
+        for key in value:
+            if not isinstance(key, str):
+                shown = printable(place, _PLACE)
+                raise PromptError(f"{shown} must have texts as keys, and has a {type(key).__name__}")
         return {key: _plain(each, f"{place}.{key}", depth + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each, f"{place}[{index}]", depth + 1) for index, each in enumerate(value)]
     if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
-        raise PromptError(f"{place[:80]} must be a number that can be written, and has {value.bit_length()} bits")
+        shown = printable(place, _PLACE)
+        raise PromptError(f"{shown} must be a number that can be written, and has {value.bit_length()} bits")
     if value is None or isinstance(value, str | int | float):
         return value
-    raise PromptError(
-        f"{place[:80]} must be what JSON can hold (texts, numbers, lists, mappings), and is a {type(value).__name__}"
-    )
+    shown, kind = printable(place, _PLACE), type(value).__name__
+    raise PromptError(f"{shown} must be what JSON can hold (texts, numbers, lists, mappings), and is a {kind}")

@@ -4,59 +4,45 @@ in memory is the business of `growing.py` and `shared.py`."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from onnx_lora.onnxruntime_errors import fail_in_run
 from onnx_lora.points import Array
-from onnx_lora.runtime._ort import CPU, Device, ort, running
-from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
-from onnx_lora.runtime.lease import Held
+from onnx_lora.runtime._ort import CPU, Device, ort
+from onnx_lora.runtime.generation.graph import DecoderGraph, make_zeros
+from onnx_lora.runtime.generation.memory import Memory
+from onnx_lora.runtime.lease import Lease
 
-__all__ = ["Decoder", "Memory"]
+__all__ = ["Decoder"]
 
 # TensorProto.DataType
 _ELEMENTS = {np.dtype(np.int64): 7, np.dtype(np.int32): 6}
 
 
-class Memory(Protocol):
-    """The keys and values of every token that rows were fed."""
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens in every row, where it cannot be made later. Raises RunError: no memory."""
-
-    def connect(self, decoder: Decoder) -> None:
-        """Bind the cache to a generation's runs, before the first."""
-
-    def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
-        """Put tokens behind each row, and give the logits after each row's last: [rows, vocabulary].
-
-        Rows may get different numbers of tokens. A row that gets none stays as it is, and its logits mean nothing.
-        """
-
-    def copy(self) -> Memory:
-        """The same, of its own: what is fed to one is not in the other."""
-
-
 class Decoder:
     """Runs a graph with one choice of adapters over one memory."""
 
-    def __init__(self, graph: DecoderGraph, held: Held, memory: Memory) -> None:
+    def __init__(self, graph: DecoderGraph, lease: Lease, memory: Memory) -> None:
         self.graph = graph
-        self.binding = held.binding()
+        self.binding = lease.bind()
         # An IOBinding of older ONNX Runtimes keeps no arrays alive.
-        self._held = held
+        self._lease = lease
         self._fed: dict[str, tuple[Array, Any]] = {}
-        self._in_place = Device.of(held.session) == CPU
+        self._in_place = Device.of(lease.session) == CPU
         self._scores: Any = None
         self._memory = memory
-        with running():
+        with fail_in_run():
             # First of the outputs: `outputs` gives the others.
             self.binding.bind_output(graph.logits, "cpu")
             memory.connect(self)
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
-        """As `Memory.feed`. The array is overwritten by the next call. Raises RunError: ONNX Runtime failed."""
+        """As `Memory.feed`: tokens behind each row in, logits out. The array is overwritten by the next call.
+
+        Raises RunError: ONNX Runtime failed.
+        """
         return self._memory.feed(self, tokens)
 
     def run(self, ids: Array, mask: Array, positions: Array) -> Array:
@@ -65,7 +51,7 @@ class Decoder:
         An array that was given to the run before may have been written to in between.
         """
         graph, binding = self.graph, self.binding
-        with running():
+        with fail_in_run():
             self._bind(graph.ids, ids)
             self._bind(graph.mask, mask)
             if graph.positions is not None:
@@ -74,7 +60,7 @@ class Decoder:
             if scores is None:
                 binding.bind_output(graph.logits, "cpu")
                 self._scores = None
-            self._held.session.run_with_iobinding(binding)
+            self._lease.session.run_with_iobinding(binding)
             if scores is None:
                 scores = binding.get_outputs()[0].numpy()
         return scores
@@ -95,7 +81,7 @@ class Decoder:
         if self.graph.vocabulary is None:
             return None
         if self._scores is None:
-            scores = zeros((rows, 1, self.graph.vocabulary), self.graph.scores)
+            scores = make_zeros((rows, 1, self.graph.vocabulary), self.graph.scores)
             self._scores = ort.OrtValue.ortvalue_from_numpy(scores), scores
             self.binding.bind_ortvalue_output(self.graph.logits, self._scores[0])
         array: Array = self._scores[1]

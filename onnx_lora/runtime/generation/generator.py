@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
@@ -12,17 +13,17 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import CacheError, InputError, PromptError
 from onnx_lora.package import Package
 from onnx_lora.runtime._ort import Device, Providers
-from onnx_lora.runtime.bound import AnyAdapter, AnyPackage
+from onnx_lora.runtime.binding import AnyAdapter, AnyPackage
 from onnx_lora.runtime.generation.cache import Cache
 from onnx_lora.runtime.generation.chat import Chat, ChatTemplate
-from onnx_lora.runtime.generation.decoder import Memory
+from onnx_lora.runtime.generation.families import make_memory
 from onnx_lora.runtime.generation.graph import DecoderGraph
-from onnx_lora.runtime.generation.growing import Growing
-from onnx_lora.runtime.generation.prompts import OnePrompt, Prompt, Room, rows_of
+from onnx_lora.runtime.generation.memory import Memory
+from onnx_lora.runtime.generation.prompts import OnePrompt, Prompt, Room, encode_prompts, is_batch
+from onnx_lora.runtime.generation.results import Generation
 from onnx_lora.runtime.generation.sampling import Sampling
 from onnx_lora.runtime.generation.settings import Settings
-from onnx_lora.runtime.generation.shared import Shared
-from onnx_lora.runtime.generation.stream import Generation, Stream, Work
+from onnx_lora.runtime.generation.stream import Stream, Work
 from onnx_lora.runtime.generation.text import TextTokenizer
 from onnx_lora.runtime.selection import AdapterChoice
 from onnx_lora.runtime.session import AdapterSession
@@ -30,6 +31,28 @@ from onnx_lora.runtime.session import AdapterSession
 __all__ = ["TextGenerator"]
 
 _GREEDY = Sampling()
+
+# Tokens in, text out.
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What `generate` and `stream` are asked for."""
+
+    prompt: Prompt
+    adapter: AdapterChoice
+    sampling: Sampling
+    cache: Cache | None
+    keep_cache: bool
+    allow_other_adapter: bool
+
+    def check(self) -> None:
+        """Raises InputError, CacheError: an argument is of another type."""
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, and is a {type(self.sampling).__name__}")
+        if self.cache is not None and not isinstance(self.cache, Cache):
+            raise CacheError(f"cache must be a result's cache, and is a {type(self.cache).__name__}")
 
 
 @public
@@ -71,12 +94,13 @@ class TextGenerator:
                 f"package must be a path, a Package or an AdapterSession, and is a {type(package).__name__}"
             )
         self._settings = Settings.read(self._session.package.path)
-        self._graph = DecoderGraph.of(self._session, self._settings)
+        self._graph = _find_decoder(self._session, self._settings)
         self._room = Room(self._settings.context, self._graph.vocabulary)
         self._device = Device.of(self._session)
 
     @property
     def session(self) -> AdapterSession:
+        """The session that runs the decoder."""
         return self._session
 
     @property
@@ -147,12 +171,11 @@ class TextGenerator:
         CacheError: the cache is used up, or not this adapter's. PackageError: text needs a tokenizer, or a chat a
         template, and the package has none. RunError: ONNX Runtime failed.
         """
-        work, batch = self._work(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)
-        stream = Stream(work)
-        del work
+        call = _Call(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)
+        stream = Stream(self._prepare(call))
         for _ in stream:
             pass
-        return stream.results if batch else stream.results[0]
+        return stream.results if is_batch(prompt) else stream.results[0]
 
     def stream(
         self,
@@ -166,7 +189,7 @@ class TextGenerator:
     ) -> Stream:
         """As `generate`, piece by piece; everything is checked before it returns. The pieces' texts of a row are
         together what `generate` gives. `.results` has the results at the end, with their cache."""
-        return Stream(self._work(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)[0])
+        return Stream(self._prepare(_Call(prompt, adapter, sampling, cache, keep_cache, allow_other_adapter)))
 
     def chat(
         self,
@@ -198,65 +221,58 @@ class TextGenerator:
     def _template(self) -> ChatTemplate:
         return ChatTemplate.read(self._session.package.path)
 
-    def _work(
-        self,
-        prompt: Prompt,
-        adapter: AdapterChoice,
-        sampling: Sampling,
-        cache: Cache | None,
-        keep_cache: bool,
-        allow_other_adapter: bool,
-    ) -> tuple[Work, bool]:
-        """The generation a call asks for, checked, and whether it is a batch."""
-        if not isinstance(sampling, Sampling):
-            raise InputError(f"sampling must be a Sampling, and is a {type(sampling).__name__}")
-        if cache is not None and not isinstance(cache, Cache):
-            raise CacheError(f"cache must be a result's cache, and is a {type(cache).__name__}")
-        new, batch = rows_of(prompt, lambda text: self._encode(text, special=cache is None))
-        held = self._session.hold(adapter, len(new))
+    def _prepare(self, call: _Call) -> Work:
+        """The generation a call asks for, checked."""
+        call.check()
+        cache = call.cache
+        new = encode_prompts(call.prompt, lambda text: self._encode(text, special=cache is None))
+        lease = self._session.lease(call.adapter, len(new))
         if cache is None:
-            past: Sequence[Sequence[int]] = [()] * len(new)
+            past: list[list[int]] = [[] for _ in new]
             feed = new
         else:
-            cache.check(self._session, len(new), held.identity, any_adapter=allow_other_adapter)
+            cache.check(self._session, len(new), lease.identity, any_adapter=call.allow_other_adapter)
             # The last token of a text was chosen, and not fed yet.
-            past = [row[:-1] for row in cache.tokens]
+            past = [list(row[:-1]) for row in cache.tokens]
             feed = [[row[-1], *tokens] for row, tokens in zip(cache.tokens, new, strict=True)]
-        self._check_room(past, feed, batch=batch)
-        limits = self._room.limits(
-            [len(old) + len(row) for old, row in zip(past, feed, strict=True)], sampling.max_tokens
-        )
-        decode = self._decoder_for(sampling)
-        memory: Memory = self._empty(len(new)) if cache is None else cache.take()
+        self._check_room(past, feed, batch=is_batch(call.prompt))
+        lengths = [len(old) + len(row) for old, row in zip(past, feed, strict=True)]
+        limits = self._room.limits(lengths, call.sampling.max_tokens)
+        decode = self._find_decode(call.sampling)
+        memory: Memory = make_memory(self._graph, self._device, len(new)) if cache is None else cache.take()
         memory.reserve(max(map(len, feed)) + max(limits))
-        work = Work(
+        return Work(
             self._session,
             self._graph,
-            held,
+            lease,
             memory,
             past=past,
             feed=feed,
             limits=limits,
-            sampling=sampling,
+            sampling=call.sampling,
             end=self._settings.end,
             decode=decode,
-            keep_cache=bool(keep_cache),
+            keep_cache=bool(call.keep_cache),
         )
-        return work, batch
-
-    def _empty(self, rows: int) -> Memory:
-        return (Shared if self._graph.shared else Growing)(self._graph, self._device, rows)
 
     def _check_room(self, past: Sequence[Sequence[int]], feed: Sequence[Sequence[int]], *, batch: bool) -> None:
-        problems = []
+        problems: list[str] = []
         for index, (old, row) in enumerate(zip(past, feed, strict=True)):
-            problems += self._room.problems(f"prompt {index} " if batch else "the prompt ", len(old), row)
+            name = f"prompt {index} " if batch else "the prompt "
+            problems += self._room.problems(name, len(old), row)
         if problems:
             raise PromptError("no text can be generated from this prompt", problems=problems)
 
-    def _decoder_for(self, sampling: Sampling) -> Any:
+    def _find_decode(self, sampling: Sampling) -> Decode | None:
         """How tokens become text. Where the package or this Python cannot, and nothing asks for it: None, and texts
         stay empty."""
         if not sampling.stops and not TextTokenizer.possible(self._session.package.path):
             return None
         return self._tokenizer.decode
+
+
+def _find_decoder(session: AdapterSession, settings: Settings) -> DecoderGraph:
+    """A session's graph as a decoder. Raises PackageError: it is none."""
+    inputs = {arg.name: arg for arg in session.get_inputs()}
+    outputs = {arg.name: arg for arg in session.get_outputs()}
+    return DecoderGraph.of(session.package.path / session.graph.file, settings, inputs, outputs)

@@ -15,9 +15,8 @@ import numpy as np
 from onnx_lora.errors import PackageError, RunError
 from onnx_lora.points import Array
 from onnx_lora.runtime.generation.settings import MOST, Names, Settings
-from onnx_lora.runtime.session import AdapterSession
 
-__all__ = ["DecoderGraph", "Part", "zeros"]
+__all__ = ["DecoderGraph", "Part", "make_zeros"]
 
 # NodeProto.op_type (field 4, 19 bytes) of the operator whose cache may be one buffer for past and present. Graphs
 # with it take their rows' lengths from the attention mask's sums, and number positions from them.
@@ -54,12 +53,12 @@ class DecoderGraph:
     shared: bool
 
     @staticmethod
-    def of(session: AdapterSession, settings: Settings) -> DecoderGraph:
-        """Raises PackageError: the graph is no decoder with a cache, or takes what nobody here can give it."""
-        file = session.package.path / session.graph.file
+    def of(file: Path, settings: Settings, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> DecoderGraph:
+        """The decoder in `file`; `inputs` and `outputs`: what a session says of them, by name.
+
+        Raises PackageError: the graph is no decoder with a cache, or takes what nobody here can give it.
+        """
         names = settings.names
-        inputs = {arg.name: arg for arg in session.get_inputs()}
-        outputs = {arg.name: arg for arg in session.get_outputs()}
         pairs = _cache_names(names, inputs)
         _check_kind(file, names, pairs, inputs, outputs)
         fed = [name for name in (names.ids, names.mask, names.positions) if name in inputs]
@@ -93,13 +92,13 @@ class DecoderGraph:
             shared=_holds(file, _SHARED_OPERATOR),
         )
 
-    def zeros(self, part: Part, rows: int, tokens: int) -> Array:
+    def make_empty(self, part: Part, rows: int, tokens: int) -> Array:
         """An empty cache: zeros, and not what the memory held before."""
-        return zeros((rows, part.heads, tokens, part.size), self.cache)
+        return make_zeros((rows, part.heads, tokens, part.size), self.cache)
 
 
-def zeros(shape: Sequence[int], kind: Any) -> Array:
-    """Raises RunError: there is no memory for so many."""
+def make_zeros(shape: Sequence[int], kind: Any) -> Array:
+    """An array of zeros. Raises RunError: there is no memory for so many."""
     try:
         return np.zeros(shape, kind)
     except (MemoryError, ValueError, OverflowError) as error:
@@ -128,8 +127,10 @@ def _check_kind(
     """Raises PackageError: the graph is something else than a decoder."""
     first, _ = names.layer(0)[0]
     problems = [f"it has no input {name}" for name in (names.ids, names.mask) if name not in inputs]
-    problems += [] if names.logits in outputs else [f"it has no output {names.logits}"]
-    problems += [] if pairs else [f"it has no input {first}"]
+    if names.logits not in outputs:
+        problems.append(f"it has no output {names.logits}")
+    if not pairs:
+        problems.append(f"it has no input {first}")
     if problems:
         raise PackageError(
             "must be a decoder with a cache for text to be generated (token ids and past in, logits and present out); "
@@ -152,8 +153,9 @@ def _naming_problems(
     problems += [f"the input {past} is missing" for past, _ in pairs if past not in inputs]
     problems += [f"the output {present} is missing" for _, present in pairs if present not in outputs]
     for kind, used in (("input", taken), ("output", given)):
-        twice = [name for name, times in used.items() if times > 1]
-        problems += [f"the {kind} {name} is named for two purposes in genai_config.json" for name in twice]
+        for name, times in used.items():
+            if times > 1:
+                problems.append(f"the {kind} {name} is named for two purposes in genai_config.json")
     layers = len(pairs) // 2
     if settings.layers not in (None, layers):
         problems.append(f"its cache has {layers} layers, and genai_config.json says {settings.layers}")

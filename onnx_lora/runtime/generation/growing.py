@@ -10,8 +10,8 @@ import numpy as np
 
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
-from onnx_lora.runtime.generation.decoder import Decoder
-from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
+from onnx_lora.runtime.generation.graph import DecoderGraph, make_zeros
+from onnx_lora.runtime.generation.memory import Runner
 
 __all__ = ["Growing"]
 
@@ -28,7 +28,7 @@ class Growing:
     def __init__(self, graph: DecoderGraph, device: Device, rows: int) -> None:
         self._graph = graph
         self._device = device
-        self._past: list[Any] = [device.value(graph.zeros(part, rows, 0)) for part in graph.parts]
+        self._past: list[Any] = [device.value(graph.make_empty(part, rows, 0)) for part in graph.parts]
         self._mask: Array = np.zeros((rows, 0), np.int64)
         self._width = 0  # columns of the mask in use
         self._lengths = np.zeros((rows, 1), np.int64)  # tokens of each row, without padding
@@ -36,12 +36,12 @@ class Growing:
     def reserve(self, tokens: int) -> None:
         """ONNX Runtime makes room in the cache, run by run; `_lengthen` in the mask."""
 
-    def connect(self, decoder: Decoder) -> None:
-        self._bind(decoder)
+    def connect(self, runner: Runner) -> None:
+        self._bind(runner)
 
-    def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+    def feed(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
         width = max(map(len, tokens))
-        ids = zeros((len(tokens), width), np.int64)
+        ids = make_zeros((len(tokens), width), np.int64)
         new = np.zeros_like(ids)
         for row, each in enumerate(tokens):
             if len(each):
@@ -50,10 +50,10 @@ class Growing:
         # A piece must not be all padding in some row.
         piece = _PIECE if len(tokens) == 1 else width
         for start in range(0, width, piece):
-            logits = self._run(decoder, ids[:, start : start + piece], new[:, start : start + piece])
+            logits = self._run(runner, ids[:, start : start + piece], new[:, start : start + piece])
         return logits[:, -1]
 
-    def _run(self, decoder: Decoder, ids: Array, new: Array) -> Array:
+    def _run(self, runner: Runner, ids: Array, new: Array) -> Array:
         end = self._width + ids.shape[1]
         if end > self._mask.shape[1]:
             self._lengthen(max(end, 2 * self._mask.shape[1], _ROUND))
@@ -61,20 +61,20 @@ class Growing:
         steps = new.cumsum(axis=1)
         # As transformers numbers them; what is padded may have any number that there is.
         positions = np.maximum(self._lengths + steps - 1, 0)
-        logits = decoder.run(ids, self._mask[:, :end], positions)
-        self._past = decoder.outputs()
-        self._bind(decoder)
+        logits = runner.run(ids, self._mask[:, :end], positions)
+        self._past = runner.outputs()
+        self._bind(runner)
         self._width = end
         self._lengths = self._lengths + steps[:, -1:]
         return logits
 
     def _lengthen(self, columns: int) -> None:
-        mask = zeros((len(self._mask), columns), np.int64)
+        mask = make_zeros((len(self._mask), columns), np.int64)
         mask[:, : self._width] = self._mask[:, : self._width]
         self._mask = mask
 
-    def _bind(self, decoder: Decoder) -> None:
-        binding, device = decoder.binding, self._device
+    def _bind(self, runner: Runner) -> None:
+        binding, device = runner.binding, self._device
         for part, value in zip(self._graph.parts, self._past, strict=True):
             binding.bind_ortvalue_input(part.past, value)
             binding.bind_output(part.present, device.kind, device.index)

@@ -78,19 +78,24 @@ class StopFilter:
         if not self._stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        places = [text.find(stop) for stop in self._stops]
+        found = [place for place in places if place >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
-        held = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            return text[: min(found)]
+        certain = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[certain:]
+        return text[:certain]
 
     def finish(self) -> str:
+        """What was kept back: it can become part of a stop string no more."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
     """How many of the text's last characters are the stop string's first."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -13,7 +13,7 @@ from onnx_lora.errors import PromptError
 from onnx_lora.points import Array
 from onnx_lora.runtime.generation.chat import Chat
 
-__all__ = ["Encode", "OnePrompt", "Prompt", "Room", "rows_of"]
+__all__ = ["Encode", "OnePrompt", "Prompt", "Room", "encode_prompts", "is_batch"]
 
 # Text, a conversation, or token ids.
 OnePrompt: TypeAlias = str | Chat | Sequence[int] | Array
@@ -42,7 +42,9 @@ class Room:
 
     def limits(self, lengths: Sequence[int], wanted: int) -> list[int]:
         """How many new tokens each row may get: a text ends at the context's end."""
-        return [wanted if self.context is None else min(wanted, self.context - length) for length in lengths]
+        if self.context is None:
+            return [wanted for _ in lengths]
+        return [min(wanted, self.context - length) for length in lengths]
 
     def problems(self, row: str, past: int, tokens: Sequence[int]) -> list[str]:
         """Why these tokens cannot be fed behind `past` others."""
@@ -60,48 +62,56 @@ class Room:
         return []
 
 
-def rows_of(prompt: Prompt, encode: Encode) -> tuple[list[list[int]], bool]:
-    """The tokens of every row, and whether it was a batch. Raises PromptError: it is no prompt."""
+def is_batch(prompt: Prompt) -> bool:
+    """Whether a prompt that `encode_prompts` takes is a list of several, and no single one."""
     if isinstance(prompt, str | Chat):
-        return [encode(prompt)], False
+        return False
     if isinstance(prompt, np.ndarray):
-        if prompt.dtype.kind not in "iu" or prompt.ndim not in (1, 2):
-            raise PromptError(
-                f"an array of token ids must be of whole numbers and have one axis, or two for a batch; it is "
-                f"{prompt.dtype} {list(prompt.shape)}"
-            )
-        rows = np.atleast_2d(prompt).tolist()
-        return _some(rows), prompt.ndim == 2
+        return prompt.ndim == 2
+    return not all(_is_id(token) for token in prompt)
+
+
+def encode_prompts(prompt: Prompt, encode: Encode) -> list[list[int]]:
+    """The tokens of every row: one row of a single prompt. Raises PromptError: it is no prompt."""
+    if isinstance(prompt, str | Chat):
+        return [encode(prompt)]
+    if isinstance(prompt, np.ndarray):
+        return _read_array(prompt)
     if not isinstance(prompt, Sequence) or isinstance(prompt, _BYTES):
         raise PromptError(f"a prompt must be {_KINDS}; or a list of these; it is a {type(prompt).__name__}")
     if len(prompt) > _LONGEST:
         raise PromptError(f"a prompt must have {_LONGEST} tokens or rows at most, and has {len(prompt)}")
-    if all(_is_id(token) for token in prompt):
-        return [_ids(prompt, "the prompt")], False
-    return _some([_row(each, index, encode) for index, each in enumerate(prompt)]), True
+    if not is_batch(prompt):
+        return [_read_ids(prompt, "the prompt")]
+    rows: list[list[int]] = []
+    for index, each in enumerate(prompt):
+        rows.append(encode(each) if isinstance(each, str | Chat) else _read_ids(each, f"prompt {index}"))
+    return rows
 
 
-def _some(rows: list[list[int]]) -> list[list[int]]:
+def _read_array(prompt: Array) -> list[list[int]]:
+    if prompt.dtype.kind not in "iu" or prompt.ndim not in (1, 2):
+        raise PromptError(
+            f"an array of token ids must be of whole numbers and have one axis, or two for a batch; it is "
+            f"{prompt.dtype} {list(prompt.shape)}"
+        )
+    rows: list[list[int]] = np.atleast_2d(prompt).tolist()
     if not rows:
         raise PromptError("a batch must have a prompt at least, and is empty")
     return rows
 
 
-def _row(each: object, index: int, encode: Encode) -> list[int]:
-    if isinstance(each, str | Chat):
-        return encode(each)
-    return _ids(each, f"prompt {index}")
-
-
-def _ids(tokens: object, what: str) -> list[int]:
+def _read_ids(tokens: object, what: str) -> list[int]:
     if isinstance(tokens, np.ndarray) and tokens.ndim == 1 and tokens.dtype.kind in "iu":
         return [int(token) for token in tokens]
-    if isinstance(tokens, Sequence) and not isinstance(tokens, _BYTES) and len(tokens) <= _LONGEST:
-        wrong = next((type(token).__name__ for token in tokens if not _is_id(token)), "")
-        if not wrong:
-            return [int(token) for token in tokens]
-        raise PromptError(f"{what} must be {_KINDS}; it holds a {wrong}")
-    raise PromptError(f"{what} must be {_KINDS}; it is a {type(tokens).__name__}")
+    if not isinstance(tokens, Sequence) or isinstance(tokens, _BYTES) or len(tokens) > _LONGEST:
+        raise PromptError(f"{what} must be {_KINDS}; it is a {type(tokens).__name__}")
+    ids: list[int] = []
+    for token in tokens:
+        if not _is_id(token):
+            raise PromptError(f"{what} must be {_KINDS}; it holds a {type(token).__name__}")
+        ids.append(int(token))
+    return ids
 
 
 def _is_id(token: object) -> bool:

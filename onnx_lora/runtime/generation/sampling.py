@@ -11,10 +11,10 @@ from typing import TypeAlias
 import numpy as np
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import RunError, SamplingError
+from onnx_lora.errors import RunError, SamplingError, printable
 from onnx_lora.points import Array
 
-__all__ = ["Chooser", "Sampling", "distribution", "penalised"]
+__all__ = ["Chooser", "Sampling", "distribution", "penalize"]
 
 Ids: TypeAlias = Array
 
@@ -47,13 +47,14 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        # What is no list of texts is told below.
-        object.__setattr__(self, "stop", tuple(stops) if isinstance(stops, Iterable) else (stops,))
-        warm = _within(self.temperature, _LEAST, _MOST)
+        # Whatever is no list of texts is refused below.
+        is_list = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
+        object.__setattr__(self, "stop", tuple(self.stop) if is_list else (self.stop,))
+        is_greedy = _within(self.temperature, 0, 0)
         rules = {
             "max_tokens must be a whole number, 1 or more": _whole(self.max_tokens, 1),
-            f"temperature must be 0 (greedy), or from {_LEAST} to {_MOST}": warm or _within(self.temperature, 0, 0),
+            f"temperature must be 0 (greedy), or from {_LEAST} to {_MOST}": is_greedy
+            or _within(self.temperature, _LEAST, _MOST),
             "top_k must be a whole number, 0 (off) or more": _whole(self.top_k, 0),
             "top_p must be above 0, and 1 (off) or less": _within(self.top_p, 0, 1) and self.top_p > 0,
             f"repetition_penalty must be from {_LEAST} to {_MOST}; 1 is off": _within(
@@ -62,8 +63,12 @@ class Sampling:
             "seed must be a whole number, 0 or more, or None": self.seed is None or _whole(self.seed, 0),
             "stop must be texts that are not empty": all(isinstance(text, str) and text for text in self.stop),
         }
-        values = {rule: getattr(self, rule.split()[0]) for rule in rules}
-        if problems := [f"{rule}; it is {_shown(values[rule])}" for rule, holds in rules.items() if not holds]:
+        problems: list[str] = []
+        for rule, holds in rules.items():
+            if not holds:
+                name = rule.partition(" ")[0]
+                problems.append(f"{rule}; it is {_shown(getattr(self, name))}")
+        if problems:
             raise SamplingError("the sampling settings are out of range", problems=problems)
 
     @property
@@ -84,7 +89,7 @@ def _shown(value: object) -> str:
     # Python refuses to write numbers of 4300 digits.
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
-    return repr(value)[:80]
+    return printable(repr(value), 80, one_line=True)
 
 
 class Chooser:
@@ -93,19 +98,17 @@ class Chooser:
 
     def __init__(self, sampling: Sampling, row: int, history: Iterable[int]) -> None:
         self._sampling = sampling
+        self._random: np.random.Generator | None = None
         # Most texts are greedy, and a generator takes longer to make than a token to choose.
-        self._random = (
-            np.random.default_rng(None if sampling.seed is None else [sampling.seed, row])
-            if sampling.temperature
-            else None
-        )
+        if sampling.temperature:
+            self._random = np.random.default_rng(None if sampling.seed is None else [sampling.seed, row])
         self._penalty = sampling.repetition_penalty
         self._seen = np.unique(np.fromiter(history, np.int64)) if self._penalty != 1.0 else None
 
     def choose(self, logits: Array) -> int:
         """The next token. `logits`: [vocabulary]. Raises RunError: they are no numbers."""
         if self._seen is not None:
-            logits = penalised(logits.astype(np.float32), self._seen, self._penalty)
+            logits = penalize(logits.astype(np.float32), self._seen, self._penalty)
         if self._random is None:
             token = int(logits.argmax())
             if not math.isfinite(logits[token]):
@@ -119,7 +122,7 @@ class Chooser:
         return token
 
 
-def penalised(logits: Array, seen: Ids, penalty: float) -> Array:
+def penalize(logits: Array, seen: Ids, penalty: float) -> Array:
     """Tokens seen before are made less likely (Keskar et al. 2019, CTRL), once each; in place."""
     scores = logits[seen]
     logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
@@ -154,11 +157,10 @@ def _highest(scores: Array, top_k: int) -> Ids:
     # As many groups have their highest above the bound as scores are wanted: none of these lies below it. A tenth of
     # the time of looking among all.
     peaks = scores[: len(scores) - len(scores) % _GROUPED].reshape(_GROUPED, -1).max(axis=0, initial=-np.inf)
-    near = (
-        np.flatnonzero(np.greater_equal(scores, np.partition(peaks, -top_k)[-top_k]))
-        if top_k < len(peaks)
-        else np.arange(len(scores))
-    )
+    near = np.arange(len(scores))
+    if top_k < len(peaks):
+        bound = np.partition(peaks, -top_k)[-top_k]
+        near = np.flatnonzero(np.greater_equal(scores, bound))
     last = np.partition(scores[near], -top_k)[-top_k]
     highest: Ids = near[np.greater_equal(scores[near], last)]
     return highest
@@ -169,7 +171,8 @@ def _nucleus(chances: Array, top_p: float) -> Ids:
     # All tokens below the floor together stay below 1 - top_p: they need no sorting.
     kept = np.flatnonzero(np.greater_equal(chances, (1 - top_p) / len(chances)))
     order = kept[np.argsort(chances[kept], kind="stable")]
-    below = max(0.0, 1.0 - float(chances[kept].sum(dtype=np.float64))) + chances[order].cumsum(dtype=np.float64)
+    dropped = max(0.0, 1.0 - float(chances[kept].sum(dtype=np.float64)))
+    below = dropped + chances[order].cumsum(dtype=np.float64)
     within = order[below > 1 - top_p]
     return np.sort(within if len(within) else order[-1:])
 

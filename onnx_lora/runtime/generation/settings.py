@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import PackageError
+from onnx_lora.errors import PackageError, printable
 
 __all__ = ["MOST", "Names", "Settings", "read_object", "read_text"]
 
@@ -194,7 +194,7 @@ def _shown(value: object) -> str:
     """A value out of JSON, short enough for a message."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
-    return repr(value)[:60]
+    return printable(repr(value), 60, one_line=True)
 
 
 def _head_size(config: _Fields) -> int | None:

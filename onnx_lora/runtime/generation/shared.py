@@ -10,8 +10,8 @@ import numpy as np
 
 from onnx_lora.points import Array
 from onnx_lora.runtime._ort import Device
-from onnx_lora.runtime.generation.decoder import Decoder
-from onnx_lora.runtime.generation.graph import DecoderGraph, zeros
+from onnx_lora.runtime.generation.graph import DecoderGraph, make_zeros
+from onnx_lora.runtime.generation.memory import Runner
 
 __all__ = ["Shared"]
 
@@ -49,35 +49,35 @@ class Shared:
         buffers = []
         old = self._buffers or [None] * len(self._graph.parts)
         for part, buffer in zip(self._graph.parts, old, strict=True):
-            array = self._graph.zeros(part, self._rows, self._capacity)
+            array = self._graph.make_empty(part, self._rows, self._capacity)
             if used and buffer is not None:
                 array[:, :, :used] = buffer.numpy()[:, :, :used]
             buffers.append(self._device.value(array))
         return buffers
 
-    def connect(self, decoder: Decoder) -> None:
+    def connect(self, runner: Runner) -> None:
         for part, buffer in zip(self._graph.parts, self._buffers, strict=True):
-            decoder.binding.bind_ortvalue_input(part.past, buffer)
-            decoder.binding.bind_ortvalue_output(part.present, buffer)
+            runner.binding.bind_ortvalue_input(part.past, buffer)
+            runner.binding.bind_ortvalue_output(part.present, buffer)
 
-    def feed(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+    def feed(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
         width = max(map(len, tokens))
         if width == 1:
-            return self._step(decoder, tokens)
+            return self._step(runner, tokens)
         if self._rows == 1:
             for start in range(0, width, _PIECE):
-                logits = self._run(decoder, [tokens[0][start : start + _PIECE]])
+                logits = self._run(runner, [tokens[0][start : start + _PIECE]])
             return logits
         if not any(self._lengths):
-            return self._run(decoder, tokens)
+            return self._run(runner, tokens)
         # The operator takes several tokens behind a past for one row only.
         kept: dict[int, Array] = {}
         for step in range(width):
-            logits = self._step(decoder, [row[step : step + 1] for row in tokens])
+            logits = self._step(runner, [row[step : step + 1] for row in tokens])
             kept |= {row: logits[row].copy() for row, each in enumerate(tokens) if len(each) == step + 1}
         return np.stack([kept.get(row, logits[row]) for row in range(self._rows)])
 
-    def _step(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+    def _step(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
         """One token for each row, or none: then its last one is fed again, to the place where it lies already, and
         nothing changes. This is the loop whose time counts."""
         for row, each in enumerate(tokens):
@@ -85,13 +85,13 @@ class Shared:
                 self._lengths[row] += 1
                 self._ids[row, 0] = each[0]
                 self._places[row, 0] = self._lengths[row] - 1
-        return decoder.run(self._ids, self._mask(), self._places)[:, -1]
+        return runner.run(self._ids, self._mask(), self._places)[:, -1]
 
-    def _run(self, decoder: Decoder, tokens: Sequence[Sequence[int]]) -> Array:
+    def _run(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
         """Several tokens, for every row at least one."""
         counts = [len(row) for row in tokens]
         width = max(counts)
-        ids = zeros((self._rows, width), np.int64)
+        ids = make_zeros((self._rows, width), np.int64)
         for row, each in enumerate(tokens):
             ids[row, : len(each)] = each
         positions = np.array(self._lengths)[:, None] + np.arange(width)
@@ -99,14 +99,14 @@ class Shared:
             self._ids[row, 0] = each[-1]
             self._lengths[row] += len(each)
             self._places[row, 0] = self._lengths[row] - 1
-        logits = decoder.run(ids, self._mask(), positions)
+        logits = runner.run(ids, self._mask(), positions)
         if min(counts) == width:
             return logits[:, -1]
         if logits.shape[1] == width:
             own: Array = logits[np.arange(self._rows), np.array(counts) - 1]
             return own
         # The graph keeps the last column's logits only, and shorter rows end before it.
-        return self._step(decoder, [()] * self._rows)
+        return self._step(runner, [()] * self._rows)
 
     def _mask(self) -> Array:
         """Ones for a row's tokens: [rows, tokens of the longest]."""

@@ -6,54 +6,31 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal
 
 from onnx_lora.boundary import public
 from onnx_lora.runtime.generation.cache import Cache
-from onnx_lora.runtime.generation.decoder import Decoder, Memory
+from onnx_lora.runtime.generation.decoder import Decoder
 from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.memory import Memory
 from onnx_lora.runtime.generation.pieces import RunningText, StopFilter
+from onnx_lora.runtime.generation.results import Generation, Piece, Reason
 from onnx_lora.runtime.generation.sampling import Chooser, Sampling
-from onnx_lora.runtime.lease import Held
-from onnx_lora.runtime.session import AdapterSession
+from onnx_lora.runtime.lease import Lease
 
-__all__ = ["Generation", "Piece", "Reason", "Row", "Stream", "Work"]
-
-# The model's end token; a stop string; `max_tokens`, or the context's end.
-Reason = Literal["stop", "stop_string", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one token adds to its row's text. `text` is empty while a character or a possible stop string is not
-    complete. `reason` says why the row ends with it, or None."""
-
-    row: int
-    text: str
-    token: int
-    reason: Reason | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What was written behind one prompt. `tokens` end with the token that ended it; `text` has neither end tokens nor
-    stop strings. `reason` is None where a stream was left before its end, `cache` where none was to be kept."""
-
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    reason: Reason | None
-    cache: Cache | None = None
+__all__ = ["Row", "Stream", "Work"]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A generation that was checked, and can start. `feed`: what each row is fed first; `past`: its tokens that the
-    memory has. `limits`: how many tokens each row may get."""
+    """A generation that was checked, and can start.
 
-    session: AdapterSession
+    owner: whose runs they are, for a cache that is kept. `past`: each row's tokens that the memory has; `feed`: those
+    that it is fed first. `limits`: how many tokens each row may get.
+    """
+
+    owner: object
     graph: DecoderGraph
-    held: Held
+    lease: Lease
     memory: Memory
     past: Sequence[Sequence[int]]
     feed: Sequence[Sequence[int]]
@@ -99,19 +76,20 @@ class Row:
             self.reason = "stop"
         elif self.running is not None:
             new = self.stops.push(self.running.push(token))
-        if len(self.history) - self.prompt >= self.limit:
-            self.reason = self.reason or "length"
-        if self.reason and self.running is not None:
+        if self.reason is None and len(self.history) - self.prompt >= self.limit:
+            self.reason = "length"
+        if self.reason is not None and self.running is not None:
             new += self.stops.push(self.running.finish())
         if self.stops.stopped:
             self.reason = "stop_string"
-        elif self.reason:
+        elif self.reason is not None:
             new += self.stops.finish()
         if new:
             self.text.append(new)
         return Piece(self.index, new, token, self.reason)
 
     def result(self, cache: Cache | None) -> Generation:
+        """The row as it is at this moment."""
         tokens = tuple(self.history[self.prompt :])
         return Generation("".join(self.text), tokens, self.prompt, self.reason, cache)
 
@@ -124,7 +102,7 @@ class Stream:
     def __init__(self, work: Work) -> None:
         self._rows = [Row.of(work, index) for index in range(len(work.feed))]
         self._kept: list[Cache] = []
-        self._pieces = _pieces(work, self._rows, self._kept)
+        self._pieces = _generate_pieces(work, self._rows, self._kept)
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -151,9 +129,9 @@ class Stream:
         return [row.result(cache) for row in self._rows]
 
 
-def _pieces(work: Work, rows: list[Row], kept: list[Cache]) -> Generator[Piece, None, None]:
+def _generate_pieces(work: Work, rows: list[Row], kept: list[Cache]) -> Generator[Piece, None, None]:
     """A function, and not a method: a stream that is dropped must not keep itself alive through it."""
-    decoder = Decoder(work.graph, work.held, work.memory)
+    decoder = Decoder(work.graph, work.lease, work.memory)
     end = frozenset() if work.sampling.ignore_eos else work.end
     feed = work.feed
     while True:
@@ -164,7 +142,8 @@ def _pieces(work: Work, rows: list[Row], kept: list[Cache]) -> Generator[Piece, 
         pieces = [row.take(token, end) for row, token in zip(running, tokens, strict=True)]
         ended = all(row.reason is not None for row in rows)
         if ended and work.keep_cache:
-            kept.append(Cache(work.session, work.memory, [row.history for row in rows], work.held.identity))
+            histories = [row.history for row in rows]
+            kept.append(Cache(work.owner, work.memory, histories, work.lease.identity))
         yield from pieces
         if ended:
             return

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.errors import MissingDependencyError, OnnxLoraError, PackageError, PromptError
+from onnx_lora.errors import MissingDependencyError, OnnxLoraError, PackageError, PromptError, first_line
 
 __all__ = ["TextTokenizer", "refused"]
 
@@ -20,8 +20,8 @@ _LARGEST = 256 * 2**20  # bytes
 
 _PANIC = "PanicException"  # pyo3's
 
-# How much of the library's own words a message holds.
-_LONGEST_REASON = 500  # characters
+# How much of a prompt a message shows.
+_SHOWN = 40  # characters
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def refused(kind: type[OnnxLoraError], message: str, path: Path | None = None) -
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        raise kind(f"{message}: {str(error)[:_LONGEST_REASON]}", path=path) from error
+        raise kind(f"{message}: {first_line(error)}", path=path) from error
 
 
 class TextTokenizer:
@@ -82,8 +82,8 @@ class TextTokenizer:
         try:
             text.encode("utf-8")
         except UnicodeError as error:
-            raise PromptError(f"a prompt must be valid Unicode, and is {text[:40]!r}: {error}") from error
-        with refused(PromptError, f"the tokenizer refuses {text[:40]!r}", self._path):
+            raise PromptError(f"a prompt must be valid Unicode, and is {text[:_SHOWN]!r}: {error}") from error
+        with refused(PromptError, f"the tokenizer refuses {text[:_SHOWN]!r}", self._path):
             return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:

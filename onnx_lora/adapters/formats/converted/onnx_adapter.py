@@ -17,7 +17,8 @@ from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_p
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.boundary import unwritten
-from onnx_lora.errors import AdapterFileError, MissingDependencyError, StorageError
+from onnx_lora.errors import AdapterFileError, StorageError
+from onnx_lora.onnxruntime_errors import fail_as, load_onnxruntime
 from onnx_lora.points import Array
 from onnx_lora.staging import scratch
 
@@ -69,10 +70,8 @@ def _write(bound: BoundAdapter, path: Path, runtime: ModuleType) -> None:
     # Neither ONNX Runtime nor GenAI looks at it, and both refuse a parameter that is no input of the graph.
     adapter.set_model_version(base_number(inputs, bound.graphs) if bound.graphs else 1)
     adapter.set_parameters(values)
-    try:
+    with fail_as(lambda said: StorageError(f"ONNX Runtime could not write it: {said}", path=path.name)):
         adapter.export_adapter(str(path))
-    except RuntimeError as error:
-        raise StorageError(f"ONNX Runtime could not write it: {error}", path=path.name) from error
 
 
 def _has_mark(beginning: bytes) -> bool:
@@ -101,7 +100,7 @@ def _read_file(file: Reading) -> TensorFile:
 def _parameters(runtime: ModuleType, copy: Path, path: Path) -> tuple[dict[str, Array], int]:
     """The tensors by name, and the number that stands for the base."""
     tensors: dict[str, Array] = {}
-    try:
+    with fail_as(lambda said: AdapterFileError(f"is damaged; convert the adapter again ({said})", path=path)):
         file = runtime.AdapterFormat.read_adapter(str(copy))
         number = int(file.get_model_version())
         for key, value in file.get_parameters().items():
@@ -109,8 +108,6 @@ def _parameters(runtime: ModuleType, copy: Path, path: Path) -> tuple[dict[str, 
             array = np.array(value.numpy())
             array.flags.writeable = False
             tensors[key] = array
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise AdapterFileError(f"is damaged; convert the adapter again ({error})", path=path) from error
     return tensors, number
 
 
@@ -132,11 +129,5 @@ def _read(file: TensorFile, path: Path, name: str) -> Adapter:
 
 def _onnxruntime(path: Path | None = None) -> ModuleType:
     """`path`: of the file that is read."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            ".onnx_adapter files need ONNX Runtime: `pip install onnx-lora[cpu]`", path=path
-        ) from error
-    module: ModuleType = onnxruntime
+    module: ModuleType = load_onnxruntime(".onnx_adapter files need", path=path)
     return module

@@ -1,4 +1,4 @@
-"""Whatever a caller gives as an adapter, bound to a package. It knows no session and no graph."""
+"""Whatever a caller gives as a package or an adapter, opened and bound. It knows no session and no graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx_lora.adapters.compose import make_blend
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
-__all__ = ["AnyAdapter", "AnyPackage", "Mixture", "as_bound", "mixed", "opened"]
+__all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "open_package"]
 
 AnyAdapter: TypeAlias = Union[str, "os.PathLike[str]", Adapter, BoundAdapter]
 AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
@@ -20,14 +20,23 @@ AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
 Mixture: TypeAlias = Mapping[AnyAdapter, float] | Sequence[tuple[AnyAdapter, float]]
 
 
-def opened(package: AnyPackage) -> Package:
-    return package if isinstance(package, Package) else Package.open(package)
+def open_package(package: AnyPackage, *, allow_unproven: bool = False) -> Package:
+    """A package that is open already, or the one in a folder. `allow_unproven`: let adapters be bound to points at
+    which the graph may compute something else than the module.
+
+    Raises PackageError: it cannot be opened.
+    """
+    if isinstance(package, Package):
+        return package.allowing_unproven(allow_unproven)
+    return Package.open(package, allow_unproven=allow_unproven)
 
 
-def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None, strict: bool = False) -> BoundAdapter:
+def bind_adapter(
+    adapter: AnyAdapter, package: Package, *, name: str | None = None, strict: bool = False
+) -> BoundAdapter:
     """Read and bind what is not yet; what is, is checked to be bound to an equal package. `strict` as in `bind`.
 
-    Raises AdapterError: it cannot be read, or does not fit.
+    Raises AdapterError: it cannot be read, or does not fit. SelectionError: it is no adapter.
     """
     if isinstance(adapter, Adapter | BoundAdapter):
         return bind(adapter, package, strict=strict)
@@ -36,19 +45,26 @@ def as_bound(adapter: AnyAdapter, package: Package, *, name: str | None = None, 
     raise SelectionError(f"an adapter must be a path, an Adapter or a BoundAdapter, and is a {type(adapter).__name__}")
 
 
-def mixed(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = False) -> BoundAdapter:
+def bind_blend(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = False) -> BoundAdapter:
     """One adapter, or several blended into one. `strict` as in `bind`.
 
     Raises AdapterError: one cannot be read, or does not fit. SelectionError: they cannot be blended.
     """
     if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
-        return as_bound(adapter, package, strict=strict)
+        return bind_adapter(adapter, package, strict=strict)
     pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
-    if not isinstance(pairs, (list, tuple)) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+    if not _are_pairs(pairs):
         raise SelectionError(
             "a blend must be a mapping from adapters to weights, or a list of (adapter, weight) pairs, "
             f"and is a {type(adapter).__name__}"
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    return make_blend([(as_bound(part, package, strict=strict), weight) for part, weight in pairs], name="blend")
+    parts = [(bind_adapter(part, package, strict=strict), weight) for part, weight in pairs]
+    return make_blend(parts, name="blend")
+
+
+def _are_pairs(given: object) -> bool:
+    if not isinstance(given, (list, tuple)):
+        return False
+    return all(isinstance(pair, tuple) and len(pair) == 2 for pair in given)

@@ -1,0 +1,168 @@
+"""Commands on files of adapters: convert, and inspect, which shows packages too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnx_lora import report
+from onnx_lora.adapters import bind, read_adapter, write_adapter
+from onnx_lora.adapters.compose import make_blend
+from onnx_lora.adapters.effect import effects
+from onnx_lora.adapters.formats.registry import holds_graph_inputs
+from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
+from onnx_lora.errors import InputError
+from onnx_lora.heat import PICTURES, Heat
+from onnx_lora.manifest import MANIFEST
+from onnx_lora.package import Package
+
+__all__ = ["convert", "inspect"]
+
+
+def _formats() -> Mapping[str, str]:
+    """What adapters can be written as, and how the names of its files end."""
+    from onnx_lora.adapters.write import FORMATS
+
+    return FORMATS
+
+
+class _FormatChoice(click.Choice[str]):
+    """The formats that adapters can be written in. Those of other distributions are looked up when they are shown, or
+    when the one that was given is none of ours."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> Sequence[str]:  # type: ignore[override]
+        return tuple(_formats())
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value in _formats() else super().convert(value, param, ctx)
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path), nargs=-1, metavar="[ADAPTER]")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="Instead of ADAPTER; several are blended."
+)
+@click.option("--package", type=click.Path(path_type=Path), help="The package that it is for; what needs one says so.")
+@click.option(
+    "--format",
+    "kind",
+    type=_FormatChoice(),
+    help="Default: what OUT ends with; a PEFT folder where it ends with nothing.",
+)
+@click.option(
+    "--initial",
+    type=click.Path(path_type=Path),
+    help="The PEFT folder of ADAPTER before its training (PiSSA, OLoRA, CorDA, LoRA-GA).",
+)
+@unproven_option
+@strict_option
+@json_option
+def convert(
+    adapter: Sequence[Path],
+    out: Path,
+    adapters: Sequence[str],
+    package: Path | None,
+    kind: str | None,
+    initial: Path | None,
+    allow_unproven: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Write ADAPTER, or a blend of several, in another format: ready to be fed to a package, or for other tools.
+
+    \b
+    Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
+              onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.safetensors --package smollm
+              onnx-lora convert style.safetensors style-peft --package sd15
+    """
+    if len(adapter) + bool(adapters) != 1:
+        raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
+    chosen = choose_format(out, kind)
+    opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
+    weighted = [(path, 1.0) for path in adapter] or list(map(parse_weighted, adapters))
+    if len(weighted) == 1 and weighted[0][1] == 1.0:
+        facts = _convert_one(weighted[0][0], out, chosen, opened, initial, strict=strict)
+    else:
+        if opened is None or initial is not None:
+            raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
+        parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
+        bound = make_blend(parts, name=out.stem)
+        write_adapter(bound, out, format=chosen, package=opened)
+        facts = report.coverage_facts(bound)
+    report.show(facts | {"written": str(out)}, as_json=as_json)
+
+
+def _convert_one(
+    path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
+) -> dict[str, Any]:
+    adapter = read_adapter(path, initial=initial)
+    if package is None:
+        write_adapter(adapter, out, format=kind)
+        return report.adapter_facts(adapter)
+    bound = bind(adapter, package, strict=strict)
+    write_adapter(bound if holds_graph_inputs(kind) else adapter, out, format=kind, package=package)
+    return report.coverage_facts(bound)
+
+
+def choose_format(out: Path, kind: str | None) -> str:
+    """What to write to `out`: `kind`, or the first format whose names end so. Formats of other distributions are looked
+    at where none of ours decides. Raises InputError: none fits."""
+    endings = _formats()
+    if kind is not None and endings[kind] == out.suffix:
+        return kind
+    fitting = next((name for name in endings if endings[name] == out.suffix), None)
+    if kind is None:
+        if fitting is not None:
+            return fitting
+        ends = ", ".join(dict.fromkeys(ending for ending in endings.values() if ending))
+        raise InputError(f"must end with {ends} or nothing (a folder), or --format must say what to write", path=out)
+    if not out.suffix:
+        raise InputError(f"--format {kind} is a file whose name ends with {endings[kind]}", path=out)
+    if fitting is not None:
+        raise InputError(f"--format {kind} contradicts the name, which says {fitting}; change one of them", path=out)
+    return kind
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--package", type=click.Path(path_type=Path), help="Show what an adapter does to this package.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw how far it moves each weight of the package; and print it."
+)
+@strict_option
+@json_option
+def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, as_json: bool) -> None:
+    """Show what a package or an adapter at PATH holds: points, ranks, sizes, coverage.
+
+    \b
+    Example:  onnx-lora inspect adapters/sql --package smollm --plot heat.png
+    """
+    if plot is not None and package is None:
+        raise click.UsageError("--plot shows what an adapter does to a package; give --package")
+    heat = None
+    if package is None and (path / MANIFEST).is_file():
+        facts = report.package_facts(Package.open(path), full=True)
+    elif package is None:
+        facts = report.adapter_facts(read_adapter(path))
+    else:
+        opened = Package.open(package, allow_unproven=True)  # to be told of it
+        adapter = read_adapter(path)
+        bound = bind(adapter, opened, strict=strict)
+        facts = report.adapter_facts(adapter) | report.coverage_facts(bound, opened)
+        if plot is not None:
+            moved = effects(bound, opened)
+            heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)
+            with new_output(plot, PICTURES) as temporary:
+                heat.draw(temporary)
+            facts |= {"effect": dict(moved), "written": str(plot)} if as_json else {"written": str(plot)}
+    report.show(facts, as_json=as_json)
+    if heat is not None and not as_json:
+        report.show_heat(heat)

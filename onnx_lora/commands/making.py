@@ -1,0 +1,215 @@
+"""Commands that make packages and prove them: export, attach, quantize, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import click
+
+from onnx_lora import report
+from onnx_lora.adapters import bind, read_adapter
+from onnx_lora.adapters.adapter import refuse_fold_only
+from onnx_lora.commands.options import json_option
+from onnx_lora.errors import InputError
+from onnx_lora.exporter.frontends.exporters import EXPORTERS
+from onnx_lora.package import Package
+
+__all__ = ["attach", "export", "quantize", "verify"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def point_options(command: Callable[P, R]) -> Callable[..., R]:
+    """What gets points and inputs, as `export` and `attach` take it."""
+
+    @click.option(
+        "--targets",
+        multiple=True,
+        metavar="NAME",
+        help='What gets points, several times: module names or suffixes; "all-linear" (the default); "all".',
+    )
+    @click.option("--targets-regex", metavar="EXPR", help="Instead: a regular expression over whole module names.")
+    @click.option(
+        "--replaceable",
+        multiple=True,
+        metavar="NAME",
+        help='Whole weights an adapter may replace: modules or parameters, several times (default "heads").',
+    )
+    @click.option(
+        "--default-rank",
+        type=click.IntRange(0, 1),
+        default=0,
+        help="1 for execution providers that cannot run rank 0 (DirectML, CoreML).",
+    )
+    @click.option("--dora", is_flag=True, help="Let points take DoRA's scale, at the cost of a product each.")
+    @wraps(command)
+    def wrapped(
+        *args: Any,
+        targets: Sequence[str],
+        targets_regex: str | None,
+        replaceable: Sequence[str],
+        default_rank: int,
+        dora: bool,
+        **kwargs: Any,
+    ) -> R:
+        if targets and targets_regex:
+            raise click.UsageError("--targets and --targets-regex exclude each other")
+        word = targets[0] if len(targets) == 1 and targets[0] in ("all-linear", "all") else None
+        chosen: Any = targets_regex or word or (list(targets) or "all-linear")
+        heads = "heads" if replaceable in ((), ("heads",)) else list(replaceable)
+        options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank, "dora": dora}
+        return command(*args, options=options, **kwargs)  # type: ignore[arg-type]
+
+    return wrapped
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--task", help="What to export it for, as Optimum names it (default: what its config says).")
+@click.option(
+    "--via",
+    type=click.Choice(list(EXPORTERS)),
+    help="What makes the graph (default: ONNX Runtime GenAI's builder where it is installed and right for the model).",
+)
+@click.option(
+    "--precision",
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
+    default="fp32",
+    help="Of the weights; int8 and int4 need the GenAI builder.",
+    show_default=True,
+)
+@click.option("--block-size", type=int, help="Weights of int8 and int4 that share a scale (default 32).")
+@click.option(
+    "--accuracy-level",
+    type=int,
+    help="Arithmetic of int8 and int4: 4 multiplies in int8, the fastest and the default; 1 in float32.",
+)
+@click.option("--verify/--no-verify", default=True, help="Compare with PyTorch at the end.", show_default=True)
+@point_options
+@json_option
+def export(
+    model: str,
+    out: Path,
+    task: str | None,
+    via: str | None,
+    precision: str,
+    block_size: int | None,
+    accuracy_level: int | None,
+    verify: bool,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Export a checkpoint folder or hub id MODEL to a package OUT.
+
+    \b
+    Example:  onnx-lora export ./SmolLM2-135M smollm --precision int4
+    """
+    from onnx_lora.exporter import export as run_export
+
+    options |= {"task": task, "via": via, "precision": precision, "verify": verify}
+    options |= {"block_size": block_size, "accuracy_level": accuracy_level}
+    with report.progress("exporting") as progress:
+        package = run_export(model, out, progress=progress, **options)
+    report.show(report.package_facts(package), as_json=as_json)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Tell modules apart by these weights.")
+@point_options
+@json_option
+def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, Any], as_json: bool) -> None:
+    """Give an existing ONNX FILE (or a folder of them) its injection points; the package goes to OUT.
+
+    \b
+    Example:  onnx-lora attach model.onnx package --targets q_proj --targets v_proj
+    """
+    from onnx_lora.exporter import attach as run_attach
+
+    with report.progress("attaching") as progress:
+        package = run_attach(file, out, checkpoint=checkpoint, progress=progress, **options)
+    report.show(report.package_facts(package), as_json=as_json)
+
+
+@click.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--bits", type=click.IntRange(2, 8), default=4, help="4 or 8.", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["blocks", "dynamic"]),
+    default="blocks",
+    help="Scales by block (MatMulNBits), or 8 bits with one scale a weight (MatMulInteger).",
+    show_default=True,
+)
+@click.option("--block-size", type=int, default=32, help="Weights that share a scale.", show_default=True)
+@click.option("--accuracy-level", type=int, default=4, help="4 multiplies in int8, 1 in float32.", show_default=True)
+@json_option
+def quantize(
+    package: Path,
+    out: Path,
+    bits: int,
+    method: Literal["blocks", "dynamic"],
+    block_size: int,
+    accuracy_level: int,
+    as_json: bool,
+) -> None:
+    """Quantize the weights of the float package PACKAGE; OUT has the same points, and takes the same adapters.
+
+    \b
+    Example:  onnx-lora quantize smollm smollm-int4 --bits 4
+    """
+    from onnx_lora.exporter import Method
+    from onnx_lora.exporter import quantize as run_quantize
+
+    with report.progress("quantizing") as progress:
+        result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
+    report.show(report.package_facts(result), as_json=as_json)
+
+
+@click.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, metavar="CHECKPOINT", help="The checkpoint it was exported from.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder (default: random adapters).")
+@json_option
+def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -> None:
+    """Compare PACKAGE with PyTorch and PEFT: largest difference per output.
+
+    Without --adapter, unproven points that agree are written down as proven.
+
+    \b
+    Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
+    """
+    from onnx_lora.exporter import verify as run_verify
+
+    opened = Package.open(package, allow_unproven=True)
+    tensors = None if adapter is None else _verifiable(adapter, opened)
+    with report.progress("verifying"):
+        comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
+    now = Package.open(package)
+    facts = report.verification_facts(comparisons)
+    if opened.unproven:
+        facts |= {"proven_now": len(opened.unproven) - len(now.unproven), "unproven": report.by_reason(now.unproven)}
+    report.show(facts, as_json=as_json)
+
+
+def _verifiable(path: Path, package: Package) -> Mapping[str, Any]:
+    """An adapter that PEFT loads too, as graph inputs.
+
+    Raises InputError: it is no PEFT folder. BindError: it does not fit, or only folds.
+    """
+    adapter = read_adapter(path)
+    if adapter.origin.format != "peft":
+        raise InputError(
+            "is compared with what PEFT loads, and must be a PEFT folder; onnx-lora convert writes one", path=path
+        )
+    bound = bind(adapter, package)
+    refuse_fold_only(bound, bound.coverage.fold_only)
+    return bound.tensors
