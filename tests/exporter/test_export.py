@@ -115,7 +115,7 @@ def test_export_verifies_base_adapter_and_rows(checkpoints: Make, tmp_path: Path
     package = export(checkpoints("llama"), tmp_path / "out", via="optimum")
     assert package.manifest.source == {
         "made_by": "optimum",
-        "from": "llama",
+        "from": checkpoints("llama").name,
         "task": "text-generation-with-past",
         "precision": "fp32",
     }

@@ -37,6 +37,7 @@ from onnx_lora.exporter import (
 )
 from onnx_lora.exporter.frontends import quiet
 from onnx_lora.exporter.frontends.exporters import EXPORTERS, ExportRequest, Refusal
+from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource, Original
 from onnx_lora.exporter.request import Progress
 
@@ -128,6 +129,24 @@ def test_a_request_that_no_exporter_takes_names_every_reason(tmp_path: Path) -> 
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["tiny", "genai", "optimum"]
     with pytest.raises(ModelError, match="writes floats alone"):
         export(folder, tmp_path / "out", precision="int4", via="tiny")
+
+
+def test_a_checkpoints_config_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "mine")
+    opened: list[str] = []
+    plain_open = Path.open
+
+    def count(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(path.name)
+        return plain_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", count)
+    config = ModelConfig.read(folder)
+    assert (config.architecture, config.name, config.base, config.layers) == ("Tiny", "mine", {}, 0)
+    assert config.translated == config.fields
+    with config.open_readable() as read:
+        assert read == folder
+    assert opened.count("config.json") == 1
 
 
 # --- sources -------------------------------------------------------------------------------------------------------
