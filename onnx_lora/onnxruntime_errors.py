@@ -22,7 +22,6 @@ from onnx_lora.errors import (
 __all__ = [
     "fail_as",
     "fail_in_run",
-    "fail_in_tool",
     "fail_to_start",
     "is_unsupported",
     "load_onnxruntime",
@@ -121,18 +120,6 @@ def fail_in_run() -> Iterator[None]:
             message = f"ONNX Runtime refuses the inputs; correct what it names: {first_line(error)}"
             raise FeedError(message) from error
         raise RunError(f"ONNX Runtime failed in the run: {first_line(error)}") from error
-
-
-@contextmanager
-def fail_in_tool(make: Make) -> Iterator[None]:
-    """Around ONNX Runtime's tools that are written in Python (quantizers, shape inference), which fail with exceptions
-    of every class. Raises what `make` gives for what the tool says. OSError: the disk, not the tool."""
-    try:
-        yield
-    except (OnnxLoraError, OSError):
-        raise
-    except Exception as error:
-        raise make(first_line(error)) from error
 
 
 def _all_failures() -> tuple[type[Exception], ...]:

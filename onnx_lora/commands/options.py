@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +33,31 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# What numpy, and the parts of Python beneath it, raise on an archive that is damaged.
+_DAMAGE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 def json_option(command: Callable[P, R]) -> Callable[P, R]:
+    """`--json`: the result is for machines."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
 def unproven_option(command: Callable[P, R]) -> Callable[P, R]:
+    """`--allow-unproven`, as `Package.open` takes it."""
     return click.option(
         "--allow-unproven",
         is_flag=True,
@@ -42,6 +66,7 @@ def unproven_option(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def strict_option(command: Callable[P, R]) -> Callable[P, R]:
+    """`--strict`, as `bind` takes it."""
     text = "Refuse adapters that name another base than the package's."
     return click.option("--strict", is_flag=True, help=text)(command)
 
@@ -83,6 +108,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
 
 
 def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of an `.npz` file, by name. Raises FeedError: it is none, or damaged."""
     if not path.is_file():
         raise FeedError("there is no such file", path=path)
     try:
@@ -93,7 +119,7 @@ def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise unread(error, path, FeedError, "give an .npz file") from error
-    except Exception as error:  # of a damaged archive: ValueError, EOFError, KeyError, zlib's, tokenize's and more
+    except _DAMAGE as error:
         raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
 
 

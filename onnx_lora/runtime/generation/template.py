@@ -186,16 +186,19 @@ class _Renderer:
         return text
 
     def _answer(self, request: bytes) -> bytes:
+        answered = False
         try:
             if self._child is None or not self._child.alive:
                 self.close()
                 self._child = _Child()
                 self._child.wait_for_start()
-            return self._child.ask(request)
-        except BaseException:
+            answer = self._child.ask(request)
+            answered = True
+            return answer
+        finally:
             # Also when the caller is interrupted: an answer that nobody waits for must not be the next one's.
-            self.close()
-            raise
+            if not answered:
+                self.close()
 
     def close(self) -> None:
         child, self._child = self._child, None
