@@ -7,8 +7,8 @@ name before its fields. Names beyond the fields are ignored: a later version wro
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -31,7 +31,7 @@ class Codec:
 
     def encode(self, value: Any) -> Any:
         """What JSON holds of a value. An optional field without a value is left out."""
-        if is_dataclass(value) and not isinstance(value, type):
+        if is_dataclass(value):
             return self._encode_fields(value)
         if isinstance(value, tuple | list):
             return [self.encode(entry) for entry in value]
@@ -41,8 +41,9 @@ class Codec:
 
     def _encode_fields(self, value: Any) -> dict[str, Any]:
         encoded: dict[str, Any] = {}
-        if any(type(value) in classes.values() for classes in self.variants.values()):
-            encoded["name"] = value.name
+        for classes in self.variants.values():
+            if type(value) in classes.values():
+                encoded["name"] = value.name
         for field in fields(value):
             own = getattr(value, field.name)
             if own is not None:
@@ -58,24 +59,16 @@ class Codec:
             return self._decode_variant(kind, data, where)
         if isinstance(kind, type) and is_dataclass(kind):
             return self._decode_fields(kind, data, where)
-        origin, arguments = get_origin(kind), get_args(kind)
+        origin = get_origin(kind)
         if origin in (Union, types.UnionType):
             return self._decode_optional(kind, data, where)
         if origin is tuple:
-            if not isinstance(data, list):
-                raise ValueError(f"{where} must be a list")
-            return tuple(self.decode(arguments[0], entry, f"{where}[{index}]") for index, entry in enumerate(data))
+            return self._decode_list(kind, data, where)
         if origin is dict:
-            if not isinstance(data, dict):
-                raise ValueError(f"{where} must be an object")
-            return {str(key): self.decode(arguments[1], entry, f"{where}.{key}") for key, entry in data.items()}
+            return self._decode_dict(kind, data, where)
         if origin is Literal:
-            if not isinstance(data, str):
-                raise ValueError(f"{where} must be one of {arguments}, not {data!r}")
-            if data not in arguments:
-                raise UnknownNameError(f"{where} is {data!r}, and known are {', '.join(arguments)}")
-            return data
-        if type(data) is not kind:
+            return _decode_literal(kind, data, where)
+        if type(data) is not kind:  # not isinstance: True is no number here
             raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
         return data
 
@@ -86,6 +79,19 @@ class Codec:
         if data["name"] not in classes:
             raise UnknownNameError(f"{where} is {data['name']!r}, and known are {', '.join(classes)}")
         return self._decode_fields(classes[data["name"]], data, where)
+
+    def _decode_list(self, kind: Any, data: object, where: str) -> Any:
+        if not isinstance(data, list):
+            raise ValueError(f"{where} must be a list")
+        item = get_args(kind)[0]
+        entries = [self.decode(item, entry, f"{where}[{index}]") for index, entry in enumerate(data)]
+        return tuple(entries)
+
+    def _decode_dict(self, kind: Any, data: object, where: str) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be an object")
+        item = get_args(kind)[1]
+        return {str(key): self.decode(item, entry, f"{where}.{key}") for key, entry in data.items()}
 
     def _decode_optional(self, kind: Any, data: object, where: str) -> Any:
         present = [each for each in get_args(kind) if each is not types.NoneType]
@@ -111,15 +117,24 @@ class Codec:
         """The lowest format version whose readers know everything in a value that they must know; 0: all do."""
         if isinstance(value, tuple | list):
             return max((self.needed_since(entry) for entry in value), default=0)
-        if not is_dataclass(value) or isinstance(value, type):
+        if not is_dataclass(value):
             return 0
-        return max((version for field in fields(value) for version in self._versions(value, field)), default=0)
+        newest = 0
+        for field in fields(value):
+            own = getattr(value, field.name)
+            newest = max(newest, self.needed_since(own))
+            if own != field.default:
+                newest = max(newest, field.metadata.get(NEEDED_SINCE, 0))
+        return newest
 
-    def _versions(self, value: Any, field: Field[Any]) -> Iterator[int]:
-        own = getattr(value, field.name)
-        if own != field.default:
-            yield field.metadata.get(NEEDED_SINCE, 0)
-        yield self.needed_since(own)
+
+def _decode_literal(kind: Any, data: object, where: str) -> str:
+    known = get_args(kind)
+    if not isinstance(data, str):
+        raise ValueError(f"{where} must be one of {', '.join(known)}, not {data!r}")
+    if data not in known:
+        raise UnknownNameError(f"{where} is {data!r}, and known are {', '.join(known)}")
+    return data
 
 
 @cache

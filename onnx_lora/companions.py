@@ -19,12 +19,18 @@ _DEPTH = 2
 def check_folder(
     folder: Path, kind: type[InputError], *, depth: int = _DEPTH, patterns: Sequence[str] = ("*",)
 ) -> None:
-    """Raises `kind`: it holds a pipe, a device or a socket, which would not end when a library reads it.
+    """Check that a library can read `folder` to its end.
 
-    patterns: what will be read of it.
+    depth: how many levels of folders it reads. patterns: the names that it reads.
+
+    Raises `kind`: a pipe, a device or a socket is among them.
     """
-    entries = [entry for entry in _entries(folder, depth) if any(fnmatch(entry.name, each) for each in patterns)]
-    if special := [str(entry.relative_to(folder)) for entry in entries if _is_special(entry)]:
+    special: list[str] = []
+    for entry in _entries(folder, depth):
+        is_read = any(fnmatch(entry.name, pattern) for pattern in patterns)
+        if is_read and _is_special(entry):
+            special.append(str(entry.relative_to(folder)))
+    if special:
         raise kind(
             "must hold files and folders alone; remove what is a pipe, a device or a socket",
             path=folder,
@@ -49,8 +55,10 @@ def leads_out(file: Path, folder: Path) -> bool:
     target, root = file.resolve(), folder.resolve()
     if target.is_relative_to(root):
         return False
-    snapshot = next((place for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
-    return snapshot is None or target.parent != snapshot.parent.parent / "blobs"
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots":
+            return target.parent != place.parent.parent / "blobs"
+    return True
 
 
 def copy_file(file: Path, target: Path, *, folder: Path, kind: type[InputError]) -> None:

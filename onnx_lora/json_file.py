@@ -3,6 +3,7 @@ knows no format."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def read_json(
         if not path.is_file():
             raise kind(f"{what} must be a file, and there is none; {_GET_AGAIN}", path=path)
         with path.open("rb") as file:
-            text = file.read(limit + 1)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            # One byte more shows a file that grows; of a limit alone Python would take so much memory at once.
+            text = file.read(min(size, limit) + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise unread(error, path, kind, _GET_AGAIN) from error
     if len(text) > limit:

@@ -194,28 +194,36 @@ class Conv:
 
     @property
     def noun(self) -> str:
+        """With its groups, where there are several: what is refused is refused for them."""
         return "a convolution" if self.groups == 1 else f"a convolution in {self.groups} groups"
 
     @property
     def foldable(self) -> bool:
+        """In groups A reads all channels, and each output of W0 only those of its own group."""
         return self.groups == 1
 
     def factor_keys(self, module: str) -> tuple[str, str]:
         return f"{module}.{self.factor_names[0]}.weight", f"{module}.{self.factor_names[1]}.weight"
 
     def problem(self, inputs: int, outputs: int) -> str | None:
-        if min(self.groups, *self.kernel, 1) < 1 or inputs % (math.prod(self.kernel) * self.groups):
+        """The inputs must be whole channels, and channels and outputs must divide into the groups."""
+        if min(self.groups, *self.kernel, 1) < 1:
+            return "impossible kernel or groups"
+        if inputs % (math.prod(self.kernel) * self.groups):
             return "impossible kernel or groups"
         return "impossible groups" if outputs % self.groups else None
 
     def factor_shape(self, inputs: int) -> Shape:
+        """`[channels, *kernel]`, all channels whatever the groups are."""
         return (inputs // math.prod(self.kernel), *self.kernel)
 
     def torch_shape(self, inputs: int, outputs: int) -> Shape:
+        """`[out, channels / groups, *kernel]`."""
         channels, *kernel = self.factor_shape(inputs)
         return (outputs, channels // self.groups, *kernel)
 
     def weight_inputs(self, inputs: int) -> int:
+        """Those of one group."""
         return inputs // self.groups
 
     def branch_inputs(self, weight_inputs: int) -> int:
@@ -225,32 +233,38 @@ class Conv:
         return weight.T.reshape(self.torch_shape(inputs, outputs))
 
     def from_torch(self, weight: Array) -> Array:
+        """The axes of channels and kernel become one."""
         return weight.reshape(len(weight), -1).T
 
     def outputs_of(self, shape: Shape) -> int:
         return shape[0]
 
     def dense_rank(self, rank: int) -> int:
+        """Every group has a rank of its own."""
         return rank * self.groups
 
     def dense_b(self, b: Array) -> Array:
+        """B `[out, rank / groups]` of all groups, in the blocks of a diagonal `[out, rank]`."""
         if self.groups == 1:
             return b
         outputs, rank = len(b) // self.groups, b.shape[1]
         dense = np.zeros((len(b), rank * self.groups), b.dtype)
         for group in range(self.groups):
             rows = slice(group * outputs, (group + 1) * outputs)
-            dense[rows, group * rank : (group + 1) * rank] = b[rows]
+            columns = slice(group * rank, (group + 1) * rank)
+            dense[rows, columns] = b[rows]
         return dense
 
     def compact_b(self, b: Array, outputs: int) -> Array:
+        """The blocks on the diagonal, below each other; zeros of a B that is `dense_b`'s own are left out."""
         if self.groups == 1:
             return b
         height, rank = outputs // self.groups, b.shape[1] // self.groups
         blocks = []
         for group in range(self.groups):
             rows = slice(group * height, (group + 1) * height)
-            blocks.append(b[rows, group * rank : (group + 1) * rank])
+            columns = slice(group * rank, (group + 1) * rank)
+            blocks.append(b[rows, columns])
         return np.concatenate(blocks)
 
 

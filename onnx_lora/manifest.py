@@ -147,8 +147,8 @@ class Manifest:
         return json.dumps({**versions, **encoded}, indent=1) + "\n"
 
 
-def parse_manifest(data: Mapping[str, Any], file: Path) -> Manifest:
-    """The manifest that a JSON object of any version holds, as one of today. `file` stands in errors.
+def parse_manifest(data: dict[str, Any], file: Path) -> Manifest:
+    """The manifest that a JSON object of any version holds, as one of today. `data` is changed; errors name `file`.
 
     Raises PackageError: it is none, is damaged, or is of a version that is not read here.
     """

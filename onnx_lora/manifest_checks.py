@@ -139,7 +139,14 @@ def _whole_weight_problems(weight: WholeWeight) -> list[str]:
     problem = weight.role.problem(weight.shape)
     if problem is None and weight.free_outputs and weight.role.free_axis is None:
         problem = "has no axis whose length is free"
-    return [] if problem is None else [f"{weight.name}: {problem}"]
+    if problem is not None:
+        return [f"{weight.name}: {problem}"]
+    problems: list[str] = []
+    for part in weight.parts:
+        expected = weight.role.initializer_shape(weight.shape, transposed=part.transposed)
+        if part.stored.shape != expected or part.quantized is not None:
+            problems.append(f"{part.initializer}: does not hold {weight.name}")
+    return problems
 
 
 def _branch_problems(graph: GraphInfo) -> list[str]:

@@ -3,8 +3,10 @@ it is, and whoever decodes the result refuses it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
+
+from onnx_lora.kinds import Conv, Linear
+from onnx_lora.roles import LinearWeight, Parameter
 
 __all__ = ["OLDEST_VERSION", "upgrade"]
 
@@ -17,77 +19,70 @@ _OBJECTS = 5
 # What version 3 did not ask of graphs that somebody else exported.
 _ATTACHED_BEFORE = "it was attached by an onnx-lora that did not look for traces of optimisers"
 
-_ROLES = {"whole": "parameter"}
+# What roles are called otherwise today.
+_ROLES = {"whole": Parameter.name}
 
 
-def upgrade(data: Mapping[str, Any], version: int) -> Mapping[str, Any]:
-    """The JSON of a manifest of `version` as today's.
+def upgrade(data: dict[str, Any], version: int) -> dict[str, Any]:
+    """The JSON of a manifest of `version` as today's; it is changed where it is.
 
     Raises ValueError: a weight is quantized twice, or has several zero points, which no version could say.
     """
     if version >= _OBJECTS:
         return data
     source = data.get("source")
-    attached = isinstance(source, dict) and source.get("made_by") == "attach"
-    doubt = _ATTACHED_BEFORE if version == 3 and attached else ""
-
-    def point(old: dict[str, Any]) -> dict[str, Any]:
-        return _point(old, doubt)
-
-    def weight(old: dict[str, Any]) -> dict[str, Any]:
-        return _whole_weight(old, doubt)
-
-    def graph(old: dict[str, Any]) -> dict[str, Any]:
-        changed = {"points": _each(old.get("points"), point), "replaceable": _each(old.get("replaceable"), weight)}
-        return {**old, **{name: entries for name, entries in changed.items() if name in old}}
-
-    return {**data, "graphs": _each(data.get("graphs"), graph)}
+    is_attached = isinstance(source, dict) and source.get("made_by") == "attach"
+    doubt = _ATTACHED_BEFORE if version == 3 and is_attached else ""
+    for graph in _objects(data, "graphs"):
+        for point in _objects(graph, "points"):
+            _upgrade_kind(point)
+            _upgrade_owner(point, doubt)
+        for weight in _objects(graph, "replaceable"):
+            _upgrade_role(weight)
+            _upgrade_owner(weight, doubt)
+    return data
 
 
-def _each(entries: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Every object of a list changed; anything else as it is."""
+def _objects(owner: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The objects in a list of `owner`; none where it is no list."""
+    entries = owner.get(name)
     if not isinstance(entries, list):
-        return entries
-    return [change(entry) if isinstance(entry, dict) else entry for entry in entries]
+        return []
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _point(old: dict[str, Any], doubt: str) -> dict[str, Any]:
-    """The kind, its kernel and its groups stood beside each other."""
-    new = {key: value for key, value in old.items() if key not in ("kind", "kernel", "groups")}
-    name = old.get("kind", "linear")
-    new["kind"] = {"name": name}
-    if name == "conv":
-        new["kind"] |= {"kernel": old.get("kernel", []), "groups": old.get("groups", 1)}
-    return _with_parts(new, doubt)
+def _upgrade_kind(point: dict[str, Any]) -> None:
+    """The kind was a name, and a convolution's kernel and groups stood beside it."""
+    kind = {"name": point.get("kind", Linear.name)}
+    kernel, groups = point.pop("kernel", []), point.pop("groups", 1)
+    if kind["name"] == Conv.name:
+        kind |= {"kernel": kernel, "groups": groups}
+    point["kind"] = kind
 
 
-def _whole_weight(old: dict[str, Any], doubt: str) -> dict[str, Any]:
-    """The role was a string, and whether torch keeps a linear weight `[in, out]` stood beside it."""
-    new = {key: value for key, value in old.items() if key != "in_out"}
-    role = old.get("role")
-    if isinstance(role, str):
-        new["role"] = {"name": _ROLES.get(role, role)}
-        if role == "linear_weight":
-            new["role"]["in_out"] = old.get("in_out", False)
-    return _with_parts(new, doubt)
+def _upgrade_role(weight: dict[str, Any]) -> None:
+    """The role was a name, and whether torch keeps a linear weight `[in, out]` stood beside it."""
+    name, in_out = weight.get("role"), weight.pop("in_out", False)
+    if not isinstance(name, str):
+        return
+    role: dict[str, Any] = {"name": _ROLES.get(name, name)}
+    if name == LinearWeight.name:
+        role["in_out"] = in_out
+    weight["role"] = role
 
 
-def _with_parts(owner: dict[str, Any], doubt: str) -> dict[str, Any]:
-    parts = {"parts": _each(owner.get("parts"), _part)} if "parts" in owner else {}
-    doubts = {"unproven": doubt} if doubt else {}
-    return {**owner, **parts, **doubts}
+def _upgrade_owner(owner: dict[str, Any], doubt: str) -> None:
+    """A part had a list of what is quantized, of one or none, and that a list of zero points."""
+    if doubt:
+        owner["unproven"] = doubt
+    for part in _objects(owner, "parts"):
+        quantized = _take_only(part.pop("quantised", []), "quantised")
+        if isinstance(quantized, dict):
+            quantized["zero_point"] = _take_only(quantized.get("zero_point", []), "zero_point")
+        part["quantized"] = quantized
 
 
-def _part(old: dict[str, Any]) -> dict[str, Any]:
-    """What was quantized had a list of one, and its zero point another."""
-    new = {key: value for key, value in old.items() if key != "quantised"}
-    quantized = _only(old.get("quantised", []), "quantised")
-    if isinstance(quantized, dict):
-        quantized = {**quantized, "zero_point": _only(quantized.get("zero_point", []), "zero_point")}
-    return {**new, "quantized": quantized}
-
-
-def _only(entries: Any, name: str) -> Any:
+def _take_only(entries: Any, name: str) -> Any:
     """The one entry of a list, or None."""
     if not isinstance(entries, list):
         raise ValueError(f"{name} must be a list")

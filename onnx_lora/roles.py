@@ -46,6 +46,9 @@ class Role(Protocol):
     def torch_shape(self, graph_shape: Shape) -> Shape | None:
         """Undoes `graph_shape`; None where no value of one row has that shape."""
 
+    def initializer_shape(self, shape: Shape, *, transposed: bool) -> Shape:
+        """The shape of the base graph's initializer."""
+
     def outputs(self, shape: Shape) -> int:
         """The length of the free axis; of a role that has none, of the last one."""
 
@@ -90,6 +93,10 @@ class LinearWeight:
         _, inputs, outputs = graph_shape
         return (inputs, outputs) if self.in_out else (outputs, inputs)
 
+    def initializer_shape(self, shape: Shape, *, transposed: bool) -> Shape:
+        _, inputs, outputs = self.graph_shape(shape)
+        return (outputs, inputs) if transposed else (inputs, outputs)
+
     def outputs(self, shape: Shape) -> int:
         return shape[1] if self.in_out else shape[0]
 
@@ -131,6 +138,10 @@ class LinearBias:
             return None
         return graph_shape[2:]
 
+    def initializer_shape(self, shape: Shape, *, transposed: bool) -> Shape:
+        del transposed
+        return shape
+
     def outputs(self, shape: Shape) -> int:
         return shape[0]
 
@@ -171,6 +182,9 @@ class Table:
     def torch_shape(self, graph_shape: Shape) -> Shape | None:
         return graph_shape
 
+    def initializer_shape(self, shape: Shape, *, transposed: bool) -> Shape:
+        return shape[::-1] if transposed else shape
+
     def outputs(self, shape: Shape) -> int:
         return shape[0]
 
@@ -208,6 +222,9 @@ class Parameter:
 
     def torch_shape(self, graph_shape: Shape) -> Shape | None:
         return graph_shape
+
+    def initializer_shape(self, shape: Shape, *, transposed: bool) -> Shape:
+        return shape[::-1] if transposed else shape
 
     def outputs(self, shape: Shape) -> int:
         return shape[-1] if shape else 1

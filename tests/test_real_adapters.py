@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 
 from onnx_lora import AdapterSession, BoundAdapter, OnnxLoraError, Package, bind, fold, read_adapter
-from onnx_lora.adapters.formats.files.reading import opened
+from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.errors import AdapterFileError, BindError, UnsupportedAdapterError
@@ -401,7 +401,7 @@ def _tensors(folder: Path) -> str:
     """What the file holds, as it is: how many tensors of what name and shape."""
     try:
         (file,) = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        with opened(file) as reading:
+        with open_reading(file) as reading:
             read = read_safetensors if file.suffix == ".safetensors" else read_torch_pickle
             tensors = read(reading).tensors
     except AdapterFileError:

@@ -6,7 +6,6 @@ read a file. It knows points and replaceable weights, and no file format."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
@@ -18,10 +17,8 @@ from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter, is_base_weight
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
+from onnx_lora.package import Package
 from onnx_lora.points import matching
-
-if TYPE_CHECKING:
-    from onnx_lora.package import Package
 
 __all__ = ["bind"]
 
@@ -51,7 +48,6 @@ def bind(
     points = _lay_out_points(adapter, package, layout)
     weights = _lay_out_weights(adapter, package, layout)
     digests = _module_digests(adapter, package) | weights.digests
-    touched = [*digests, *weights.replaced]
     problems = [
         *aligned.problems,
         *_name_problems(adapter, weights.replaced, package),
@@ -61,15 +57,16 @@ def bind(
         *_base_problems(adapter, digests, package),
     ]
     notes = [*adapter.notes, *weights.notes]
-    # What may be another matter than an error: refused, or noted where the caller takes the risk.
-    doubts = explain_doubts(dict.fromkeys(touched), package)
+    doubts = explain_doubts(dict.fromkeys([*digests, *weights.replaced]), package)
     if package.allow_unproven:
         notes.extend(doubts)
     else:
         problems.extend(f"{doubt}; {PROVE}" for doubt in doubts)
     other_base = base_problem(adapter.origin.base_model, package)
-    if other_base is not None:
-        (problems if strict else notes).append(other_base)
+    if other_base is not None and strict:
+        problems.append(other_base)
+    elif other_base is not None:
+        notes.append(other_base)
     if not adapter.deltas and not adapter.replacements and not adapter.changes:
         problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if problems:

@@ -40,7 +40,7 @@ def explain_doubts(names: Iterable[str], package: Package) -> list[str]:
 
 def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
     """What to say of modules with a delta and no injection point: one entry a module, or one for a common cause."""
-    untargeted = {module for graph in package.manifest.graphs for module in graph.untargeted}
+    untargeted = set[str]().union(*(graph.untargeted for graph in package.manifest.graphs))
     problems = _without_points([module for module in modules if module in untargeted])
     missing = [module for module in modules if module not in untargeted]
     known = sorted(untargeted | set(package.points))

@@ -156,13 +156,16 @@ class MissingPart:
 
     def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
         del flat
-        fitting = [part for part in known.part_names if all(f"{part}.{name}" in known for name in names)]
+        fitting = [part for part in known.part_names if self._has_all(part, names, known)]
         if not fitting:
             return None
         if len(fitting) > 1:
             first, others = names[0], len(names) - 1
             return Explained({}, (f"{first} (and {others} more): may be of {_shown(fitting)}; put that in front",))
         return Explained({name: f"{fitting[0]}.{name}" for name in names})
+
+    def _has_all(self, part: str, names: Sequence[str], known: KnownModules) -> bool:
+        return all(f"{part}.{name}" in known for name in names)
 
     def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
         part = known.parts[module]

@@ -5,18 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.compose import Tensors
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
+from onnx_lora.package import Package
+from onnx_lora.points import Array, InjectionPoint, WholeWeight
 from onnx_lora.roles import LinearBias
-
-if TYPE_CHECKING:
-    from onnx_lora.package import Package
-    from onnx_lora.points import Array, InjectionPoint, WholeWeight
 
 __all__ = ["stack_rows"]
 
@@ -38,7 +35,7 @@ def stack_rows(
         return {}
     if len(rows) == 1:
         return dict(rows[0])
-    used = {name for row in rows for name in row}
+    used = set[str]().union(*rows)
     modules = _replaced_modules(package, used)
     if defaults is None:
         defaults = _read_defaults(package, modules, rows)
@@ -91,8 +88,7 @@ class _RowStack:
         if not names:
             return
         # Comparing values takes as long as stacking them does: it is worth it only where rows must not differ.
-        by_value = not point.per_row
-        if all(_is_same([row.get(name) for row in self.rows], by_value=by_value) for name in names):
+        if all(self._is_same_in_all_rows(name, by_value=not point.per_row) for name in names):
             self.tensors.update((name, self.rows[0][name]) for name in names)
         elif not point.per_row:
             self.problems.append(
@@ -100,6 +96,9 @@ class _RowStack:
             )
         else:
             self._stack_point(point)
+
+    def _is_same_in_all_rows(self, name: str, *, by_value: bool) -> bool:
+        return _is_same([row.get(name) for row in self.rows], by_value=by_value)
 
     def _stack_point(self, point: InjectionPoint) -> None:
         """Factors `[rows, in, r]` and `[rows, r, out]`, scales `[rows, 1, out]`; r is the largest rank of a row."""

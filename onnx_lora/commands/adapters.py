@@ -12,6 +12,7 @@ from onnx_lora import report
 from onnx_lora.adapters import bind, read_adapter, write_adapter
 from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
+from onnx_lora.adapters.formats.registry import holds_graph_inputs
 from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
 from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
@@ -107,7 +108,7 @@ def _convert_one(
         write_adapter(adapter, out, format=kind)
         return report.adapter_facts(adapter)
     bound = bind(adapter, package, strict=strict)
-    write_adapter(bound if kind in ("safetensors", "onnx_adapter") else adapter, out, format=kind, package=package)
+    write_adapter(bound if holds_graph_inputs(kind) else adapter, out, format=kind, package=package)
     return report.coverage_facts(bound)
 
 

@@ -4,7 +4,7 @@ It knows ONNX's operator sets, and no weights."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -29,7 +29,10 @@ def settle_functions(model: ir.Model, file: Path) -> None:
     graph does by the same name.
     """
     _check_size(model, file)
-    for domain in dict.fromkeys(domain for imports in _imports(model) for domain in imports):
+    domains: dict[str, None] = {}
+    for imports in _imports(model):
+        domains.update(dict.fromkeys(imports))
+    for domain in domains:
         _agree(model, domain, file)
 
 
@@ -51,13 +54,17 @@ def _check_size(model: ir.Model, file: Path) -> None:
     for caller in reversed(order):
         for callee, count in called[caller].items():
             times[callee] += count * times[caller]
-    work = sum(count**2 * len(list(model.functions[key].all_nodes())) for key, count in times.items())
+    work = 0
+    for key, count in times.items():
+        work += count**2 * sum(1 for _ in model.functions[key].all_nodes())
     if work > _MOST_WORK:
         raise ModelError("its functions call each other so often that no graph can hold it", path=file)
 
 
 def _calls(model: ir.Model, nodes: Iterator[ir.Node]) -> Counter[ir.OperatorIdentifier]:
-    return Counter(key for node in nodes if (key := node.op_identifier()) in model.functions)
+    """How often each function is called."""
+    called = Counter(node.op_identifier() for node in nodes)
+    return Counter({key: count for key, count in called.items() if key in model.functions})
 
 
 def _imports(model: ir.Model) -> list[dict[str, int]]:
@@ -71,11 +78,15 @@ def _agree(model: ir.Model, domain: str, file: Path) -> None:
 
     Raises ModelError: one did.
     """
-    versions = [imports[domain] for imports in _imports(model) if domain in imports]
-    wanted, others = versions[0], sorted(set(versions[1:]) - {versions[0]})
+    meaning = [imports for imports in _imports(model) if domain in imports]
+    wanted = meaning[0][domain]  # the graph's, where it has one
+    others = sorted({imports[domain] for imports in meaning} - {wanted})
     if not others:
         return
-    changed = {name for name, version in _operators(model, domain) if not _is_same(name, version, wanted, domain)}
+    changed: set[str] = set()
+    for name, version in _operators(model, domain):
+        if not _is_same(name, version, wanted, domain):
+            changed.add(name)
     if changed:
         raise ModelError(
             f"its functions must mean the operators of {domain or 'ai.onnx'} {wanted}, as its graph does, and mean "
@@ -83,25 +94,32 @@ def _agree(model: ir.Model, domain: str, file: Path) -> None:
             "with one opset version for all",
             path=file,
         )
-    for imports in _imports(model):
-        if domain in imports:
-            imports[domain] = wanted
+    for imports in meaning:
+        imports[domain] = wanted
 
 
 def _operators(model: ir.Model, domain: str) -> set[tuple[str, int]]:
     """Operators of a domain by name, with the version in which each is used."""
-    graph = [(model.opset_imports, ir.traversal.RecursiveGraphIterator(model.graph))]
-    functions = [(function.opset_imports, function.all_nodes()) for function in model.functions.values()]
+    bodies: list[tuple[Mapping[str, int], Iterator[ir.Node]]] = []
+    bodies.append((model.opset_imports, ir.traversal.RecursiveGraphIterator(model.graph)))
+    for function in model.functions.values():
+        bodies.append((function.opset_imports, function.all_nodes()))
     used: set[tuple[str, int]] = set()
-    for imports, nodes in [*graph, *functions]:
-        if domain in imports:
-            used.update((node.op_type, imports[domain]) for node in nodes if node.domain == domain)
+    for imports, nodes in bodies:
+        if domain not in imports:
+            continue
+        for node in nodes:
+            if node.domain == domain:
+                used.add((node.op_type, imports[domain]))
     return used
 
 
 def _is_same(name: str, version: int, other: int, domain: str) -> bool:
     """Whether an operator means the same in two versions of its set."""
-    return version == other or (0 < _since(name, version, domain) == _since(name, other, domain))
+    if version == other:
+        return True
+    since = _since(name, version, domain)
+    return since > 0 and since == _since(name, other, domain)
 
 
 def _since(name: str, version: int, domain: str) -> int:

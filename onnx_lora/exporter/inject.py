@@ -28,6 +28,15 @@ __all__ = ["inject"]
 
 
 @dataclass(frozen=True, slots=True)
+class _Addition:
+    """What a branch gives, in the axes of its view: its delta, and DoRA's scale; None where there is no such thing."""
+
+    view: View
+    delta: ir.Value | None
+    scale: ir.Value | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Change:
     """What is added to one product, in the axes of a view: `label` begins the names of the nodes that do it."""
 
@@ -59,7 +68,7 @@ def inject(
         delta = _build_delta(surgeon, site, view, branch, inputs)
         scale = inputs[branch.dora_scale] if branch.dora else None
     if replaced:
-        _replace_weight(surgeon, site, view, delta, scale, inputs, replaced)
+        _replace_weight(surgeon, site, _Addition(view, delta, scale), inputs, replaced)
     elif delta is not None and len(site.products) == 1:
         _add(surgeon, _Change(site.products[0], view, delta, scale, site.label), shapes)
     elif delta is not None:
@@ -241,21 +250,20 @@ def _later_of(surgeon: Surgeon, node: ir.Node, value: ir.Value) -> ir.Node:
 def _replace_weight(
     surgeon: Surgeon,
     site: Site,
-    view: View,
-    delta: ir.Value | None,
-    scale: ir.Value | None,
+    addition: _Addition,
     inputs: Mapping[str, ir.Value],
     replaced: Mapping[str, WholeWeight],
 ) -> None:
     """y = x · W (+ delta) (· scale) (+ bias) with W and bias from the inputs, in place of the node's own."""
     (one,) = site.occurrences
-    module = one.module
+    module, view = one.module, addition.view
     weight = broadcast(surgeon, inputs[f"{module}.weight"], view.rank)
     total = surgeon.op("MatMul", view.value, weight, name=f"{module}.matmul")
-    if delta is not None:
-        total = surgeon.op("Add", total, delta, name=f"{module}.lora_add")
-    if scale is not None:
-        total = surgeon.op("Mul", total, broadcast(surgeon, scale, view.rank), name=f"{module}.dora")
+    if addition.delta is not None:
+        total = surgeon.op("Add", total, addition.delta, name=f"{module}.lora_add")
+    if addition.scale is not None:
+        scale = broadcast(surgeon, addition.scale, view.rank)
+        total = surgeon.op("Mul", total, scale, name=f"{module}.dora")
     last = site.node
     bias = replaced.get(f"{module}.bias")
     if bias is not None and one.bias is not None:

@@ -20,7 +20,8 @@ class Surgeon:
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
         self._opset = model.opset_imports.get("", 1)
-        self._names = {value.name for value in _values(model.graph)} | {node.name for node in model.graph}
+        self._names = {value.name for value in _values(model.graph)}
+        self._names |= {node.name for node in model.graph}
         self._numbered: dict[str, int] = {}  # how often a name was made free by a number behind it
         self._constants: dict[tuple[int, ...] | int, ir.Value] = {}
         self._places = {node: place for place, node in enumerate(model.graph)}
@@ -99,7 +100,9 @@ class Surgeon:
         """A constant scalar of a float type."""
         name = f"onnx_lora.{dtype.name}_{value:g}"
         known = self.graph.initializers.get(name)
-        return self._initializer(self._free(name), np.array(value, dtype)) if known is None else known
+        if known is not None:
+            return known
+        return self._initializer(self._free(name), np.array(value, dtype))
 
     def _constant(self, key: tuple[int, ...] | int, name: str) -> ir.Value:
         if key not in self._constants:
@@ -128,7 +131,9 @@ class Surgeon:
             if use.node is not but:
                 use.node.replace_input_with(use.idx, new)
         new.type, new.shape = old.type, old.shape
-        for index, output in enumerate(self.graph.outputs if old.is_graph_output() else ()):
+        if not old.is_graph_output():
+            return
+        for index, output in enumerate(self.graph.outputs):
             if output is old:
                 self.graph.outputs[index] = new
                 name = old.name
@@ -183,5 +188,8 @@ class Surgeon:
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:
-    outputs = [output for node in ir.traversal.RecursiveGraphIterator(graph) for output in node.outputs]
-    return [*graph.inputs, *graph.initializers.values(), *outputs]
+    """All values of a graph, those that its nodes' bodies compute too."""
+    values = [*graph.inputs, *graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        values.extend(node.outputs)
+    return values

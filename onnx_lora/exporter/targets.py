@@ -20,6 +20,9 @@ ALL = "all"
 # The value of `replaceable` that means: the heads of classification models, which PEFT always saves.
 HEADS_ONLY = "heads"
 
+# Names in a message.
+_SHOWN = 12
+
 
 def select(
     modules: Sequence[str],
@@ -36,49 +39,72 @@ def select(
     Raises ModelError: `targets` is no valid expression, or one of it names nothing.
     """
     if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
-            excluded = set(heads) | set(others)
-            return frozenset(name for name in modules if name not in excluded and name.split(".")[0] not in excluded)
-        if targets.lower() == ALL:
-            return frozenset(modules)
-        try:
-            pattern = Expression(targets)
-            found = frozenset(name for name in modules if pattern.fullmatch(name))
-        except ExpressionError as error:
-            raise ModelError(
-                f"targets {targets!r} must be a regular expression, a list of names, {ALL_LINEAR!r} or {ALL!r}: {error}"
-            ) from error
-        if not found:
-            raise ModelError(
-                f"targets {targets!r} must match whole module names and matches none; there are {_sample(modules)}"
-            )
-        return found
-    words = [word for word in targets if word in (ALL, ALL_LINEAR)]
-    groups = [select(modules, word, heads=heads, others=others) for word in words]
-    wanted = [target for target in targets if target not in words]
-    by_end = _by_end(modules)
-    by_name = {target: by_end.get(target, []) for target in wanted}
-    missing = [target for target, names in by_name.items() if not names]
-    if missing or not (wanted or words):
-        problems = [f"{target!r} names no module{_closest(target, modules)}" for target in missing]
+        return _select_by_text(modules, targets, heads=heads, others=others)
+    words: list[str] = []
+    wanted: list[str] = []
+    for target in targets:
+        (words if target in (ALL, ALL_LINEAR) else wanted).append(target)
+    found: set[str] = set()
+    for word in words:
+        found |= _select_by_text(modules, word, heads=heads, others=others)
+    by_end = _index_by_end(modules)
+    problems: list[str] = []
+    for target in dict.fromkeys(wanted):
+        if target in by_end:
+            found.update(by_end[target])
+        else:
+            problems.append(f"{target!r} names no module{_suggest(target, modules)}")
+    if problems or not (wanted or words):
         raise ModelError(f"targets must name modules of the graph; there are {_sample(modules)}", problems=problems)
-    return frozenset(name for names in (*by_name.values(), *groups) for name in names)
+    return frozenset(found)
 
 
-def _by_end(modules: Sequence[str]) -> dict[str, list[str]]:
-    """Modules by their names, and by what stands behind each dot of those."""
-    found: dict[str, list[str]] = {}
-    for name in modules:
-        for place in (0, *(dot + 1 for dot, character in enumerate(name) if character == ".")):
-            found.setdefault(name[place:], []).append(name)
+def _select_by_text(
+    modules: Sequence[str], text: str, *, heads: Iterable[str], others: Collection[str]
+) -> frozenset[str]:
+    """The modules that one of the two words means, or a regular expression. Raises ModelError: see `select`."""
+    if text.lower() == ALL:
+        return frozenset(modules)
+    if text.lower() == ALL_LINEAR:
+        excluded = {*heads, *others}
+        return frozenset(name for name in modules if not excluded & {name, name.partition(".")[0]})
+    try:
+        pattern = Expression(text)
+        found = frozenset(name for name in modules if pattern.fullmatch(name))
+    except ExpressionError as error:
+        raise ModelError(
+            f"targets {text!r} must be a regular expression, a list of names, {ALL_LINEAR!r} or {ALL!r}: {error}"
+        ) from error
+    if not found:
+        raise ModelError(
+            f"targets {text!r} must match whole module names and matches none; there are {_sample(modules)}"
+        )
     return found
 
 
-def _closest(target: str, modules: Sequence[str]) -> str:
-    close = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
+def _index_by_end(modules: Sequence[str]) -> dict[str, list[str]]:
+    """Modules by their names, and by what stands behind each dot of those."""
+    found: dict[str, list[str]] = {}
+    for name in modules:
+        end = name
+        while True:
+            found.setdefault(end, []).append(name)
+            _, dot, end = end.partition(".")
+            if not dot:
+                break
+    return found
+
+
+def _suggest(target: str, modules: Sequence[str]) -> str:
+    """Names that a misspelt one may mean, for a message."""
+    known = set(modules)
+    known.update(name.rpartition(".")[2] for name in modules)
+    close = get_close_matches(target, known, n=3)
     return f"; close: {', '.join(close)}" if close else ""
 
 
 def _sample(modules: Sequence[str]) -> str:
+    """Some of the names' last parts, for a message."""
     suffixes = sorted({name.rpartition(".")[2] for name in modules})
-    return ", ".join(suffixes[:12]) + (f" and {len(suffixes) - 12} more" if len(suffixes) > 12 else "")
+    shown = ", ".join(suffixes[:_SHOWN])
+    return f"{shown} and {len(suffixes) - _SHOWN} more" if len(suffixes) > _SHOWN else shown

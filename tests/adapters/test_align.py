@@ -19,7 +19,7 @@ from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.methods.tokens import TokenRows
 from onnx_lora.adapters.module_names import RULES, KnownModules, explain_names
 from onnx_lora.adapters.write import write_adapter
-from onnx_lora.errors import BindError
+from onnx_lora.errors import BindError, InputError
 from onnx_lora.kinds import Kind
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.points import Array, Branch
@@ -129,6 +129,12 @@ def test_a_packed_branchs_scales_become_its_modules(tmp_path: Path) -> None:
     scale = np.float32([1] * 6 + [2] * 6)
     changes = align(adapter(None, changes={branch.name: OutputScale(scale)}), package).adapter.changes
     assert list(changes) == ["m.k"]
+
+
+@pytest.mark.parametrize("given", ["adapters/sql", None, 3])
+def test_what_is_no_adapter_is_not_bound(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(InputError, match="adapter must be Adapter"):
+        bind(given, single(tmp_path / "p", "q"))
 
 
 # --- names -------------------------------------------------------------------------------------

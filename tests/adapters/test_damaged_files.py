@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 from onnx_lora.adapters.formats.files import npz_file, safetensors_file, torch_pickle
-from onnx_lora.adapters.formats.files.reading import opened
+from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.errors import AdapterFileError
 from tests.adapters.building import lora, numbers
 
@@ -36,12 +36,12 @@ def torch_file(*, zipped: bool) -> bytes:
 
 
 def read_safetensors(path: Path) -> Any:
-    with opened(path) as file:
+    with open_reading(path) as file:
         return safetensors_file.read_safetensors(file)
 
 
 def read_torch_pickle(path: Path) -> Any:
-    with opened(path) as file:
+    with open_reading(path) as file:
         return torch_pickle.read_torch_pickle(file).tensors
 
 
@@ -336,5 +336,5 @@ def test_what_numpy_refuses_of_an_npz_is_refused(tmp_path: Path) -> None:
 
 
 def read_npz_tensors(path: Path) -> Any:
-    with opened(path) as file:
+    with open_reading(path) as file:
         return npz_file.read_npz(file).tensors

@@ -21,7 +21,7 @@ from onnx_lora.adapters.formats.format import AdapterFormat
 from onnx_lora.adapters.formats.registry import find_format, format_names
 from onnx_lora.adapters.write import FORMATS, write_adapter
 from onnx_lora.errors import InputError
-from tests.adapters.building import adapter, delta, numbers, peft_folder
+from tests.adapters.building import PackageBuilder, adapter, delta, numbers, peft_folder
 
 ROOT = Path(onnx_lora.__file__).parent.parent
 DOCS = ROOT / "docs" / "formats.md"
@@ -228,3 +228,15 @@ def test_our_own_files_are_read_beside_a_broken_distribution(tmp_path: Path) -> 
     assert run(tmp_path / "site", read_code(peft_folder(tmp_path / "a"))).stdout.startswith("peft a ")
     done = run(tmp_path / "site", "convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "mlx")
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_file_is_its_mark_says_and_not_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    package = PackageBuilder(tmp_path / "package").point("m.q", 4, 6).open()
+    file = write_adapter(
+        adapter({"m.q": delta(4, 6)}), tmp_path / "x.onnx_adapter", format="onnx_adapter", package=package
+    )
+    for name in ("x.gguf", "x.safetensors", "x"):
+        again = read_adapter(file.rename(tmp_path / name))
+        file = tmp_path / name
+        assert again.origin.format == "onnx_adapter"

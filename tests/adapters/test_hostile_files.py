@@ -19,7 +19,7 @@ from onnx_lora import bind, read_adapter
 from onnx_lora.adapters.formats.files import gguf_file, pickle_program
 from onnx_lora.adapters.formats.files import zip_archive as zip_file
 from onnx_lora.adapters.formats.files.npz_file import read_npz
-from onnx_lora.adapters.formats.files.reading import opened, shown
+from onnx_lora.adapters.formats.files.reading import open_reading, shown
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.errors import AdapterFileError, InputError
 from tests.adapters.building import PackageBuilder, lora, numbers, peft_folder
@@ -33,7 +33,7 @@ def read_bin(folder: Path, program: bytes) -> Any:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a/data.pkl", program)
         archive.writestr("a/data/0", bytes(4))
-    with opened(file) as reading:
+    with open_reading(file) as reading:
         return read_torch_pickle(reading).tensors
 
 
@@ -126,7 +126,7 @@ def npz(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def read_npz_file(path: Path) -> Any:
-    with opened(path) as file:
+    with open_reading(path) as file:
         return read_npz(file).tensors
 
 
@@ -286,7 +286,7 @@ def test_weights_are_opened_once_and_the_digest_is_of_what_was_read(
 def test_a_file_that_is_replaced_while_it_is_read_stays_the_one_that_was_opened(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"before" * 100_000)
-    with opened(path) as file:
+    with open_reading(path) as file:
         assert file.take(6) == b"before"
         (tmp_path / "b").write_bytes(b"behind" * 100_000)
         (tmp_path / "b").replace(path)
@@ -297,7 +297,7 @@ def test_a_file_that_is_replaced_while_it_is_read_stays_the_one_that_was_opened(
 def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(bytes(10**6))
-    with opened(path) as file:
+    with open_reading(path) as file:
         file.take(6)
         path.write_bytes(b"")
         with pytest.raises(AdapterFileError, match="cut off while it was read"):

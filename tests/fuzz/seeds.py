@@ -213,7 +213,10 @@ def converted(folder: Path) -> None:
 
 
 def manifests(folder: Path) -> None:
-    """Packages that are opened and not run: their graphs may be anything."""
+    """Packages that are opened and not run: their graphs may be anything. Those of every format are among them."""
+    for golden in (Path(__file__).parent.parent / "golden").glob("format-*/*/package"):
+        version, name = golden.parts[-3:-1]
+        shutil.copytree(golden, folder / f"{version}-{name}")
     adapter_package(folder / "float")
     source = save(
         folder / "m.onnx",

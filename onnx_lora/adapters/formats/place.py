@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, translated_damage
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, open_regular, translate_damage
 from onnx_lora.adapters.formats.files.safetensors_file import Header, read_behind, read_header
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.json_file import read_json
@@ -19,10 +19,6 @@ __all__ = ["Place"]
 T = TypeVar("T")
 
 _BEGINNING = 16  # bytes: marks of formats lie in the first nine
-
-# Marks of other containers, by where they lie. A safetensors file has the length of its header there, which would then
-# be larger than any file.
-_OTHER_MARKS = {0: b"GGUF", 4: b"TORT"}
 
 
 class Place:
@@ -66,7 +62,7 @@ class Place:
         """A file's first 16 bytes, or fewer; of a folder none."""
         if self._reading is None:
             return b""
-        with translated_damage(self.path):
+        with translate_damage(self.path):
             return self._reading.ahead(_BEGINNING)
 
     @cached_property
@@ -75,7 +71,7 @@ class Place:
 
         Raises AdapterFileError: it is one by its name or its beginning, and damaged.
         """
-        if self._reading is None or any(self.beginning[at:].startswith(mark) for at, mark in _OTHER_MARKS.items()):
+        if self._reading is None:
             return None
         if self.path.suffix != ".safetensors":
             length = int.from_bytes(self.beginning[:8], "little")
@@ -94,7 +90,7 @@ class Place:
         """What `parse` makes of the file's bytes, whose exceptions count as damage of the file."""
         if self._reading is None:
             raise AdapterFileError("must be a file, and is a folder", path=self.path)
-        with translated_damage(self.path):
+        with translate_damage(self.path):
             return parse(self._reading)
 
     @classmethod
@@ -127,6 +123,6 @@ class Place:
     @contextmanager
     def _open_file(cls, path: Path, default_name: str) -> Iterator[Place]:
         with open_regular(path) as file:
-            with translated_damage(path):
+            with translate_damage(path):
                 reading = Reading(file, path)
             yield cls(path, reading, default_name)

@@ -28,8 +28,8 @@ T = TypeVar("T")
 # Of entry points.
 GROUP = "onnx_lora.formats"
 
-# Which of ours a file or folder is, is asked in this order; and the first of an ending is written where nothing else
-# is said.
+# Ours are asked in this order whether a file or a folder is theirs; and the first of an ending is written where nothing
+# else is said.
 _OURS = {
     "safetensors": "onnx_lora.adapters.formats.converted.safetensors:FORMAT",
     "onnx_adapter": "onnx_lora.adapters.formats.converted.onnx_adapter:FORMAT",
@@ -40,6 +40,9 @@ _OURS = {
     "mlx": "onnx_lora.adapters.formats.mlx.mlx:FORMAT",
     "gguf": "onnx_lora.adapters.formats.gguf.gguf:FORMAT",
 }
+
+# They have marks at fixed places, which say more than a header that others share.
+_ASKED_FIRST = ("onnx_adapter", "gguf")
 
 # Whose reader says what is missing in a folder that is nobody's.
 _OF_ANY_FOLDER = "peft"
@@ -168,7 +171,7 @@ def recognise(place: Place) -> RegisteredFormat:
     Raises AdapterFileError: it is damaged, or of no format. PluginError: formats of two distributions claim it, or one
     of them fails.
     """
-    for name in _OURS:
+    for name in sorted(_OURS, key=lambda name: name not in _ASKED_FIRST):
         own = find_format(name)
         if own.recognises(place):
             return own

@@ -27,12 +27,14 @@ def from_olive(tensors: Mapping[str, Array], path: Path) -> Mapping[str, Array]:
         raise UnsupportedAdapterError(
             "holds factors that Olive quantized to 4 bits; convert the PEFT adapter again, without --quantize_int4",
             path=path,
-            problems=quantized[:3] + [f"and {len(quantized) - 3} more"] * (len(quantized) > 3),
+            problems=quantized,
         )
     theirs = {name for name, values in tensors.items() if name.endswith(_FACTORS) and values.ndim == 2}
     if not theirs:
         return tensors
-    ours = {name.removeprefix(_PREFIX): tensors[name][None] if name in theirs else tensors[name] for name in tensors}
+    ours: dict[str, Array] = {}
+    for name, values in tensors.items():
+        ours[name.removeprefix(_PREFIX)] = values[None] if name in theirs else values
     if len(ours) < len(tensors):
         raise UnsupportedAdapterError("holds names with and without PEFT's prefix for one module", path=path)
     return ours

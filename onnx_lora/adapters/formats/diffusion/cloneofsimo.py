@@ -21,19 +21,28 @@ __all__ = ["FORMAT"]
 
 _KEY = re.compile(r"^(?P<component>\w+):(?P<index>\d{1,6}):(?P<side>up|down)$")
 
-# The attentions of the UNet in PyTorch's order: the middle comes last, since it is made last.
-_UNET_BLOCKS = (
-    *(f"down_blocks.{block}.attentions.{layer}" for block in (0, 1, 2) for layer in (0, 1)),
-    *(f"up_blocks.{block}.attentions.{layer}" for block in (1, 2, 3) for layer in (0, 1, 2)),
-    "mid_block.attentions.0",
+# Blocks of the UNet in PyTorch's order, and how many attentions each has: the middle comes last, since it is made last.
+_UNET_PARTS = (
+    ("down_blocks.0", 2),
+    ("down_blocks.1", 2),
+    ("down_blocks.2", 2),
+    ("up_blocks.1", 3),
+    ("up_blocks.2", 3),
+    ("up_blocks.3", 3),
+    ("mid_block", 1),
 )
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 # Of a transformer block when these files were written: the feed-forward before the second attention.
 _UNET_MODULES = (
-    *(f"attn1.{name}" for name in _ATTENTION),
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
     "ff.net.0.proj",
-    *(f"attn2.{name}" for name in _ATTENTION),
+    "attn2.to_q",
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.to_out.0",
 )
 _TEXT_MODULES = ("k_proj", "v_proj", "q_proj", "out_proj")
 _TEXT_LAYERS = (12, 23)  # of Stable Diffusion 1, and of 2
@@ -119,7 +128,7 @@ def _modules(component: str, numbered: _Numbered) -> Sequence[str] | None:
     if component == "text_encoder":
         layers, rest = divmod(count, len(_TEXT_MODULES))
         return _text_modules(layers) if layers in _TEXT_LAYERS and not rest else None
-    if component == "unet" and count == len(_UNET_BLOCKS) * len(_UNET_MODULES) and _widths_fit(numbered):
+    if component == "unet" and count == len(_unet_modules()) and _widths_fit(numbered):
         return _unet_modules()
     return None
 
@@ -133,8 +142,9 @@ def _text_modules(layers: int) -> list[str]:
 
 def _unet_modules() -> list[str]:
     modules: list[str] = []
-    for block in _UNET_BLOCKS:
-        modules += [f"{block}.transformer_blocks.0.{name}" for name in _UNET_MODULES]
+    for part, attentions in _UNET_PARTS:
+        for index in range(attentions):
+            modules += [f"{part}.attentions.{index}.transformer_blocks.0.{name}" for name in _UNET_MODULES]
     return modules
 
 
@@ -150,13 +160,10 @@ def _widths_fit(numbered: Mapping[int, Mapping[str, Array]]) -> bool:
         sizes.append((pair["down"].shape[1], len(pair["up"])))
     first = sizes[0][0]
     text = sizes[_UNET_MODULES.index("attn2.to_k")][0]
-    for number, block in enumerate(_UNET_BLOCKS):
-        name, _, _ = block.partition(".attentions")
-        width = first * _WIDTHS.get(name, _WIDEST)
-        own = sizes[number * len(_UNET_MODULES) : (number + 1) * len(_UNET_MODULES)]
-        if own != _block_sizes(width, text):
-            return False
-    return True
+    wanted: list[tuple[int, int]] = []
+    for part, attentions in _UNET_PARTS:
+        wanted += _block_sizes(first * _WIDTHS.get(part, _WIDEST), text) * attentions
+    return sizes == wanted
 
 
 def _block_sizes(width: int, text: int) -> list[tuple[int, int]]:

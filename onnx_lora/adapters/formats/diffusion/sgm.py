@@ -56,13 +56,11 @@ def _blocks() -> Iterator[tuple[str, str, str]]:
 @cache
 def _modules() -> Mapping[str, str]:
     """Whole modules, and those of ResNets: theirs to diffusers'."""
-    inner = {
-        f"{theirs}_{part}": f"{ours}.{own}"
-        for theirs, ours, kind in _blocks()
-        if kind == "resnet"
-        for part, own in _RESNET.items()
-    }
-    return dict(_single()) | inner
+    modules = dict(_single())
+    for theirs, ours, kind in _blocks():
+        if kind == "resnet":
+            modules |= {f"{theirs}_{part}": f"{ours}.{own}" for part, own in _RESNET.items()}
+    return modules
 
 
 @cache
@@ -73,6 +71,7 @@ def _attentions() -> Mapping[str, str]:
 
 @cache
 def _backwards() -> Mapping[str, str]:
+    """Diffusers' whole modules to theirs; of two names for one module the first."""
     turned: dict[str, str] = {}
     for theirs, ours in _modules().items():
         turned.setdefault(ours, theirs)

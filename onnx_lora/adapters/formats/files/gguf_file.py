@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_lora.adapters.formats.files.reading import Reading, name_problems, shown, widened_bfloat16
+from onnx_lora.adapters.formats.files.reading import Reading, name_problems, shown, widen_bfloat16
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.errors import AdapterFileError, MissingDependencyError
 from onnx_lora.points import Array
@@ -197,7 +197,7 @@ def _tensor(data: bytes, entry: _Entry, path: Path) -> Array:
     if entry.kind in _PLAIN:
         values = np.frombuffer(data, _PLAIN[entry.kind])
     elif entry.kind == _BFLOAT16:
-        values = widened_bfloat16(np.frombuffer(data, "<u2"))
+        values = widen_bfloat16(np.frombuffer(data, "<u2"))
     else:
         gguf = _gguf(path)
         try:

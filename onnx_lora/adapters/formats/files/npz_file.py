@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems
-from onnx_lora.adapters.formats.files.zip_archive import archive_of
+from onnx_lora.adapters.formats.files.zip_archive import open_archive
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -26,7 +26,7 @@ _WIDEST = 8  # bytes of a number: longer ones have other values on other machine
 
 def read_npz(file: Reading) -> TensorFile:
     """Raises AdapterFileError: damaged, compressed, or with arrays that are no plain numbers."""
-    with archive_of(file) as archive:
+    with open_archive(file) as archive:
         arrays: dict[str, Array] = {}
         for entry in archive.infolist():
             with archive.open(entry) as stream:

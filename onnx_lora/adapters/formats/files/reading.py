@@ -27,12 +27,12 @@ __all__ = [
     "Reading",
     "TensorFile",
     "name_problems",
+    "open_reading",
     "open_regular",
-    "opened",
     "parse_json",
     "shown",
-    "translated_damage",
-    "widened_bfloat16",
+    "translate_damage",
+    "widen_bfloat16",
 ]
 
 # Names of tensors are paths in a model: 60 characters, and of experts in wrappers 150.
@@ -113,25 +113,25 @@ class TensorFile:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Reading]:
+def open_reading(path: Path) -> Iterator[Reading]:
     """A regular file, open for reading; whatever the block raises of its bytes becomes one of our errors here.
 
     Raises AdapterFileError: none, not regular, not readable, or damaged.
     """
-    with translated_damage(path), open_regular(path) as file:
+    with translate_damage(path), open_regular(path) as file:
         yield Reading(file, path)
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Raises AdapterFileError: no regular file, or it cannot be read."""
-    with translated_damage(path):
+    with translate_damage(path):
         if not path.is_file():
             raise AdapterFileError("must be a file, and there is none", path=path)
         return path.open("rb")
 
 
 @contextmanager
-def translated_damage(path: Path) -> Iterator[None]:
+def translate_damage(path: Path) -> Iterator[None]:
     """What the block raises of a file's bytes becomes AdapterFileError of `path`. Only code that parses bytes belongs
     in it: a mistake of ours would be called damage."""
     try:
@@ -166,7 +166,7 @@ def name_problems(names: Iterable[str]) -> list[str]:
     return problems
 
 
-def widened_bfloat16(bits: Array) -> Array:
+def widen_bfloat16(bits: Array) -> Array:
     """bfloat16, held as 16-bit integers, as float32: exact, since it is float32's upper half."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 

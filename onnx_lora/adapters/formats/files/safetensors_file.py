@@ -22,7 +22,7 @@ from onnx_lora.adapters.formats.files.reading import (
     name_problems,
     parse_json,
     shown,
-    widened_bfloat16,
+    widen_bfloat16,
 )
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
@@ -152,6 +152,6 @@ def _is_sizes(value: object) -> bool:
 def _tensor(data: bytes, entry: _Entry) -> Array:
     values: Array = np.frombuffer(data, _DTYPES[entry.kind]).reshape(entry.shape)
     if entry.kind == "BF16":
-        values = widened_bfloat16(values)
+        values = widen_bfloat16(values)
     values.flags.writeable = False
     return values

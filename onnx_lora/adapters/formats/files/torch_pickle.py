@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.pickle_program import STORAGES, Storage, Tensor, read_program
-from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, shown, widened_bfloat16
-from onnx_lora.adapters.formats.files.zip_archive import archive_of
+from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, shown, widen_bfloat16
+from onnx_lora.adapters.formats.files.zip_archive import open_archive
 from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
@@ -51,7 +51,7 @@ def read_torch_pickle(file: Reading) -> TensorFile:
 
 
 def _read_zip(file: Reading) -> Mapping[str, Array]:
-    with archive_of(file) as archive:
+    with open_archive(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
@@ -134,7 +134,7 @@ def _numbers(data: bytes | memoryview, tensor: Tensor) -> Array:
     values: Array = np.frombuffer(bytes(data), _TYPES[storage.kind])
     if values.size != storage.count:
         raise ValueError(f"storage {shown(storage.key)} has {values.size} elements and must have {storage.count}")
-    return widened_bfloat16(values) if storage.kind == "BFloat16Storage" else values
+    return widen_bfloat16(values) if storage.kind == "BFloat16Storage" else values
 
 
 def _strided(name: str, values: Array, tensor: Tensor) -> Array:

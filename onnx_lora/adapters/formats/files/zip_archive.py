@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from onnx_lora.adapters.formats.files.reading import Reading
 from onnx_lora.errors import AdapterFileError
 
-__all__ = ["archive_of"]
+__all__ = ["open_archive"]
 
 # Each is some kB of Python's objects. A member for each tensor: as many as the largest adapters have.
 _MOST_MEMBERS = 200_000
@@ -20,7 +20,7 @@ _ENTRY = b"PK\x01\x02"
 
 
 @contextmanager
-def archive_of(file: Reading) -> Iterator[zipfile.ZipFile]:
+def open_archive(file: Reading) -> Iterator[zipfile.ZipFile]:
     """A file as an archive in memory.
 
     Raises AdapterFileError: compressed or encrypted members, more of them than any adapter has, or such as lie in each

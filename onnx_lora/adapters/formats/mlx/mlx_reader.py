@@ -12,7 +12,7 @@ from typing import Any
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Origin, Replacement
 from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
 from onnx_lora.adapters.formats.files.npz_file import read_npz
-from onnx_lora.adapters.formats.files.reading import TensorFile, opened, shown
+from onnx_lora.adapters.formats.files.reading import TensorFile, open_reading, shown
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, NPZ, WEIGHTS
 from onnx_lora.adapters.scale import lora_scale
@@ -78,7 +78,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _read_tensors(weights: Path) -> TensorFile:
-    with opened(weights) as file:
+    with open_reading(weights) as file:
         return read_npz(file) if weights.name == NPZ else read_safetensors(file)
 
 

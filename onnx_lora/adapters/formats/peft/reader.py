@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, Origin
-from onnx_lora.adapters.formats.files.reading import opened
+from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.formats.peft.building import build_adapter
@@ -46,7 +46,7 @@ def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
         raise AdapterFileError(
             f"must hold {_SAFETENSORS} (or {_PICKLE}); found {_without_weights(present)}", path=folder
         )
-    with opened(weights[0]) as file:
+    with open_reading(weights[0]) as file:
         content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
     builder = build_adapter(content.tensors, config)
     if len(weights) > 1:
