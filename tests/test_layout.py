@@ -206,13 +206,15 @@ LAYERS: dict[str, list[list[set[str]]]] = {
         [{"comparison"}, {"random_adapters"}, {"verification"}],
     ],
     "runtime": [
-        [{"_ort"}, {"store"}, {"lease"}, {"session"}, {"generation"}],
-        [{"_onnx", "merge"}, {"requantize"}, {"folding"}, {"standalone"}],
+        [{"_ort"}, {"store"}, {"session"}, {"generation"}, {"measuring"}],
+        [{"_ort"}, {"lease"}, {"session"}],
+        [{"_onnx", "merge"}, {"requantize"}, {"folding"}, {"measuring"}],
+        [{"_onnx", "merge"}, {"requantize"}, {"standalone"}],
     ],
 }
 
-# Modules in the longest chain of imports, each loaded with the one before. The aim is 8; lower this whenever it can be.
-DEEPEST = 15
+# Modules in the longest chain of imports, each loaded with the one before.
+DEEPEST = 8
 
 
 def _edges() -> Mapping[str, set[str]]:
@@ -258,14 +260,11 @@ NOT_YET: dict[str, set[str]] = {
         "adapters/factors.py",
     },
     "any exception": {
-        "runtime/generation/text.py",
+        "commands/options.py",
     },
 }
 
-# Spellings of other people's files, which only the formats know.
-# A method's file has the names of its tensors, by which all tools call them.
-_WITH_FOREIGN_NAMES = ("adapters/formats/", "adapters/methods/")
-
+# Spellings of other people's files, which only formats and methods know.
 FOREIGN = (
     "base_model.model",
     "base_layer",
@@ -316,11 +315,13 @@ def _named(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_foreign_names_stand_in_the_formats_alone() -> None:
+def test_foreign_names_stand_in_formats_and_methods_alone() -> None:
     found = set()
     for file, tree in _parsed():
         for text in _texts(tree):
-            if any(spelling in text for spelling in FOREIGN) and not file.startswith(_WITH_FOREIGN_NAMES):
+            if any(spelling in text for spelling in FOREIGN) and not file.startswith(
+                ("adapters/formats/", "adapters/methods/")
+            ):
                 found.add(file)
     # Which asks PEFT itself for its tensors, in PyTorch.
     assert found <= NOT_YET["foreign names"] | {"exporter/random_adapters.py"}
@@ -334,16 +335,30 @@ def _texts(tree: ast.Module) -> Iterator[str]:
             yield node.value
 
 
-def test_any_exception_is_caught_at_the_boundary_alone() -> None:
+# Where any exception is caught, and why. All of them translate, and nothing else does.
+BOUNDARIES = {
+    "boundary.py": "the one around every public function, and around other people's formats",
+    "exporter/foreign_libraries.py": "around libraries that read foreign graphs, which name the step and the file",
+    "onnxruntime_errors.py": "around ONNX Runtime, whose exceptions have no names of their own",
+    "runtime/generation/text.py": "around tokenizers, whose Rust code panics",
+    "cli.py": "the command's main, which has none above it",
+    "runtime/generation/template_child.py": "the child process, with a foreign program below it",
+}
+
+
+def test_any_exception_is_caught_at_the_boundaries_alone() -> None:
     found = set()
     for file, tree in _parsed():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ExceptHandler) and _catches_everything(node):
+            if isinstance(node, ast.ExceptHandler) and _catches_everything(node) and not _lets_it_pass(node):
                 found.add(file)
-    # The command's main has no boundary above it; the child process of templates has a foreign program below it.
-    last = {"cli.py", "runtime/generation/template_child.py"}
-    # Libraries that the exporter hands graphs to have their own, which names the step and the file.
-    assert found <= NOT_YET["any exception"] | {"boundary.py", "exporter/foreign_libraries.py"} | last
+    assert found <= NOT_YET["any exception"] | set(BOUNDARIES)
+
+
+def _lets_it_pass(handler: ast.ExceptHandler) -> bool:
+    """A handler that tidies up, and raises what it caught."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
 
 
 def _catches_everything(handler: ast.ExceptHandler) -> bool:

@@ -42,22 +42,23 @@ __all__ = [
     "write_bound",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "Adapter": "onnx_lora.adapters.adapter",
-        "BoundAdapter": "onnx_lora.adapters.adapter",
-        "Change": "onnx_lora.adapters.adapter",
-        "Coverage": "onnx_lora.adapters.adapter",
-        "Delta": "onnx_lora.adapters.adapter",
-        "MatrixDelta": "onnx_lora.adapters.adapter",
-        "Origin": "onnx_lora.adapters.adapter",
-        "Replacement": "onnx_lora.adapters.adapter",
-        "bind": "onnx_lora.adapters.binding",
-        "blend": "onnx_lora.adapters.compose",
-        "stack_rows": "onnx_lora.adapters.row_stacking",
-        "read_adapter": "onnx_lora.adapters.read",
-        "write_adapter": "onnx_lora.adapters.write",
-        "write_bound": "onnx_lora.adapters.write",
-    },
-)
+if not TYPE_CHECKING:  # so that checkers report names that are not there
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Adapter": "onnx_lora.adapters.adapter",
+            "BoundAdapter": "onnx_lora.adapters.adapter",
+            "Change": "onnx_lora.adapters.adapter",
+            "Coverage": "onnx_lora.adapters.adapter",
+            "Delta": "onnx_lora.adapters.adapter",
+            "MatrixDelta": "onnx_lora.adapters.adapter",
+            "Origin": "onnx_lora.adapters.adapter",
+            "Replacement": "onnx_lora.adapters.adapter",
+            "bind": "onnx_lora.adapters.binding",
+            "blend": "onnx_lora.adapters.compose",
+            "stack_rows": "onnx_lora.adapters.row_stacking",
+            "read_adapter": "onnx_lora.adapters.read",
+            "write_adapter": "onnx_lora.adapters.write",
+            "write_bound": "onnx_lora.adapters.write",
+        },
+    )

@@ -32,20 +32,21 @@ __all__ = [
     "verify",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "Checkpoint": "onnx_lora.exporter.frontends.checkpoint",
-        "Comparison": "onnx_lora.exporter.comparison",
-        "Method": "onnx_lora.exporter.quantization",
-        "OnnxFiles": "onnx_lora.exporter.frontends.onnx_files",
-        "Pipeline": "onnx_lora.exporter.frontends.pipeline",
-        "Points": "onnx_lora.exporter.request",
-        "Precision": "onnx_lora.exporter.precision",
-        "TorchModule": "onnx_lora.exporter.frontends.torch_module",
-        "attach": "onnx_lora.exporter.api",
-        "export": "onnx_lora.exporter.api",
-        "quantize": "onnx_lora.exporter.quantization",
-        "verify": "onnx_lora.exporter.verification",
-    },
-)
+if not TYPE_CHECKING:  # so that checkers report names that are not there
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Checkpoint": "onnx_lora.exporter.frontends.checkpoint",
+            "Comparison": "onnx_lora.exporter.comparison",
+            "Method": "onnx_lora.exporter.quantization",
+            "OnnxFiles": "onnx_lora.exporter.frontends.onnx_files",
+            "Pipeline": "onnx_lora.exporter.frontends.pipeline",
+            "Points": "onnx_lora.exporter.request",
+            "Precision": "onnx_lora.exporter.precision",
+            "TorchModule": "onnx_lora.exporter.frontends.torch_module",
+            "attach": "onnx_lora.exporter.api",
+            "export": "onnx_lora.exporter.api",
+            "quantize": "onnx_lora.exporter.quantization",
+            "verify": "onnx_lora.exporter.verification",
+        },
+    )

@@ -43,25 +43,26 @@ __all__ = [
     "measure",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "fold": "onnx_lora.runtime.folding",
-        "Cache": "onnx_lora.runtime.generation.cache",
-        "Chat": "onnx_lora.runtime.generation.chat",
-        "Generation": "onnx_lora.runtime.generation.results",
-        "Piece": "onnx_lora.runtime.generation.results",
-        "Stream": "onnx_lora.runtime.generation.stream",
-        "Sampling": "onnx_lora.runtime.generation.sampling",
-        "TextGenerator": "onnx_lora.runtime.generation.generator",
-        "Advice": "onnx_lora.runtime.measurement",
-        "CallTimes": "onnx_lora.runtime.measurement",
-        "GraphMeasurement": "onnx_lora.runtime.measurement",
-        "Measurement": "onnx_lora.runtime.measurement",
-        "measure": "onnx_lora.runtime.measuring",
-        "Requantize": "onnx_lora.runtime.requantize",
-        "Rounding": "onnx_lora.runtime.requantize",
-        "AdapterSession": "onnx_lora.runtime.session",
-        "fold_to": "onnx_lora.runtime.standalone",
-    },
-)
+if not TYPE_CHECKING:  # so that checkers report names that are not there
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "fold": "onnx_lora.runtime.folding",
+            "Cache": "onnx_lora.runtime.generation.cache",
+            "Chat": "onnx_lora.runtime.generation.chat",
+            "Generation": "onnx_lora.runtime.generation.results",
+            "Piece": "onnx_lora.runtime.generation.results",
+            "Stream": "onnx_lora.runtime.generation.stream",
+            "Sampling": "onnx_lora.runtime.generation.sampling",
+            "TextGenerator": "onnx_lora.runtime.generation.generator",
+            "Advice": "onnx_lora.runtime.measurement",
+            "CallTimes": "onnx_lora.runtime.measurement",
+            "GraphMeasurement": "onnx_lora.runtime.measurement",
+            "Measurement": "onnx_lora.runtime.measurement",
+            "measure": "onnx_lora.runtime.measuring",
+            "Requantize": "onnx_lora.runtime.requantize",
+            "Rounding": "onnx_lora.runtime.requantize",
+            "AdapterSession": "onnx_lora.runtime.session",
+            "fold_to": "onnx_lora.runtime.standalone",
+        },
+    )

@@ -22,6 +22,7 @@ from onnx_lora import (
     Cache,
     CacheError,
     Chat,
+    Checkpoint,
     ExportError,
     FeedError,
     Generation,
@@ -29,13 +30,17 @@ from onnx_lora import (
     InternalError,
     MissingDependencyError,
     ModelError,
+    OnnxFiles,
     OnnxLoraError,
     OutputExistsError,
     OutsideError,
     Package,
     PackageError,
     Piece,
+    Pipeline,
     PluginError,
+    Points,
+    Precision,
     PromptError,
     Requantize,
     RunError,
@@ -45,6 +50,7 @@ from onnx_lora import (
     StorageError,
     Stream,
     TextGenerator,
+    TorchModule,
     UnsupportedAdapterError,
     VerificationError,
     attach,
@@ -52,6 +58,7 @@ from onnx_lora import (
     export,
     fold,
     fold_to,
+    measure,
     quantize,
     read_adapter,
     verify,
@@ -69,6 +76,17 @@ def make_packages(checkpoint: Path, graphs: Path, out: Path) -> list[Package]:
     for comparison in verify(exported, str(checkpoint)):
         print(comparison)
     return [exported, attached, quantized]
+
+
+def make_from_sources(module: Any, example: Any, out: Path) -> list[Package]:
+    points = Points(targets="all", default_rank=1)
+    checkpoint = Checkpoint("my-model", task="text-generation", precision=Precision("int4", block_size=32))
+    return [
+        export(checkpoint, out / "checkpoint", points=points),
+        export(OnnxFiles("model.onnx", checkpoint="my-model"), out / "files", points=points),
+        export(Pipeline("my-pipeline"), out / "pipeline", points=points),
+        export(TorchModule(module, example_inputs=example), out / "module", points=points),
+    ]
 
 
 def convert(file: Path, package: Package, out: Path) -> BoundAdapter:
@@ -92,6 +110,7 @@ def merge(package: Package, adapter: BoundAdapter, out: Path) -> Any:
     leave = Requantize()
     fold_to(package, adapter, out, requantize=leave)
     print(leave.rounding)
+    print(measure(package, adapter, rounds=5))
     return fold(package, adapter).run(None, {})
 
 
