@@ -13,38 +13,38 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.axes import Shapes, infer_shapes
-from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
-from onnx_lora.exporter.doubts import drop_miscounted, note_doubts
 from onnx_lora.exporter.foreign_libraries import name_step
-from onnx_lora.exporter.free_outputs import find_free_modules
 from onnx_lora.exporter.frontends.source import Loaded
-from onnx_lora.exporter.genai_names import rename
-from onnx_lora.exporter.inject import inject
-from onnx_lora.exporter.load import check, load
-from onnx_lora.exporter.locate import locate
-from onnx_lora.exporter.manifest_entries import (
+from onnx_lora.exporter.graph.axes import Shapes, infer_shapes
+from onnx_lora.exporter.intake.load import check, load
+from onnx_lora.exporter.locating.doubts import drop_miscounted, note_doubts
+from onnx_lora.exporter.locating.genai_names import rename
+from onnx_lora.exporter.locating.locate import locate
+from onnx_lora.exporter.locating.traces import find_traces
+from onnx_lora.exporter.ort_check import check_opens
+from onnx_lora.exporter.request import GraphFile, Points, Progress
+from onnx_lora.exporter.sites.find_sites import find_sites, settle
+from onnx_lora.exporter.sites.free_outputs import find_free_modules
+from onnx_lora.exporter.sites.site import Site, Sites, WholeWeightSite, WholeWeightSites
+from onnx_lora.exporter.sites.targets import ALL_LINEAR, select
+from onnx_lora.exporter.sites.whole_weights import (
+    check_names,
+    drop_miscounted_weights,
+    find_whole_weights,
+    keep_agreeing,
+)
+from onnx_lora.exporter.surgery.inject import inject
+from onnx_lora.exporter.surgery.surgeon import Surgeon
+from onnx_lora.exporter.surgery.untie import untie_weights, untie_whole_weights
+from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
+from onnx_lora.exporter.writing.manifest_entries import (
     check_agreement,
     describe_branches,
     describe_points,
     describe_unplaced,
     describe_whole_weight,
 )
-from onnx_lora.exporter.ort_check import check_opens
-from onnx_lora.exporter.request import GraphFile, Points, Progress
-from onnx_lora.exporter.site import Site, Sites, WholeWeightSite, WholeWeightSites
-from onnx_lora.exporter.sites import find_sites, settle
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.targets import ALL_LINEAR, select
-from onnx_lora.exporter.traces import find_traces
-from onnx_lora.exporter.untie import untie_weights, untie_whole_weights
-from onnx_lora.exporter.weights import WeightStore
-from onnx_lora.exporter.whole_weights import (
-    check_names,
-    drop_miscounted_weights,
-    find_whole_weights,
-    keep_agreeing,
-)
+from onnx_lora.exporter.writing.weight_files import WeightStore
 from onnx_lora.heads import OUTPUT_LAYERS
 from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest
 from onnx_lora.package import Package

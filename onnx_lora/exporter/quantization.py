@@ -25,11 +25,11 @@ from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
 from onnx_lora.exporter.frontends.source import Loaded
-from onnx_lora.exporter.intake import read_proto
-from onnx_lora.exporter.package_weights import read_package_weights
+from onnx_lora.exporter.graph.values import WRAPPERS
+from onnx_lora.exporter.intake.onnx_file import read_proto
 from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
 from onnx_lora.exporter.request import GraphFile, Points, Progress
-from onnx_lora.exporter.values import WRAPPERS
+from onnx_lora.exporter.weights.package_weights import read_package_weights
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
 from onnx_lora.points import InjectionPoint

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
+from onnx_lora.exporter.sites.targets import ALL_LINEAR, HEADS_ONLY
 
 if TYPE_CHECKING:
-    from onnx_lora.exporter.calls import Calls
-    from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
+    from onnx_lora.exporter.locating.calls import Calls
+    from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
 
 __all__ = ["GraphFile", "Points", "Progress", "as_names"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from onnx_lora.exporter.calls import Calls
-from onnx_lora.exporter.torch_weights import overridden_class
+from onnx_lora.exporter.locating.calls import Calls
+from onnx_lora.exporter.weights.torch_weights import overridden_class
 
 if TYPE_CHECKING:
     from torch import nn

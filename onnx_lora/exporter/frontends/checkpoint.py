@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_lora.exporter.frontends.exporters import (
+from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
+from onnx_lora.exporter.frontends.exporters.registry import (
     EXPORTERS,
     CheckpointExporter,
     ExportRequest,
     choose_exporter,
     find_exporter,
 )
-from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.precision import Precision
 
 if TYPE_CHECKING:

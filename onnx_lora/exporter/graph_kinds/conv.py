@@ -8,12 +8,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.branches import BranchInputs, gather_number, number_own_rows
+from onnx_lora.exporter.graph.product import Product, Unfit
+from onnx_lora.exporter.graph.values import axes_of, input_at, unwrap
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind
 from onnx_lora.exporter.graph_kinds.reading import computed_type, is_dequantized, reads_first, unfit_float_type
-from onnx_lora.exporter.product import Product, Unfit
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.values import axes_of, input_at, unwrap
+from onnx_lora.exporter.surgery.branches import BranchInputs, gather_number, number_own_rows
+from onnx_lora.exporter.surgery.surgeon import Surgeon
 from onnx_lora.kinds import Conv
 
 __all__ = ["CONV_IN_GRAPHS"]
