@@ -206,6 +206,7 @@ LAYERS: dict[str, list[list[set[str]]]] = {
             {"locating.located"},
             {"sites.site"},
             {"sites.find_sites", "sites.whole_weights", "surgery.untie", "surgery.inject"},
+            {"sites.choose", "writing.graph_writer"},
             {"build"},
         ],
         [
@@ -221,8 +222,15 @@ LAYERS: dict[str, list[list[set[str]]]] = {
             {"surgery.branches"},
             {"graph_kinds.linear", "graph_kinds.embedding", "graph_kinds.conv"},
         ],
-        [{"surgery.branches", "graph.placement"}, {"surgery.inject"}, {"build"}, {"api", "quantization"}],
-        [{"sites.free_outputs", "writing.manifest_entries", "sites.whole_weights"}, {"build"}],
+        [
+            {"surgery.branches", "graph.placement"},
+            {"surgery.inject"},
+            {"writing.graph_writer"},
+            {"build"},
+            {"api", "quantization"},
+        ],
+        [{"sites.free_outputs", "writing.manifest_entries"}, {"writing.graph_writer"}, {"build"}],
+        [{"sites.offer"}, {"sites.choose", "writing.graph_writer"}, {"build"}],
         [
             {"weights.checkpoint_weights"},
             {"weights.torch_weights", "weights.safetensors_weights", "weights.package_weights"},

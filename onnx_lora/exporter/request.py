@@ -26,14 +26,14 @@ Progress = Callable[[str, int, int], None]
 class GraphFile:
     """One ONNX file to be given points, and its name in the package.
 
-    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
+    `prefix` is put before the names of its modules ("unet."), where several models share a package; `weights` are
+    then its own model's. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
     """
 
     name: str
     file: Path
     prefix: str = ""
-    checkpoint: CheckpointWeights | None = None
+    weights: CheckpointWeights | None = None
     calls: Calls | None = None
 
 
