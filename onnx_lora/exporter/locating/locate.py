@@ -213,7 +213,9 @@ def _choose_way(one: Occurrence, weight: Array, ways: list[list[Match]]) -> Sequ
     if len(ways) > 1:
         named = [way for way in ways if _is_named(one.guess, way)]
         if len(named) != 1:
-            modules = {match.module for way in ways for match in way}
+            modules = set[str]()
+            for way in ways:
+                modules.update(match.module for match in way)
             return _Unknown(f"its weight is that of several modules: {', '.join(sorted(modules))}")
         chosen = named[0]
         for way in ways:

@@ -15,22 +15,35 @@ __all__ = ["Surgeon"]
 
 
 class Surgeon:
-    """Edits one graph. New nodes go behind `after`, in the order they are made."""
+    """Edits one graph.
+
+    New nodes stand where `insert_after` or `insert_before` said last, in the order in which they are made.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
         self._opset = model.opset_imports.get("", 1)
-        self._names = {value.name for value in _values(model.graph)}
-        self._names |= {node.name for node in model.graph}
-        self._numbered: dict[str, int] = {}  # how often a name was made free by a number behind it
+        self._names = _names_in(model.graph)
+        # How often a name was made free by a number behind it.
+        self._numbered: dict[str, int] = {}
+        # Constants of ours by their numbers: a vector or a scalar.
         self._constants: dict[tuple[int, ...] | int, ir.Value] = {}
-        self._places = {node: place for place, node in enumerate(model.graph)}
+        # Where nodes stand. A node that is inserted behind another has that one's place.
+        self._places: dict[ir.Node, int] = {}
+        for place, node in enumerate(model.graph):
+            self._places[node] = place
         self._after: ir.Node | None = None
         self._before: ir.Node | None = None
 
     def insert_after(self, node: ir.Node) -> None:
-        """Where the next nodes go."""
-        self._after, self._before = node, None
+        """Let the next nodes stand behind `node`, each behind the one made before it."""
+        self._after = node
+        self._before = None
+
+    def insert_before(self, node: ir.Node) -> None:
+        """Let the next nodes stand right before `node`, each behind the one made before it."""
+        self._after = None
+        self._before = node
 
     def first(self, nodes: Sequence[ir.Node]) -> ir.Node:
         """Of several nodes that the graph had from the start, the one that stands first."""
@@ -39,11 +52,6 @@ class Surgeon:
     def later(self, node: ir.Node, inserted: ir.Node) -> ir.Node:
         """Of a node that the graph had from the start and one that was inserted, the one that stands later."""
         return node if self._places[node] > self._places[inserted] else inserted
-
-    def insert_before(self, node: ir.Node) -> None:
-        """Where the next nodes go: the first right before `node`."""
-        self._after = None
-        self._before = node
 
     def op(self, kind: str, *inputs: ir.Value, name: str, **attributes: int | str | Sequence[int]) -> ir.Value:
         """Add a node with one output, and return it."""
@@ -55,42 +63,51 @@ class Surgeon:
     ) -> list[ir.Value]:
         """Add a node with several outputs, and return them."""
         name = self._free(name)
-        made = [ir.Value(name=self._free(f"{name}.out")) for _ in range(outputs)]
+        made: list[ir.Value] = []
+        for _ in range(outputs):
+            output_name = self._free(f"{name}.out")
+            made.append(ir.Value(name=output_name))
         node = ir.node(kind, list(inputs), attributes, outputs=made, name=name)
+        self._insert(node)
+        return made
+
+    def _insert(self, node: ir.Node) -> None:
         if self._before is not None:
             self.graph.insert_before(self._before, node)
             self._places[node] = self._places[self._before] - 1
-        else:
-            assert self._after is not None
-            self.graph.insert_after(self._after, node)
-            # What is inserted behind a node stands before all that came later from the start.
-            self._places[node] = self._places[self._after]
-            self._after = node
-        return made
+            return
+        assert self._after is not None  # one of the two is always said first
+        self.graph.insert_after(self._after, node)
+        # What is inserted behind a node stands before all that came later from the start.
+        self._places[node] = self._places[self._after]
+        self._after = node
 
     def unsqueeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
-        """Since opset 13 the axes are an input."""
+        """Add axes of length 1."""
         return self._with_axes("Unsqueeze", value, axes, name)
 
     def squeeze(self, value: ir.Value, axes: Sequence[int], *, name: str) -> ir.Value:
+        """Take out axes of length 1."""
         return self._with_axes("Squeeze", value, axes, name)
 
+    def _with_axes(self, kind: str, value: ir.Value, axes: Sequence[int], name: str) -> ir.Value:
+        """Since opset 13 the axes are an input, before that an attribute."""
+        if self._opset < 13:
+            return self.op(kind, value, name=name, axes=axes)
+        return self.op(kind, value, self.integers(axes), name=name)
+
     def split(self, value: ir.Value, sizes: ir.Value, count: int, *, name: str) -> list[ir.Value]:
-        """Cut the last axis into `count` pieces of the given sizes. Since opset 13 they are an input."""
+        """Cut the last axis into `count` pieces. `sizes`: their lengths, a constant; since opset 13 an input."""
         if self._opset < 13:
             assert sizes.const_value is not None
             pieces = [int(size) for size in sizes.const_value.numpy()]
             return self.ops("Split", value, name=name, outputs=count, axis=-1, split=pieces)
         return self.ops("Split", value, sizes, name=name, outputs=count, axis=-1)
 
-    def _with_axes(self, kind: str, value: ir.Value, axes: Sequence[int], name: str) -> ir.Value:
-        if self._opset < 13:
-            return self.op(kind, value, name=name, axes=axes)
-        return self.op(kind, value, self.integers(axes), name=name)
-
     def integers(self, values: Sequence[int]) -> ir.Value:
         """A constant int64 vector; equal ones are shared."""
-        return self._constant(tuple(values), "_".join(str(value) for value in values))
+        name = "_".join(str(value) for value in values)
+        return self._constant(tuple(values), name)
 
     def integer(self, value: int) -> ir.Value:
         """A constant int64 scalar."""
@@ -106,7 +123,8 @@ class Surgeon:
 
     def _constant(self, key: tuple[int, ...] | int, name: str) -> ir.Value:
         if key not in self._constants:
-            self._constants[key] = self._initializer(self._free(f"onnx_lora.{name}"), np.array(key, dtype=np.int64))
+            free = self._free(f"onnx_lora.{name}")
+            self._constants[key] = self._initializer(free, np.array(key, dtype=np.int64))
         return self._constants[key]
 
     def optional_input(self, name: str, shape: Sequence[int | str], default: Array | ir.TensorProtocol) -> ir.Value:
@@ -130,16 +148,21 @@ class Surgeon:
         for use in list(old.uses()):
             if use.node is not but:
                 use.node.replace_input_with(use.idx, new)
-        new.type, new.shape = old.type, old.shape
-        if not old.is_graph_output():
-            return
+        new.type = old.type
+        new.shape = old.shape
+        if old.is_graph_output():
+            self._replace_output(old, new)
+
+    def _replace_output(self, old: ir.Value, new: ir.Value) -> None:
+        """Give `new` the name and the place of a graph output."""
         for index, output in enumerate(self.graph.outputs):
-            if output is old:
-                self.graph.outputs[index] = new
-                name = old.name
-                assert name is not None
-                old.name = self._free(f"{name}.base")
-                new.name = name
+            if output is not old:
+                continue
+            self.graph.outputs[index] = new
+            name = old.name
+            assert name is not None  # every graph output has one
+            old.name = self._free(f"{name}.base")
+            new.name = name
 
     def drop_dead(self, node: ir.Node) -> None:
         """Remove `node` if nothing uses it, and what only it used: nodes and initializers."""
@@ -149,11 +172,15 @@ class Surgeon:
         self.graph.remove(node, safe=True)
         self._names.difference_update(output.name for output in node.outputs)
         for value in inputs:
-            producer = value.producer()
-            if producer is not None:
-                self.drop_dead(producer)
-            elif value.is_initializer() and not value.uses() and not value.is_graph_input():
-                self.free_name(value)
+            self._drop_dead_value(value)
+
+    def _drop_dead_value(self, value: ir.Value) -> None:
+        """Remove what makes a value, or the initializer that it is, if nothing uses it."""
+        producer = value.producer()
+        if producer is not None:
+            self.drop_dead(producer)
+        elif value.is_initializer() and not value.uses() and not value.is_graph_input():
+            self.free_name(value)
 
     def free_name(self, initializer: ir.Value) -> None:
         """Make an initializer's name free: remove it if it is unused, else rename it."""
@@ -172,13 +199,13 @@ class Surgeon:
 
     def _initializer(self, name: str, content: Array | ir.TensorProtocol) -> ir.Value:
         tensor = ir.tensor(content, name=name) if isinstance(content, np.ndarray) else content
-        value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
     def _free(self, name: str) -> str:
+        """The name, or the name with a number behind it where it is taken; it is taken from now on."""
         free = name
         while free in self._names:
             self._numbered[name] = self._numbered.get(name, 0) + 1
@@ -187,9 +214,11 @@ class Surgeon:
         return free
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    """All values of a graph, those that its nodes' bodies compute too."""
-    values = [*graph.inputs, *graph.initializers.values()]
+def _names_in(graph: ir.Graph) -> set[str | None]:
+    """The names of a graph's nodes, and of all its values: those that its nodes' bodies compute too."""
+    names: set[str | None] = set(graph.initializers)
+    names.update(value.name for value in graph.inputs)
+    names.update(node.name for node in graph)
     for node in ir.traversal.RecursiveGraphIterator(graph):
-        values.extend(node.outputs)
-    return values
+        names.update(output.name for output in node.outputs)
+    return names

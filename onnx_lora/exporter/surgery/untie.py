@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.graph.product import Operand, Product
+from onnx_lora.exporter.graph.product import Operand, Product, Quantized
 from onnx_lora.exporter.graph.values import WRAPPERS, initializer_behind, unwrap
+from onnx_lora.exporter.locating.located import Occurrence
 from onnx_lora.exporter.sites.site import Site, WholeWeightSite
 from onnx_lora.exporter.surgery.surgeon import Surgeon
 
@@ -36,6 +37,7 @@ def untie_weights(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
 def _untie_together(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
     """All the sites of one set of modules: every call of a shared module reads the same initializers."""
     readers = _find_readers(sites)
+    # The initializers of each weight's own, by the weight and by what took their part before.
     copies: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
     untied: list[Site] = []
     for site in sites:
@@ -50,9 +52,17 @@ def _untie_together(surgeon: Surgeon, sites: Sequence[Site]) -> list[Site]:
                 if copies[key] is not operand.value:
                     moved[operand.value] = copies[key]
             products[product.node] = _read_from(surgeon, product, moved)
-        occurrences = tuple(replace(one, product=products[one.node]) for one in site.occurrences)
-        untied.append(replace(site, occurrences=occurrences))
+        untied.append(_with_products(site, products))
     return untied
+
+
+def _with_products(site: Site, products: Mapping[ir.Node, Product]) -> Site:
+    """The site with other products at the same nodes."""
+    occurrences: list[Occurrence] = []
+    for one in site.occurrences:
+        product = products[one.node]
+        occurrences.append(replace(one, product=product))
+    return replace(site, occurrences=tuple(occurrences))
 
 
 def _find_readers(sites: Sequence[Site]) -> dict[ir.Value, set[ir.Node]]:
@@ -71,10 +81,13 @@ def _untie_operand(
     surgeon: Surgeon, operand: Operand, module: str, product: Product, readers: Collection[ir.Node]
 ) -> ir.Value:
     """The initializer itself where only `readers` use it, else a copy."""
-    if _is_used_by(operand.value, readers):
-        return operand.value
-    name = "weight" if operand is product.weight else operand.value.name
-    return surgeon.own_copy(operand.value, f"{module}.{name}")
+    initializer = operand.value
+    if _is_used_by(initializer, readers):
+        return initializer
+    name = initializer.name
+    if operand is product.weight:
+        name = "weight"
+    return surgeon.own_copy(initializer, f"{module}.{name}")
 
 
 def _read_from(surgeon: Surgeon, product: Product, moved: Mapping[ir.Value, ir.Value]) -> Product:
@@ -85,16 +98,19 @@ def _read_from(surgeon: Surgeon, product: Product, moved: Mapping[ir.Value, ir.V
     for operand in product.operands:
         if operand.node not in product.path and operand.value in moved:
             operand.node.replace_input_with(operand.position, moved[operand.value])
-    quantized = product.quantized
-    if quantized is not None:
-        zero_point = quantized.zero_point
-        quantized = replace(
-            quantized,
-            scale=_move(quantized.scale, moved),
-            zero_point=None if zero_point is None else _move(zero_point, moved),
-        )
+    weight = _move(product.weight, moved)
+    quantized = _move_quantized(product.quantized, moved)
     wrappers = tuple(copied[wrapper] for wrapper in product.wrappers if wrapper in copied)
-    return replace(product, weight=_move(product.weight, moved), quantized=quantized, wrappers=wrappers)
+    return replace(product, weight=weight, quantized=quantized, wrappers=wrappers)
+
+
+def _move_quantized(quantized: Quantized | None, moved: Mapping[ir.Value, ir.Value]) -> Quantized | None:
+    if quantized is None:
+        return None
+    zero_point = quantized.zero_point
+    if zero_point is not None:
+        zero_point = _move(zero_point, moved)
+    return replace(quantized, scale=_move(quantized.scale, moved), zero_point=zero_point)
 
 
 def _move(operand: Operand, moved: Mapping[ir.Value, ir.Value]) -> Operand:
@@ -110,10 +126,13 @@ def untie_whole_weights(
     for weight in weights:
         if weight.site is None:
             pointed = None if weight.user is None else by_node.get(weight.user)
-            untied.append(replace(weight, value=_untie_value(surgeon, weight, pointed)))
+            value = _untie_value(surgeon, weight, pointed)
+            untied.append(replace(weight, value=value))
             continue
         site = by_node[weight.site.node]
-        value = _untie_bias(surgeon, weight, site) if weight.is_bias else site.occurrences[0].weight
+        value = site.occurrences[0].weight  # untied with the site
+        if weight.is_bias:
+            value = _untie_bias(surgeon, weight, site)
         untied.append(replace(weight, value=value, site=site))
     return untied
 
@@ -157,8 +176,8 @@ def _untie_value(surgeon: Surgeon, weight: WholeWeightSite, pointed: Site | None
 def _rewire(
     surgeon: Surgeon, node: ir.Node, position: int, moved: Mapping[ir.Value, ir.Value], path: Collection[ir.Node]
 ) -> dict[ir.Node, ir.Node]:
-    """Let `node` read what initializers were `moved` to through copies of the nodes of its `path` (Identity left
-    out); gives the copies."""
+    """Let `node` read what initializers were `moved` to, through copies of the nodes of its `path`. An Identity is left
+    out. Gives the copies by the nodes that they are copies of."""
     copies: dict[ir.Node, ir.Node] = {}
 
     def copy_value(value: ir.Value) -> ir.Value:
@@ -168,9 +187,10 @@ def _rewire(
         inputs = [copy_value(source) for source in maker.inputs if source is not None]
         if maker.op_type == "Identity":
             return inputs[0]
-        attributes = {name: attribute.value for name, attribute in maker.attributes.items()}
+        attributes = {key: attribute.value for key, attribute in maker.attributes.items()}
+        name = f"{inputs[0].name}.{maker.op_type}"
         surgeon.insert_before(node)
-        copy = surgeon.op(maker.op_type, *inputs, name=f"{inputs[0].name}.{maker.op_type}", **attributes)
+        copy = surgeon.op(maker.op_type, *inputs, name=name, **attributes)
         producer = copy.producer()
         assert producer is not None
         copies[maker] = producer

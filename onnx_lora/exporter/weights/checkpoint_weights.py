@@ -1,5 +1,5 @@
 """The weights of a checkpoint by their torch names, and finding a graph's weight among them by its values. It reads
-neither checkpoints nor graphs: `torch_weights`, `safetensors_weights` and `package_weights` make it."""
+neither checkpoints nor graphs: `torch_weights`, `safetensors_weights` and `package_weights` make these objects."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _ALL: Part = (slice(None), slice(None))
 _FIRST_ROW: Part = (slice(0, 1), slice(None))
 _FIRST_COLUMN: Part = (slice(None), slice(0, 1))
 
-# A first row farther than this belongs to another module: of an unrelated one it is 1.4 norms away. A row of
-# small numbers may be rounded to zero.
+# A first row that is farther than this many norms belongs to another module: rows of unrelated modules are 1.4 norms
+# apart. A row of small numbers may be rounded to zero, which is one norm.
 _FIRST_ROW_NEAR = 1.0
 
 
@@ -71,9 +71,11 @@ class CheckpointWeight:
         return ()
 
     def inputs_and_outputs(self, *, in_out: bool) -> tuple[int, int]:
-        """In one of the layouts that torch may keep it in."""
+        """How many inputs and outputs it has, in one of the layouts that torch may keep it in."""
         rows, columns = self.shape
-        return (rows, columns) if in_out else (columns, rows)
+        if in_out:
+            return rows, columns
+        return columns, rows
 
     def by_output(self, dtype: np.dtype[np.generic], *, in_out: bool) -> Array:
         """The whole weight as `[out, in]`."""
@@ -81,9 +83,18 @@ class CheckpointWeight:
         return values.T if in_out else values
 
     def match(self, *, start: int, outputs: int, in_out: bool, first: int = 0) -> Match:
-        """That a graph's weight holds, from its output `start` on, `outputs` of this one's from `first` on."""
-        size = self.inputs_and_outputs(in_out=in_out)[1]
-        return Match(self.module, start, outputs, in_out, first, size, partial(self.read, _ALL), self.bias)
+        """Say that a graph's weight holds, from its output `start` on, `outputs` of this one's from `first` on."""
+        _, size = self.inputs_and_outputs(in_out=in_out)
+        return Match(
+            module=self.module,
+            start=start,
+            outputs=outputs,
+            in_out=in_out,
+            first=first,
+            size=size,
+            read=partial(self.read, _ALL),
+            bias=self.bias,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,17 +107,26 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """How near a graph's weight must be to the checkpoint's: bit for bit, or so many times that one's norm."""
+    """How near a graph's weight must be to the checkpoint's: equal bit for bit, or not farther than `within` times the
+    norm of the checkpoint's."""
 
     within: float
 
+    @property
+    def is_exact(self) -> bool:
+        return self.within == 0.0
+
     def accepts(self, values: Array, weight: Array) -> bool:
         """Whether the checkpoint's `values` are the graph's `weight`."""
-        return _is_near(values, weight, self.within) if self.within else np.array_equal(values, weight)
+        if self.is_exact:
+            return np.array_equal(values, weight)
+        return _is_near(values, weight, self.within)
 
     def accepts_row(self, values: Array, row: Array) -> bool:
-        """The same of one row, which may be rounded to zero."""
-        return _is_near(values, row, _FIRST_ROW_NEAR) if self.within else np.array_equal(values, row)
+        """Whether one row of the checkpoint may be the graph's `row`, which may be rounded to zero."""
+        if self.is_exact:
+            return np.array_equal(values, row)
+        return _is_near(values, row, _FIRST_ROW_NEAR)
 
 
 @dataclass(frozen=True)
@@ -127,9 +147,9 @@ class CheckpointWeights:
     def find(self, weight: Array, kind: type[Kind] = Linear, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as one module's of a kind, or several linear ones packed side by side.
 
-        Compared in the graph's type, bit for bit; a quantized weight by its distance, which may be so many times
-        the norm of the checkpoint's. Usually one way; none where the graph's weight is not the
-        checkpoint's; several where modules hold equal values.
+        Weights are compared in the graph's type, bit for bit; a quantized weight by its distance, which may be `within`
+        times the norm of the checkpoint's. Usually there is one way; there is none where the graph's weight is not the
+        checkpoint's, and there are several where modules hold equal values.
         """
         tolerance = _Tolerance(within)
         whole: dict[str, list[Match]] = {}
@@ -151,7 +171,7 @@ class CheckpointWeights:
     def find_piece(self, weight: Array, guess: str, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
 
-        Looked for among modules of the layer that the node's name `guess` counts.
+        Only modules are tried whose names hold the same numbers as the node's name `guess`: those of its layer.
         """
         inputs, outputs = weight.shape
         tolerance = _Tolerance(within)
@@ -163,7 +183,8 @@ class CheckpointWeights:
                     continue
                 values = candidate.by_output(weight.dtype, in_out=in_out)
                 for first in _find_window(values, weight.T, tolerance):
-                    found.append([candidate.match(start=0, outputs=outputs, in_out=in_out, first=first)])
+                    match = candidate.match(start=0, outputs=outputs, in_out=in_out, first=first)
+                    found.append([match])
         return found
 
     @cached_property
@@ -184,32 +205,38 @@ class CheckpointWeights:
         used = {match.module for match in before}
         for match in self._find_at(weight, start, tolerance, Linear):
             if match.module not in used:
-                yield from self._find_packed(weight, start + match.outputs, (*before, match), tolerance)
+                end = start + match.outputs
+                yield from self._find_packed(weight, end, (*before, match), tolerance)
 
     def _find_at(self, weight: Array, start: int, tolerance: _Tolerance, kind: type[Kind]) -> Iterator[Match]:
         """Modules whose weight is `weight[:, start : start + their outputs]`."""
         first = np.ascontiguousarray(weight[:, start])
         for candidate in self._find_starting_with(first, tolerance):
-            known, in_out = candidate.weight, candidate.in_out
-            outputs = known.inputs_and_outputs(in_out=in_out)[1]
-            if start + outputs > weight.shape[1] or in_out not in known.layouts(kind):
+            known = candidate.weight
+            in_out = candidate.in_out
+            _, outputs = known.inputs_and_outputs(in_out=in_out)
+            end = start + outputs
+            if end > weight.shape[1] or in_out not in known.layouts(kind):
                 continue
             values = known.by_output(weight.dtype, in_out=in_out)
-            if tolerance.accepts(values, weight[:, start : start + outputs].T):
+            own = weight[:, start:end].T
+            if tolerance.accepts(values, own):
                 yield known.match(start=start, outputs=outputs, in_out=in_out)
 
     def _find_starting_with(self, first: Array, tolerance: _Tolerance) -> Iterator[_Candidate]:
-        """Weights whose first output's weights are `first`, in the layout in which they are."""
+        """Weights of which the first output's are `first`, in the layout in which they are."""
         rows = self._first_rows(first.dtype)
-        if not tolerance.within:
-            yield from rows.by_value.get((first.size, first.tobytes()), ())
-            return
-        yield from rows.near(first)
+        if tolerance.is_exact:
+            yield from rows.equal(first)
+        else:
+            yield from rows.near(first)
 
     def _first_rows(self, dtype: np.dtype[np.generic]) -> _FirstRows:
-        if dtype.name not in self._first_rows_by_type:
-            self._first_rows_by_type[dtype.name] = _FirstRows.of(self.weights, dtype)
-        return self._first_rows_by_type[dtype.name]
+        known = self._first_rows_by_type.get(dtype.name)
+        if known is None:
+            known = _FirstRows.of(self.weights, dtype)
+            self._first_rows_by_type[dtype.name] = known
+        return known
 
     @cached_property
     def _first_rows_by_type(self) -> dict[str, _FirstRows]:
@@ -218,7 +245,10 @@ class CheckpointWeights:
 
 @dataclass(frozen=True)
 class _FirstRows:
-    """Weights by the weights of their first output, for both of torch's layouts, in one type."""
+    """Weights by their first row, that is by the weights of their first output, in one type.
+
+    Each weight stands here twice, once for each of torch's layouts. The key is the row's length and its bytes.
+    """
 
     by_value: Mapping[tuple[int, bytes], Sequence[_Candidate]]
     dtype: np.dtype[np.generic]
@@ -231,27 +261,45 @@ class _FirstRows:
                 continue
             for in_out, part in ((False, _FIRST_ROW), (True, _FIRST_COLUMN)):
                 row = weight.read(part).astype(dtype).ravel()
-                by_value[row.size, row.tobytes()].append(_Candidate(weight, in_out))
+                key = row.size, row.tobytes()
+                by_value[key].append(_Candidate(weight, in_out))
         return _FirstRows(by_value, dtype)
 
+    def equal(self, first: Array) -> Sequence[_Candidate]:
+        """The weights whose first row is `first`, bit for bit."""
+        return self.by_value.get((first.size, first.tobytes()), ())
+
     def near(self, first: Array) -> Iterator[_Candidate]:
-        """Those that may be what a quantizer rounded to `first`."""
-        candidates, rows = self._by_size.get(first.size, ((), np.empty((0, first.size), np.float32)))
+        """The weights whose first row may be what a quantizer rounded to `first`."""
+        rows = self._by_size.get(first.size)
+        if rows is None:
+            return
         wanted: NDArray[np.float32] = first.astype(np.float32, copy=False)
-        distances = np.linalg.norm(rows - wanted, axis=1)
-        near = distances <= _FIRST_ROW_NEAR * np.linalg.norm(rows, axis=1)
-        for index in np.flatnonzero(near):
-            yield from candidates[index]
+        distances = np.linalg.norm(rows.values - wanted, axis=1)
+        norms = np.linalg.norm(rows.values, axis=1)
+        for index in np.flatnonzero(distances <= _FIRST_ROW_NEAR * norms):
+            yield from rows.candidates[index]
 
     @cached_property
-    def _by_size(self) -> dict[int, tuple[list[Sequence[_Candidate]], NDArray[np.float32]]]:
-        """The candidates of rows of one length, and the rows below each other."""
+    def _by_size(self) -> dict[int, _RowsOfOneLength]:
         candidates: dict[int, list[Sequence[_Candidate]]] = defaultdict(list)
         rows: dict[int, list[NDArray[Any]]] = defaultdict(list)
         for (size, data), found in self.by_value.items():
             candidates[size].append(found)
             rows[size].append(np.frombuffer(data, self.dtype))
-        return {size: (candidates[size], np.stack(rows[size]).astype(np.float32)) for size in rows}
+        by_size: dict[int, _RowsOfOneLength] = {}
+        for size, alike in rows.items():
+            values = np.stack(alike).astype(np.float32)
+            by_size[size] = _RowsOfOneLength(candidates[size], values)
+        return by_size
+
+
+@dataclass(frozen=True)
+class _RowsOfOneLength:
+    """First rows of one length below each other, `[rows, length]`, and the weights that begin with each."""
+
+    candidates: list[Sequence[_Candidate]]
+    values: NDArray[np.float32]
 
 
 def numbers_in(name: str) -> tuple[str, ...]:
@@ -271,5 +319,8 @@ def _find_window(values: Array, piece: Array, tolerance: _Tolerance) -> Iterator
 
 
 def _is_near(values: Array, weight: Array, within: float) -> bool:
-    wanted, found = values.astype(np.float32, copy=False), weight.astype(np.float32, copy=False)
-    return bool(np.linalg.norm(wanted - found) <= within * np.linalg.norm(wanted))
+    """Whether a weight is not farther from `values` than `within` times their norm."""
+    wanted = values.astype(np.float32, copy=False)
+    found = weight.astype(np.float32, copy=False)
+    distance = np.linalg.norm(wanted - found)
+    return bool(distance <= within * np.linalg.norm(wanted))

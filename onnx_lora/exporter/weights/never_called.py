@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable
 
 __all__ = ["NEVER_CALLED", "find_never_called", "is_never_called"]
 
-# Why it gets no point.
+# Why such a module gets no point.
 NEVER_CALLED = "nn.MultiheadAttention reads its weight and never calls it, so PEFT has no effect there"
 
-# Parameters of the attention itself, which lie beside it.
+# Parameters of the attention itself, beside which the projection lies.
 _BESIDE = ("in_proj_weight", "in_proj_bias")
 
 

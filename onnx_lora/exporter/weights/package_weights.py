@@ -17,18 +17,30 @@ __all__ = ["read_package_weights"]
 def read_package_weights(package: Package) -> CheckpointWeights:
     """The weights of a package's points, and those of linear modules that it lets adapters replace."""
     weights: list[CheckpointWeight] = []
-    for name, point in package.points.items():
-        kind = find_kind(type(point.kind))
-        inputs, outputs = point.kind.weight_inputs(point.in_features), point.out_features
-        shape = (inputs, outputs) if _is_kept_in_out(kind) else (outputs, inputs)
-        weights.append(CheckpointWeight(name, shape, partial(_read_point, package, point), (kind,), point.bias))
-    for weight in package.replaceable.values():
-        if isinstance(weight.role, LinearWeight) and weight.module not in package.points:
-            _, inputs, outputs = weight.graph_shape
-            read = partial(_read_whole, package, weight)
-            weights.append(CheckpointWeight(weight.module, (outputs, inputs), read, (find_kind(Linear),)))
+    for point in package.points.values():
+        weights.append(_weight_of_point(package, point))
+    for whole in package.replaceable.values():
+        if isinstance(whole.role, LinearWeight) and whole.module not in package.points:
+            weights.append(_whole_weight(package, whole))
+    modules = frozenset(weight.module for weight in weights)
     # Not None: the modules are known to be linear, whatever else reads an equal weight.
-    return CheckpointWeights(tuple(weights), frozenset(weight.module for weight in weights), heads=frozenset())
+    return CheckpointWeights(tuple(weights), modules, heads=frozenset())
+
+
+def _weight_of_point(package: Package, point: InjectionPoint) -> CheckpointWeight:
+    kind = find_kind(type(point.kind))
+    inputs = point.kind.weight_inputs(point.in_features)
+    shape = (point.out_features, inputs)
+    if _is_kept_in_out(kind):
+        shape = (inputs, point.out_features)
+    read = partial(_read_point, package, point)
+    return CheckpointWeight(point.module, shape, read, (kind,), point.bias)
+
+
+def _whole_weight(package: Package, weight: WholeWeight) -> CheckpointWeight:
+    _, inputs, outputs = weight.graph_shape
+    read = partial(_read_whole, package, weight)
+    return CheckpointWeight(weight.module, (outputs, inputs), read, (find_kind(Linear),))
 
 
 def _is_kept_in_out(kind: GraphKind) -> bool:
@@ -37,11 +49,14 @@ def _is_kept_in_out(kind: GraphKind) -> bool:
 
 
 def _read_point(package: Package, point: InjectionPoint, part: tuple[slice, slice]) -> Array:
-    weight = package.module_weight(point)
-    values: Array = weight if _is_kept_in_out(find_kind(type(point.kind))) else weight.T
+    """A part of a point's weight, in the layout that torch keeps it in."""
+    values: Array = package.module_weight(point)
+    if not _is_kept_in_out(find_kind(type(point.kind))):
+        values = values.T
     return values[part]
 
 
 def _read_whole(package: Package, weight: WholeWeight, part: tuple[slice, slice]) -> Array:
+    """A part of a linear module's weight `[out, in]`; its input's default is `[1, in, out]`."""
     values: Array = package.default(weight)[0].T
     return values[part]

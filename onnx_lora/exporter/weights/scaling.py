@@ -15,10 +15,12 @@ __all__ = ["Axis", "find_scaled_axis"]
 
 Axis = Literal["inputs", "outputs"]
 
-# A weight's inputs, or outputs, count as scaled where the scales are so many times further from 1 (mean square) than
-# what they leave unexplained would put them, and that is no larger part of the whole (a sum of squares: rounding to 4
-# bits leaves a hundredth).
+# A weight's inputs, or outputs, count as scaled where the scales' mean square distance from 1 is more than this many
+# times what their standard errors account for,
 _SCALED_FURTHER = 4.0
+
+# and where the scales leave less than this part of the weight's sum of squares unexplained. Rounding to 4 bits leaves a
+# hundredth.
 _SCALED_REST = 0.25
 
 # The axes of `[in, out]` that scales may lie along, and the axis that each is summed over.
@@ -26,8 +28,8 @@ _SUMMED_OVER: Mapping[Axis, int] = {"inputs": 1, "outputs": 0}
 
 
 def find_scaled_axis(weight: Array, reference: Array) -> Axis | None:
-    """Which axis of `reference` `[in, out]` was multiplied by scales that explain `weight`, as far as rounding lets
-    that be told; None: neither. The scales are those of least squares."""
+    """Find the axis of `reference` `[in, out]` that was multiplied by scales which explain `weight`, as far as rounding
+    lets that be told; None: neither was. The scales are those of least squares."""
     wide: NDArray[np.float64] = weight.astype(np.float64)
     known: NDArray[np.float64] = reference.astype(np.float64)
     best: Axis | None = None
@@ -37,9 +39,13 @@ def find_scaled_axis(weight: Array, reference: Array) -> Axis | None:
         if not squares.all():
             continue
         scales = (wide * known).sum(axis=along) / squares
-        rest = np.square(wide - known * np.expand_dims(scales, along))
-        errors = rest.sum(axis=along) / known.shape[along] / squares  # squares of the standard errors of scales
+        scaled = known * np.expand_dims(scales, along)
+        rest = np.square(wide - scaled)
+        # The squares of the scales' standard errors.
+        errors = rest.sum(axis=along) / known.shape[along] / squares
+        are_scaled = np.square(scales - 1.0).mean() > _SCALED_FURTHER * errors.mean()
         unexplained = float(rest.sum())
-        if np.square(scales - 1.0).mean() > _SCALED_FURTHER * errors.mean() and unexplained < least:
-            best, least = axis, unexplained
+        if are_scaled and unexplained < least:
+            best = axis
+            least = unexplained
     return best
