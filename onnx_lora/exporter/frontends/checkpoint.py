@@ -1,5 +1,5 @@
-"""A checkpoint of transformers as a source of graphs: which exporter makes them is that exporter's and the user's to
-say."""
+"""A checkpoint of transformers as a source of graphs. An exporter makes them: the one that the user names, or the first
+that takes the checkpoint."""
 
 from __future__ import annotations
 

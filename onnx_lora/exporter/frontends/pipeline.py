@@ -1,5 +1,5 @@
 """A diffusers pipeline as a source of graphs, exported by Optimum network by network. It knows what a pipeline's folder
-holds; which of its networks take adapters, it does not."""
+holds, and not which of its networks take adapters."""
 
 from __future__ import annotations
 

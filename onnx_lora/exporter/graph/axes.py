@@ -21,8 +21,8 @@ __all__ = ["Shapes", "infer_shapes", "outputs_are_free"]
 
 logger = logging.getLogger(__name__)
 
-# How often the tool begins anew, having found two sizes to be equal. Graphs of models need three; of damaged ones it
-# never ends.
+# How many rounds the tool may take: it begins anew whenever it has found two sizes to be equal. Graphs of models need
+# three rounds; with damaged graphs it never ends.
 _ROUNDS = 32
 
 # Stands for "any number of outputs" while a head is tried.
@@ -46,11 +46,12 @@ _ROW_BY_ROW = frozenset(
 
 @dataclass(frozen=True)
 class Shapes:
-    """Inferred shapes by value name, and the symbols that mean the batch size.
+    """The inferred shapes of a graph's values, by their names, and the symbols that mean the batch size.
 
-    `batch` is empty where they are not certain: then every value is `OTHER`. `plain`: what ONNX's own rules, which
-    every runtime follows, say of values. They never take two symbols for one size, and say no more than a runtime
-    knows of the graph without points: with more, it would fuse other nodes, and rank 0 would differ in its last bit.
+    `batch` is empty where the shapes are not certain; then every value is `OTHER`.
+    `plain`: the types that ONNX's own rules give, which every runtime follows. They never take two symbols for one
+        size. Only they are written into the graph: told more than it knows of the graph without points, a runtime
+        would fuse other nodes, and rank 0 would differ from the base in the last bit.
     """
 
     by_name: Mapping[str, Shape]
@@ -94,17 +95,22 @@ class Shapes:
             if not shape:
                 return None
             if node.op_type == "Reshape":
-                flat = self._shape(value)
-                is_batched = len(shape) > 2 and shape[0] in self.batch
-                keeps_features = flat is not None and shape[-1] == flat[-1]
-                return node if is_batched and keeps_features else None
-            if node.op_type not in _ROW_BY_ROW or len(shape) != 2 or shape[0] != rows[0]:
+                return node if self._merges_batch(shape, self._shape(value)) else None
+            keeps_rows = node.op_type in _ROW_BY_ROW and len(shape) == 2 and shape[0] == rows[0]
+            if not keeps_rows:
                 return None
             value = source
 
+    def _merges_batch(self, shape: Shape, flat: Shape | None) -> bool:
+        """Whether a Reshape from `shape` to `flat` merges the batch with the axes behind it, but for the last one."""
+        if flat is None or len(shape) <= 2:
+            return False
+        return shape[0] in self.batch and shape[-1] == flat[-1]
+
     def is_like(self, value: ir.Value, source: ir.Value, last: int) -> bool:
         """Whether `value` has the axes of `source`, the last one `last` long: known, and equal."""
-        shape, expected = self._shape(value), self._shape(source)
+        shape = self._shape(value)
+        expected = self._shape(source)
         if shape is None or expected is None or None in shape:
             return False
         return shape == (*expected[:-1], last)
@@ -119,19 +125,22 @@ def infer_shapes(model: ir.Model) -> Shapes:
     Raises MissingDependencyError: onnxruntime or sympy is not installed.
     """
     proto = _without_weights(ir.to_proto(model))
-    plain = {value.name: _without_made_up(value.type) for value in _infer_plainly(proto).value_info}
+    plain: dict[str, onnx.TypeProto] = {}
+    for value in _infer_plainly(proto).value_info:
+        plain[value.name] = _without_made_up(value.type)
     inferred, certain = _infer(proto)
     by_name: dict[str, Shape] = {}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
         known = _read(value)
         if known is not None:
             by_name[value.name] = known
-    return Shapes(by_name, _find_batch(model, by_name) if certain else frozenset(), plain)
+    batch = _find_batch(model, by_name) if certain else frozenset[str]()
+    return Shapes(by_name, batch, plain)
 
 
 def _find_batch(model: ir.Model, shapes: Mapping[str, Shape]) -> frozenset[str]:
-    """The symbol that means the batch size: the first axis of every input that has several; nothing where that is not
-    certain."""
+    """The symbol that means the batch size: the first axis of every input that has two axes or more. Nothing where that
+    is not certain."""
     leading: set[str] = set()
     others: set[int | str | None] = set()
     for value in model.graph.inputs:
@@ -148,15 +157,16 @@ def _find_batch(model: ir.Model, shapes: Mapping[str, Shape]) -> frozenset[str]:
 
 
 def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Sequence[str]) -> bool:
-    """Whether the given weights may grow along the given axis, by what their sizes do to graph `outputs`.
+    """Whether weights may grow along an axis, because the graph's `outputs` grow with them.
 
-    weights: axis by initializer name. True if the last axis of every output takes on the new size, and
-    nothing between counts on the old one.
+    weights: the axis, by the initializer's name. The answer is True if the last axis of every output takes on the new
+    size, and nothing between counts on the old one.
     """
     proto = _without_weights(ir.to_proto(model))
     for value in proto.graph.input:
         if value.name in weights:
-            value.type.tensor_type.shape.dim[weights[value.name]].dim_param = _FREE
+            axis = weights[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_param = _FREE
     for value in proto.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred, certain = _infer(proto)
@@ -169,7 +179,7 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
 
 
 def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
-    """The graph with shapes, and whether they are all there."""
+    """The graph with shapes, and whether ONNX Runtime's tool found all of them."""
     part = "tools.symbolic_shape_infer"
     library = load_onnxruntime("giving a graph its points needs", part=part, extra="attach,cpu")
     tool = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
@@ -216,19 +226,25 @@ def _infer_plainly(proto: onnx.ModelProto) -> onnx.GraphProto:
 
 def _without_made_up(kind: onnx.TypeProto) -> onnx.TypeProto:
     """A type without the symbols that ONNX's tool, unlike a runtime, makes up for sizes it does not know."""
-    for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
+    if not kind.HasField("tensor_type"):
+        return kind
+    for dim in kind.tensor_type.shape.dim:
         if dim.dim_param.startswith(_MADE_UP):
             dim.ClearField("dim_param")
     return kind
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its external weights as inputs: shapes depend on their shapes, never on their values."""
-    external = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    inline = [tensor for tensor in proto.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
-    shapes = {tensor.name: list(tensor.dims) for tensor in external}
-    for tensor in external:
-        proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    """The model with its external weights as inputs: other shapes depend on their shapes, never on their values."""
+    inline: list[onnx.TensorProto] = []
+    shapes: dict[str, list[int]] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            inline.append(tensor)
+            continue
+        shapes[tensor.name] = list(tensor.dims)
+        weight = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        proto.graph.input.append(weight)
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(inline)
     for node in proto.graph.node:
@@ -239,20 +255,32 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _unpack_table(graph: onnx.GraphProto, node: onnx.NodeProto, weights: Mapping[str, Sequence[int]]) -> None:
     """Let a quantized Gather read a table of floats: the tool takes its packed bytes for features."""
-    size = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 128)
-    scales = list(weights.get(node.input[2], ()))
-    if len(scales) == 2:
-        name = f"{node.input[0]}.onnx_lora_unpacked"
-        graph.input.append(onnx.helper.make_tensor_value_info(name, 1, [scales[0], scales[1] * size]))
-        node.op_type, node.domain = "Gather", ""
-        del node.attribute[:]
-        node.input[:] = [name, node.input[1]]
+    scales = weights.get(node.input[2], ())
+    if len(scales) != 2:
+        return
+    block_size = 128
+    for attribute in node.attribute:
+        if attribute.name == "block_size":
+            block_size = attribute.i
+    rows, blocks = scales
+    name = f"{node.input[0]}.onnx_lora_unpacked"
+    table = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [rows, blocks * block_size])
+    graph.input.append(table)
+    node.op_type = "Gather"
+    node.domain = ""
+    del node.attribute[:]
+    node.input[:] = [name, node.input[1]]
 
 
 def _read(value: onnx.ValueInfoProto) -> Shape | None:
+    """A value's axes: lengths, symbols, and None for an axis of which nothing is known. None: not even the number of
+    axes is known."""
     if not value.type.tensor_type.HasField("shape"):
         return None
-    return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-        for dim in value.type.tensor_type.shape.dim
-    )
+    axes: list[int | str | None] = []
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value"):
+            axes.append(dim.dim_value)
+        else:
+            axes.append(dim.dim_param or None)
+    return tuple(axes)

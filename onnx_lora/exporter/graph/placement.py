@@ -1,4 +1,4 @@
-"""How the rows of a batch lie in what a product reads. It says so; `axes` finds it out."""
+"""How the rows of a batch lie in the value that a product reads: nouns alone, which `axes` and `find_sites` fill."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A product with a constant weight, as one node of a graph computes it. It says where the weight lies and how it is
-laid out; which module that is, and how such nodes are found, it does not know."""
+"""A product with a constant weight, as one node of a graph computes it: where the weight lies, and how it is laid out.
+This file does not know how such nodes are found, or which module's they are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Operand", "Product", "Quantized", "Unfit"]
 
 @dataclass(frozen=True, slots=True)
 class Unfit:
-    """Why a node with a weight is no module's product, and that weight where it is known."""
+    """Why a node that has a weight is no module's product. `weight`: its initializer, where it is known."""
 
     reason: str
     weight: ir.Value | None = None

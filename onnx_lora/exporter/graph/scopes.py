@@ -1,4 +1,5 @@
-"""What exporters write down of the modules around a node. It reads nodes; what they compute, it does not know."""
+"""What exporters write down of the modules around a node: paths, classes, rules. It does not know what a node
+computes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def scopes_around(node: ir.Node) -> list[str]:
 
 
 def classes_around(node: ir.Node) -> list[str]:
-    """The classes of those modules, and the function behind the call; or none."""
+    """The classes of the modules around a node, outermost first, and the function behind the call; or none."""
     return _listed(node, _CLASSES)
 
 
@@ -51,7 +52,9 @@ def has_fused_norm(node: ir.Node) -> bool:
 
 
 def _listed(node: ir.Node, key: str) -> list[str]:
+    """The list that a node's metadata holds as a literal of Python; empty where there is none, or no sound one."""
+    text = node.metadata_props.get(key, "[]")
     try:
-        return [str(entry) for entry in ast.literal_eval(node.metadata_props.get(key, "[]"))]
+        return [str(entry) for entry in ast.literal_eval(text)]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return []

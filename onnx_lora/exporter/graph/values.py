@@ -25,8 +25,8 @@ __all__ = [
     "unwrap",
 ]
 
-# Operators between an initializer and the node that computes with it: they turn it or cast it, and compute nothing. The
-# one list of them, for whoever looks for a weight, gives it an initializer of its own, or quantizes it.
+# Operators that may stand between an initializer and the node that computes with it: they turn it or cast it, and
+# compute nothing. This is the one list of them: for finding a weight, for untying it, and for quantizing it.
 WRAPPERS = frozenset(["Cast", "Identity", "Transpose"])
 
 # Types of two numbers a byte, and what numpy can compute with in their place.

@@ -1,5 +1,5 @@
-"""Local functions of a model, put in the place of their calls: within bounds, and at one version of every operator set.
-It knows ONNX's operator sets, and no weights."""
+"""Puts the local functions of a model in the place of their calls, if they are not too many and mean the same version
+of every operator set as the graph does. It knows ONNX's operator sets, and no weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from onnx_lora.exporter.foreign_libraries import name_step
 
 __all__ = ["inline_functions", "settle_functions"]
 
-# What inlining may take: nodes that are made, each as often as there are calls of its function, because names are
-# found by counting. Functions of torch.onnx take thousands; ten seconds are a hundred million.
+# How much work inlining may be. It makes the nodes of a function once for each call, and finds a free name for each by
+# counting through the calls: the nodes times the square of the calls. Functions of torch.onnx take thousands; a hundred
+# million take ten seconds.
 _MOST_WORK = 10**8
 
 
 def settle_functions(model: ir.Model, file: Path) -> None:
-    """Look at the functions before anything is made of them, and let them mean the operators that the graph means.
+    """Check the functions before anything is made of them, and let them mean the same operators as the graph.
 
     Raises ModelError: functions call themselves, make more nodes than any model has, or mean other operators than the
     graph does by the same name.
@@ -44,27 +45,34 @@ def inline_functions(model: ir.Model, file: Path) -> None:
 
 def _check_size(model: ir.Model, file: Path) -> None:
     """Raises ModelError: a function calls itself, or calls that double with every function make too much of it."""
-    called = {key: _calls(model, function.all_nodes()) for key, function in model.functions.items()}
+    called: dict[ir.OperatorIdentifier, Counter[ir.OperatorIdentifier]] = {}
+    for key, function in model.functions.items():
+        called[key] = _count_calls(model, function.all_nodes())
     try:
         order = [*TopologicalSorter(called).static_order()]
     except CycleError as error:
         names = " -> ".join(str(key[1]) for key in error.args[1])
         raise ModelError(f"its functions must not call themselves, and do: {names}", path=file) from error
-    times = _calls(model, ir.traversal.RecursiveGraphIterator(model.graph))
+    times = _count_calls(model, ir.traversal.RecursiveGraphIterator(model.graph))
     for caller in reversed(order):
         for callee, count in called[caller].items():
             times[callee] += count * times[caller]
     work = 0
     for key, count in times.items():
-        work += count**2 * sum(1 for _ in model.functions[key].all_nodes())
+        nodes = sum(1 for _ in model.functions[key].all_nodes())
+        work += nodes * count**2
     if work > _MOST_WORK:
         raise ModelError("its functions call each other so often that no graph can hold it", path=file)
 
 
-def _calls(model: ir.Model, nodes: Iterator[ir.Node]) -> Counter[ir.OperatorIdentifier]:
-    """How often each function is called."""
-    called = Counter(node.op_identifier() for node in nodes)
-    return Counter({key: count for key, count in called.items() if key in model.functions})
+def _count_calls(model: ir.Model, nodes: Iterator[ir.Node]) -> Counter[ir.OperatorIdentifier]:
+    """How often nodes call each of the model's functions."""
+    calls: Counter[ir.OperatorIdentifier] = Counter()
+    for node in nodes:
+        key = node.op_identifier()
+        if key in model.functions:
+            calls[key] += 1
+    return calls
 
 
 def _imports(model: ir.Model) -> list[dict[str, int]]:
@@ -73,10 +81,9 @@ def _imports(model: ir.Model) -> list[dict[str, int]]:
 
 
 def _agree(model: ir.Model, domain: str, file: Path) -> None:
-    """Let functions mean the graph's version of an operator set. An operator that did not change between two versions
-    is the same in both.
+    """Let functions mean the graph's version of an operator set.
 
-    Raises ModelError: one did.
+    Raises ModelError: an operator that is used differs between the versions.
     """
     meaning = [imports for imports in _imports(model) if domain in imports]
     wanted = meaning[0][domain]  # the graph's, where it has one
@@ -88,10 +95,11 @@ def _agree(model: ir.Model, domain: str, file: Path) -> None:
         if not _is_same(name, version, wanted, domain):
             changed.add(name)
     if changed:
+        versions = ", ".join(str(version) for version in others)
         raise ModelError(
             f"its functions must mean the operators of {domain or 'ai.onnx'} {wanted}, as its graph does, and mean "
-            f"those of {', '.join(map(str, others))}, where {', '.join(sorted(changed))} are others; export it again "
-            "with one opset version for all",
+            f"those of {versions}, where {', '.join(sorted(changed))} are others; export it again with one opset "
+            "version for all",
             path=file,
         )
     for imports in meaning:

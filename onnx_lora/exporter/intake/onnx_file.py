@@ -1,5 +1,5 @@
-"""What an ONNX file must be before anything is made of it: readable, with tensors that are all there and lie where they
-may. It reads protobuf, and knows no graph."""
+"""Reads an ONNX file, and refuses one whose tensors are not all there or lie where they must not. It reads protobuf,
+and does not know what a graph computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnx_lora.exporter.foreign_libraries import Failure, attempt, name_step
 
 __all__ = ["read_model", "read_proto"]
 
-# No number of a type takes less.
+# The bits of a number of ONNX's smallest types.
 _LEAST_BITS = 2
 
 
@@ -67,7 +67,7 @@ def _parts(proto: onnx.ModelProto) -> tuple[list[onnx.GraphProto], list[onnx.Nod
 
 
 def _names(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iterator[object]:
-    """What protobuf hands on as bytes where it is no UTF-8."""
+    """All names in a model. Protobuf hands on as bytes those that are no UTF-8."""
     for graph in graphs:
         for named in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
             yield named.name
@@ -87,11 +87,17 @@ def _tensors(graphs: list[onnx.GraphProto], nodes: list[onnx.NodeProto]) -> Iter
 
 
 def _check_tensors(tensors: Iterator[onnx.TensorProto], file: Path) -> None:
-    """Raises ModelError: of a tensor, be it a weight or a node's constant, numbers are missing, or lie elsewhere."""
+    """Check that the numbers of every tensor, be it a weight or a node's constant, are there.
+
+    Raises ModelError: numbers are missing, or lie outside of the file's folder.
+    """
     problems: dict[str, None] = {}
     places = _Places(file.parent)
     for tensor in tensors:
-        problem = places.problem(tensor) if tensor.data_location == tensor.EXTERNAL else _inline_problem(tensor)
+        if tensor.data_location == tensor.EXTERNAL:
+            problem = places.problem(tensor)
+        else:
+            problem = _inline_problem(tensor)
         if problem is not None:
             problems[problem] = None
     if problems:
@@ -120,9 +126,12 @@ class _Places:
     known: dict[str, str | int] = field(default_factory=dict)
 
     def problem(self, tensor: onnx.TensorProto) -> str | None:
+        """Why a tensor's numbers are not where the file says, or None."""
         name = str(tensor.name)
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        location, offset, length = (entries.get(key, "") for key in ("location", "offset", "length"))
+        location = entries.get("location", "")
+        offset = entries.get("offset", "")
+        length = entries.get("length", "")
         if not all(isinstance(value, str) for value in (location, offset, length)):
             return f"{name!r} does not say in text where it lies"
         if location not in self.known:
@@ -130,8 +139,10 @@ class _Places:
         found = self.known[location]
         if isinstance(found, str):
             return found
-        begin, size = _natural(offset or "0"), _size(tensor)
-        if begin is None or size is None or (length and _natural(length) != size):
+        begin = _natural(offset or "0")
+        size = _size(tensor)
+        is_other_length = length != "" and _natural(length) != size
+        if begin is None or size is None or is_other_length:
             return (
                 f"{name!r} must lie at a place of its own size, and says offset {offset[:40]!r}, length {length[:40]!r}"
             )
@@ -140,6 +151,7 @@ class _Places:
         return None
 
     def _look_up(self, location: str) -> str | int:
+        """The length of a data file in bytes, or why no tensor may lie there."""
         try:
             path = self.folder / location
             if not location or leads_out(path, self.folder):
@@ -150,8 +162,10 @@ class _Places:
 
 
 def _natural(text: str) -> int | None:
-    """A number as external data says it; of more digits than any file has bytes it is none."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+    """A number of bytes in decimal digits; None for anything else, and for more digits than a file's length has."""
+    if not text.isascii() or not text.isdecimal() or len(text) >= 20:
+        return None
+    return int(text)
 
 
 def _size(tensor: onnx.TensorProto) -> int | None:
@@ -160,4 +174,7 @@ def _size(tensor: onnx.TensorProto) -> int | None:
         bits = ir.DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError):
         return None
-    return None if min(tensor.dims, default=0) < 0 else -(-prod(tensor.dims) * bits // 8)
+    if min(tensor.dims, default=0) < 0:
+        return None
+    needed: int = prod(tensor.dims) * bits
+    return -(-needed // 8)  # rounded up to whole bytes

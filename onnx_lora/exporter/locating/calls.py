@@ -1,5 +1,5 @@
-"""What PyTorch does with a model's modules in one run, as numbers and names. It runs nothing; `frontends/calls.py`
-counts."""
+"""What PyTorch does with a model's modules in one run, as numbers and names. It runs nothing: `frontends/calls.py` runs
+the model and counts."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _IN_PARENT = "the module around it computes with its weight, and PEFT's delta is
 
 
 def note_doubts(located: Located, graph: ir.Graph, traces: Traces, *, named: bool) -> Located:
-    """The same, unproven where an optimiser, or the module itself, may compute something else.
+    """Mark occurrences as unproven where an optimiser, or the module itself, may compute something else.
 
     `named`: nothing but names told which module a node is of.
     """
@@ -42,7 +42,7 @@ def note_doubts(located: Located, graph: ir.Graph, traces: Traces, *, named: boo
 
 
 def _doubt_twins(one: Occurrence, placed: set[str]) -> str:
-    """Of two modules that compute the same an exporter makes one."""
+    """Why a node may stand for a module with an equal weight too, or nothing: exporters compute such modules once."""
     for twin in one.twins:
         if twin not in placed:
             return f"{twin} has the same weight and no node of its own: this one may stand for both"
@@ -50,10 +50,10 @@ def _doubt_twins(one: Occurrence, placed: set[str]) -> str:
 
 
 def drop_miscounted(located: Located, graph: ir.Graph, calls: Calls) -> Located:
-    """The same without the modules that torch calls more or less often than the graph does, or that are no x · W0.
+    """Take out the modules that torch calls more or less often than the graph does, or that compute more than x · W0.
 
-    Fewer nodes: a call has become a constant. More: something else computes with the weight, and would take the
-    adapter along that PEFT leaves out there.
+    Where the graph has fewer nodes than torch has calls, a call has become a constant. Where it has more, something
+    else computes with the weight, and the adapter would act there although PEFT's does not.
     """
     surroundings = Surroundings.of(graph, [one.product for one in located.occurrences])
     nodes = Counter(one.module for one in located.occurrences if one.first == 0)

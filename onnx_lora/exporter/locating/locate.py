@@ -35,9 +35,9 @@ _CAUSES = {
 def locate(graph: ir.Graph, checkpoint: CheckpointWeights | None = None) -> Located:
     """Find the modules behind the nodes.
 
-    With a checkpoint a node's weight must be one of the checkpoint's (value for value; of a quantized
-    one the nearest), and its name decides between equals. Without, the name alone does: dynamo's
-    scopes, the node's path, the initializer's name.
+    With a checkpoint, a node's weight must equal one of the checkpoint's, value for value (a quantized weight must be
+    near it), and the node's name decides between equal ones. Without a checkpoint the name decides alone: dynamo's
+    scopes, else the node's path, else the initializer's name.
     """
     found, unplaced = _find_candidates(graph, checkpoint)
     if checkpoint is None:
@@ -248,9 +248,9 @@ def _place(one: Occurrence, match: Match, twins: tuple[str, ...]) -> Occurrence:
 
 
 def _compare_rounded(placed: list[Occurrence], weight: Array, way: Sequence[Match]) -> list[Occurrence] | _Unknown:
-    """A quantized product's modules, where its weight is what its quantizer made of theirs; unproven where that
-    cannot be told, and why not where it is another: the tolerance of rounding hides scales of some percent. Of other
-    products nothing is left to compare."""
+    """Compare a quantized product's weight once more with its modules' weights, rounded to nearest: the tolerance of
+    `find` would hide scales of some percent. Gives the modules, unproven where the weight was rounded in another way;
+    or why they are unknown, where scales explain the difference. Products of floats pass as they are."""
     product = placed[0].product
     if product.quantized is None:
         return placed

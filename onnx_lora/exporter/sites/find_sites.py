@@ -1,5 +1,5 @@
-"""The places of every module, over all graphs of a package. One rule: a module gets its point at all of its
-nodes, or at none, and a node for all of its modules, or for none."""
+"""Finds the places of every module, over all graphs of a package. One rule holds: a module gets its point at all of its
+nodes or at none, and a node gets points for all of its modules or for none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["find_sites", "settle"]
 
 
 def find_sites(located: Located, shapes: Shapes) -> Sites:
-    """Put what was located into places: what one node computes together, and the pieces of one module together."""
+    """Group what was located into places: the modules that one node computes, and the nodes that compute one module
+    piece by piece."""
     complete, incomplete = _group(located.occurrences)
     sites: list[Site] = []
     unplaced = [*located.unplaced, *incomplete]
@@ -42,10 +43,12 @@ def _place(product: Product, shapes: Shapes) -> Placement | None:
     if rank is None or rank < 2:
         return None
     form = shapes.form(value)
-    reshape = shapes.flattened_by(value) if form is Form.FLATTENED else None
-    if reshape is None or reshape.inputs[0] is None:
-        return Placement(form, rank, reshape)
-    return Placement(form, rank, reshape, shapes.rank(reshape.inputs[0]) or 0)
+    if form is not Form.FLATTENED:
+        return Placement(form, rank)
+    reshape = shapes.flattened_by(value)
+    source = None if reshape is None else reshape.inputs[0]
+    source_rank = None if source is None else shapes.rank(source)
+    return Placement(form, rank, reshape, source_rank or 0)
 
 
 def _group(occurrences: Sequence[Occurrence]) -> tuple[list[list[Occurrence]], list[UnplacedNode]]:
@@ -84,31 +87,37 @@ def _is_complete(found: Sequence[Occurrence]) -> bool:
 
 
 def settle(graphs: Sequence[Sites]) -> list[Sites]:
-    """Take out every module that cannot have its point at all of its nodes, and what is computed with it."""
+    """Take out every module that cannot have its point at all of its nodes, and the modules computed with it."""
     lost = _find_unlike(graphs)
     for graph in graphs:
         for node in graph.unplaced:
             for module in node.modules:
                 lost.setdefault(module, f"its node {node.node} can have none: {node.reason}")
-    together: dict[str, list[Site]] = {}
-    for graph in graphs:
-        for site in graph.sites:
-            if len(site.modules) > 1:
-                for module in site.modules:
-                    together.setdefault(module, []).append(site)
-    waiting = list(lost)
-    while waiting:
-        why = waiting.pop()
-        for site in together.get(why, ()):
-            for module in site.modules:
-                if module not in lost:
-                    lost[module] = f"it is computed together with {why}, and that can have none"
-                    waiting.append(module)
+    _lose_neighbours(lost, graphs)
     return [_without(graph, lost) for graph in graphs]
 
 
+def _lose_neighbours(lost: dict[str, str], graphs: Sequence[Sites]) -> None:
+    """Add to `lost` the modules that some node computes together with a lost one, and those together with them."""
+    together: dict[str, list[Site]] = {}
+    for graph in graphs:
+        for site in graph.sites:
+            if len(site.modules) == 1:
+                continue
+            for module in site.modules:
+                together.setdefault(module, []).append(site)
+    waiting = list(lost)
+    while waiting:
+        gone = waiting.pop()
+        for site in together.get(gone, ()):
+            for module in site.modules:
+                if module not in lost:
+                    lost[module] = f"it is computed together with {gone}, and that can have none"
+                    waiting.append(module)
+
+
 def _find_unlike(graphs: Sequence[Sites]) -> dict[str, str]:
-    """Modules that are not the same at all of their nodes: a name shared by accident."""
+    """Modules that do not have the same weight at all of their nodes, which share the name by accident; and why."""
     first: dict[tuple[str, int], Occurrence] = {}
     lost: dict[str, str] = {}
     for graph in graphs:
@@ -120,7 +129,7 @@ def _find_unlike(graphs: Sequence[Sites]) -> dict[str, str]:
 
 
 def _without(graph: Sites, lost: Mapping[str, str]) -> Sites:
-    """The same without the places of lost modules: why, by module."""
+    """The same without the places of lost modules. `lost`: why, by module."""
     kept: list[Site] = []
     unplaced = list(graph.unplaced)
     for site in graph.sites:

@@ -1,4 +1,4 @@
-"""Places in a graph, for branches and for whole weights. What is found where, the passes say."""
+"""Places in a graph, for branches and for whole weights: the nouns, which `find_sites` and `whole_weights` fill."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def select(
     `targets`: "all-linear" (every module but the `heads`, and the `others`, which are not linear), "all", a regular
     expression that must match a whole name, or names and suffixes (`q_proj`, `attn.c_attn`), the two words among them.
 
-    Raises ModelError: `targets` is no valid expression, or one of it names nothing.
+    Raises ModelError: `targets` is no valid expression, or a name in it is no module's.
     """
     if isinstance(targets, str):
         return _select_by_text(modules, targets, heads=heads, others=others)

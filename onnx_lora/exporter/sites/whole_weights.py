@@ -36,8 +36,10 @@ def find_whole_weights(
     others = {node.node: node.reason for node in sites.unplaced if node.other_weight}
     for own_name, value in _named_initializers(graph).items():
         name = prefix + own_name
-        users = _own_users(value, places)  # none: a linear module's weight
-        if name in found or value in taken or not users or not _is_asked(name, names):
+        if name in found or value in taken or not _is_asked(name, names):
+            continue
+        users = _own_users(value, places)
+        if not users:  # it is a linear module's weight
             continue
         reason = _refuse_users(users, others)
         if reason is not None:
@@ -84,9 +86,11 @@ def _refuse_linear(used: Sequence[Site], module: str) -> str | None:
     if len(used) > 1:
         return f"it is used by {len(used)} nodes, and only the weights of modules used once can be replaced"
     site = used[0]
+    others = [other for other in site.modules if other != module]
+    if others:
+        return f"it is packed into one weight with {', '.join(others)}"
     if len(site.occurrences) > 1:
-        others = [other for other in site.modules if other != module]
-        return f"it is packed into one weight with {', '.join(others)}" if others else "its weight is cut into several"
+        return "its weight is cut into several"
     if site.occurrences[0].product.quantized is not None:
         return "its weight is quantized; quantize the model without it"
     return None
@@ -117,8 +121,8 @@ def _weight_places(sites: Sites) -> set[tuple[ir.Node, int]]:
 
 
 def _own_users(value: ir.Value, weights: Collection[tuple[ir.Node, int]]) -> list[ir.Node]:
-    """The nodes that compute with a parameter as it is: not as a linear module's weight, of which `weights` are the
-    places, and nothing behind an Identity or a Transpose, which stand for another parameter."""
+    """The nodes that compute with a parameter as it is. `weights`: the places where linear modules' weights are read,
+    which do not count; nor do nodes behind an Identity or a Transpose, which stand for another parameter."""
     users: dict[ir.Node, None] = {}
     for use in value.uses():
         if use.node.op_type not in WRAPPERS and (use.node, use.idx) not in weights:
@@ -161,7 +165,12 @@ def drop_miscounted_weights(weights: WholeWeightSites, calls: Calls, *, prefix: 
 
 
 def check_names(replaceable: str | Sequence[str], graphs: Sequence[WholeWeightSites], modules: Sequence[str]) -> None:
-    """Raises ModelError: one of the names given means nothing that can be replaced in any graph."""
+    """Check that each of the given names means something that can be replaced in some graph.
+
+    modules: those of all graphs, for the message.
+
+    Raises ModelError: a name means nothing.
+    """
     if replaceable == HEADS_ONLY:
         return
     found: set[str] = set()
@@ -173,10 +182,12 @@ def check_names(replaceable: str | Sequence[str], graphs: Sequence[WholeWeightSi
     for name in _as_names(replaceable):
         reasons: list[str] = []
         for what, why in refused.items():
-            if what not in found and (_is_asked(what, (name,)) or matches(what, (name,))):
+            is_asked = _is_asked(what, (name,)) or matches(what, (name,))
+            if is_asked and what not in found:
                 reasons.append(f"{what}: {why}")
         problems.extend(reasons)
-        if not reasons and not any(_is_asked(parameter, (name,)) for parameter in found):
+        is_found = any(_is_asked(parameter, (name,)) for parameter in found)
+        if not reasons and not is_found:
             suffixes = sorted({module.rpartition(".")[2] for module in modules})
             problems.append(f"{name}: nothing of that name; linear modules end with {', '.join(suffixes)}")
     if problems:
@@ -204,12 +215,16 @@ def _named_initializers(graph: ir.Graph) -> dict[str, ir.Value]:
         if _is_float(value) and "." in name and "::" not in name:
             named[name] = value
     for node in graph:
-        name = node.outputs[0].name or "" if node.op_type == "Identity" else ""
+        if node.op_type != "Identity":
+            continue
+        output = node.outputs[0]
+        name = output.name or ""
         if "." not in name or "/" in name:
             continue
-        source, wrappers = unwrap(node.outputs[0])
-        if source is not None and _is_float(source) and all(wrapper.op_type == "Identity" for wrapper in wrappers):
-            named[name] = node.outputs[0]
+        source, wrappers = unwrap(output)
+        is_unchanged = all(wrapper.op_type == "Identity" for wrapper in wrappers)
+        if source is not None and _is_float(source) and is_unchanged:
+            named[name] = output
     return named
 
 

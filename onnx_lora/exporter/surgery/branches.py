@@ -1,5 +1,5 @@
-"""What branches are built of: the view that one reads, its inputs, and what a builder of branches answers. The builders
-stand with their kinds, in `graph_kinds`; where the result is added, they do not know.
+"""What branches are built of: the view that a branch reads, its inputs, and what a builder of branches must answer. The
+builders stand with their kinds, in `graph_kinds`. They do not know where `inject` adds what they build.
 
 A is `[rows, in, rank]` and B `[rows, rank, out]` for all of them, and rows are 1 or the batch."""
 
@@ -18,8 +18,11 @@ __all__ = ["BranchBuilder", "BranchInputs", "View", "broadcast", "gather_number"
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a branch reads, the batch first, and the number of axes of what it gives (of a lookup one more than
-    of what it reads); `undo` leads back from there: operator and axis."""
+    """What a branch reads, with the batch as its first axis.
+
+    `rank`: the number of axes of what the branch gives; a lookup gives one more than it reads. `undo`: the operator and
+    its axis that lead from the branch's axes back to the product's; None where they are the same.
+    """
 
     value: ir.Value
     rank: int
@@ -28,8 +31,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class BranchInputs:
-    """What one branch computes with. `name` begins the names of its nodes; `per_row`: whether each row of the batch may
-    have an adapter of its own."""
+    """What one branch computes with: the factors `a` and `b`, and the product beside which it stands.
+
+    `name` begins the names of its nodes. `per_row`: whether each row of the batch may have an adapter of its own.
+    """
 
     view: View
     a: ir.Value
@@ -53,25 +58,28 @@ class BranchBuilder(Protocol):
 
 
 def broadcast(surgeon: Surgeon, factor: ir.Value, rank: int) -> ir.Value:
-    """`[rows, m, n]` so that it meets rows with the first of `rank` axes, not the third last."""
+    """A factor `[rows, m, n]` with axes of 1 behind its rows, so that they meet the first of `rank` axes."""
     if rank == 3:
         return factor
-    return surgeon.unsqueeze(factor, list(range(1, rank - 2)), name=f"{factor.name}.rows")
+    between = list(range(1, rank - 2))
+    return surgeon.unsqueeze(factor, between, name=f"{factor.name}.rows")
 
 
 def gather_number(surgeon: Surgeon, shape: ir.Value, axis: int, name: str) -> ir.Value:
-    """One number of a shape, as a scalar."""
+    """The length of one axis of a shape, as a scalar."""
     return surgeon.op("Gather", shape, surgeon.integer(axis), name=name)
 
 
 def number_own_rows(surgeon: Surgeon, shape: ir.Value, factor: ir.Value, name: str) -> ir.Value:
     """For each row of the batch, the number of the factor's row that is its own: `[batch, 1]`.
 
-    `shape`: of a value whose first axis is the batch. One adapter for all rows has row 0 alone: i mod rows.
+    `shape`: that of a value whose first axis is the batch. Row i of the batch uses row i mod rows of the factor: row 0,
+    where one adapter serves all.
     """
     factor_shape = surgeon.op("Shape", factor, name=f"{name}.lora_shape")
     rows = gather_number(surgeon, factor_shape, 0, f"{name}.rows_of_lora")
     count = gather_number(surgeon, shape, 0, f"{name}.batch")
-    each = surgeon.op("Range", surgeon.integer(0), count, surgeon.integer(1), name=f"{name}.range")
+    zero, one = surgeon.integer(0), surgeon.integer(1)
+    each = surgeon.op("Range", zero, count, one, name=f"{name}.range")
     row = surgeon.op("Mod", each, rows, name=f"{name}.row")
     return surgeon.unsqueeze(row, [1], name=f"{name}.rows")

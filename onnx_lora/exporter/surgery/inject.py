@@ -1,6 +1,6 @@
-"""The branch: `y' = (y + (x · lora_A) · lora_B) · dora_scale` beside every product of a chosen module, and whole
-weights as inputs in place of a node's own. It needs located nodes and inferred shapes; it leaves every
-value that it does not name as it was.
+"""Puts branches into a graph: `y' = (y + (x · lora_A) · lora_B) · dora_scale` beside every product of a chosen module;
+and whole weights as inputs in the place of a node's own. It requires located nodes and inferred shapes. It leaves all
+other values of the graph as they were.
 
 LoRA (Hu et al. 2021), section 4.1, with the scale in B and both factors transposed; DoRA (Liu et al. 2024),
 equation 5."""
@@ -17,7 +17,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.graph.axes import Shapes
 from onnx_lora.exporter.graph.placement import Form
 from onnx_lora.exporter.graph.product import Product
-from onnx_lora.exporter.graph.values import initializer_behind
+from onnx_lora.exporter.graph.values import initializer_behind, only_user
 from onnx_lora.exporter.graph_kinds.graph_kind import graph_kind_of
 from onnx_lora.exporter.sites.site import Site
 from onnx_lora.exporter.surgery.branches import BranchInputs, View, broadcast
@@ -29,7 +29,7 @@ __all__ = ["inject"]
 
 @dataclass(frozen=True, slots=True)
 class _Addition:
-    """What a branch gives, in the axes of its view: its delta, and DoRA's scale; None where there is no such thing."""
+    """What a branch gives, in the axes of its view: its delta and DoRA's scale, each None where a site has none."""
 
     view: View
     delta: ir.Value | None
@@ -78,20 +78,22 @@ def inject(
 
 def _make_view(surgeon: Surgeon, site: Site) -> View:
     """What the branch reads, with the batch as its first axis and at least one more before the features."""
-    placement, label = site.placement, site.label
+    placement = site.placement
     if placement.flattened_by is not None:
         return _undo_reshape(surgeon, site, placement.flattened_by)
     if placement.rank > 2:
         return View(site.input, placement.rank)
     axis = 1 if placement.form is Form.POOLED else 0
-    return View(surgeon.unsqueeze(site.input, [axis], name=f"{label}.batched"), 3, ("Squeeze", axis))
+    batched = surgeon.unsqueeze(site.input, [axis], name=f"{site.label}.batched")
+    return View(batched, 3, ("Squeeze", axis))
 
 
 def _undo_reshape(surgeon: Surgeon, site: Site, reshape: ir.Node) -> View:
-    """The view of an input whose batch and positions a Reshape merged: what the Reshape read, if nothing is between, or
-    the input with the batch parted off again."""
-    source, label = reshape.inputs[0], site.label
-    assert source is not None  # a Reshape's data
+    """The view of an input whose batch and positions a Reshape merged: what the Reshape read, if nothing stands between
+    it and the product; else the input with its batch and positions parted again."""
+    label = site.label
+    source = reshape.inputs[0]
+    assert source is not None  # every Reshape reads data
     if reshape.outputs[0] is site.input:
         rank = site.placement.source_rank
         return View(source, rank, ("Flatten", rank - 1))
@@ -126,12 +128,13 @@ def _cut(surgeon: Surgeon, site: Site, view: View, delta: ir.Value, scale: ir.Va
         scales = [*surgeon.split(scale, sizes, count, name=f"{site.label}.dora_pieces")]
     changes: list[_Change] = []
     for product, own_delta, own_scale in zip(site.products, deltas, scales, strict=True):
-        changes.append(_Change(product, view, own_delta, own_scale, product.node.name or site.label))
+        label = product.node.name or site.label
+        changes.append(_Change(product, view, own_delta, own_scale, label))
     return changes
 
 
 def _leave_view(surgeon: Surgeon, view: View, value: ir.Value, label: str) -> ir.Value:
-    """A value in the view's axes, in those of the product."""
+    """Bring a value from the view's axes into those of the product."""
     if view.undo is None:
         return value
     operator, axis = view.undo
@@ -141,7 +144,7 @@ def _leave_view(surgeon: Surgeon, view: View, value: ir.Value, label: str) -> ir
 
 
 def _enter_view(surgeon: Surgeon, view: View, value: ir.Value, like: ir.Value, label: str) -> ir.Value:
-    """The product in the view's axes; `like` has them, but for the last one's length."""
+    """Bring a product's output into the view's axes. `like` has their lengths, all but the last one's."""
     if view.undo is None:
         return value
     operator, axis = view.undo
@@ -154,8 +157,9 @@ def _enter_view(surgeon: Surgeon, view: View, value: ir.Value, like: ir.Value, l
 def _add(surgeon: Surgeon, change: _Change, shapes: Shapes) -> None:
     """Add the delta to the product, or behind the Reshape that undoes the one before it, and scale the sum.
 
-    The delta's shape is stated to be the product's. ONNX infers none, with rows of one or of the batch, and from
-    there on ONNX Runtime's plan of memory would know no shape either, and take the square of the points' number.
+    The delta's shape is stated to be the product's. ONNX cannot infer it, because rows are 1 or the batch; and without
+    it ONNX Runtime would know no shape from there on, and planning its memory would take time with the square of the
+    number of points.
     """
     output = change.product.output
     shapes.state(output)
@@ -176,17 +180,17 @@ def _add(surgeon: Surgeon, change: _Change, shapes: Shapes) -> None:
 
 def _find_reshape_back(change: _Change, shapes: Shapes) -> ir.Node | None:
     """The Reshape behind the product that undoes the one before it, where nothing else reads the product."""
-    output, view = change.product.output, change.view
-    uses = list(output.uses())
-    if view.undo is None or view.undo[0] != "Flatten" or len(uses) != 1 or output.is_graph_output():
+    view = change.view
+    if view.undo is None or view.undo[0] != "Flatten":
         return None
-    node = uses[0].node
-    if not shapes.is_like(node.outputs[0], view.value, change.product.outputs) or node.op_type != "Reshape":
+    reshape = only_user(change.product.output, "Reshape")
+    if reshape is None or not shapes.is_like(reshape.outputs[0], view.value, change.product.outputs):
         return None
-    return node
+    return reshape
 
 
 def _add_behind(surgeon: Surgeon, change: _Change, reshape: ir.Node, shapes: Shapes) -> None:
+    """Add and scale behind the Reshape, whose output has the view's axes."""
     reshaped = reshape.outputs[0]
     surgeon.insert_after(_later_of(surgeon, reshape, change.delta))
     shapes.state(reshaped)
@@ -200,7 +204,9 @@ def _add_behind(surgeon: Surgeon, change: _Change, reshape: ir.Node, shapes: Sha
 
 def _add_scaled(surgeon: Surgeon, change: _Change, scale: ir.Value) -> None:
     """Add and scale in the view's axes, and go back to the product's."""
-    output, view, label = change.product.output, change.view, change.label
+    output = change.product.output
+    view = change.view
+    label = change.label
     users = [(use.node, use.idx) for use in output.uses()]
     entered = _enter_view(surgeon, view, output, change.delta, label)
     total = surgeon.op("Add", entered, change.delta, name=f"{label}.lora_add")
@@ -211,16 +217,19 @@ def _add_scaled(surgeon: Surgeon, change: _Change, scale: ir.Value) -> None:
 
 
 def _state_alike(value: ir.Value, like: ir.Value) -> None:
-    value.type, value.shape = like.type, like.shape
+    """Write down that a value has the type and the shape of another."""
+    value.type = like.type
+    value.shape = like.shape
 
 
 def _scale(surgeon: Surgeon, change: _Change, total: ir.Value, scale: ir.Value) -> ir.Value:
-    """`total · scale`, what the node itself added to the product (b) left as it is: `· scale + b · (1 - scale)`. With a
-    scale of 1 that is `total`, bit for bit.
+    """Scale `total`, but not the bias b that the node itself added: `total · scale + b · (1 - scale)`. With a scale of
+    1 that is `total`, bit for bit.
 
-    Raises ModelError: what the node added is no bias.
+    Raises ModelError: the node adds something that is no bias.
     """
-    product, label = change.product, change.label
+    product = change.product
+    label = change.label
     builder = graph_kind_of(product).builder
     scale = builder.shape_scale(surgeon, scale, product, change.view.rank, label)
     scaled = surgeon.op("Mul", total, scale, name=f"{label}.dora")
@@ -230,8 +239,8 @@ def _scale(surgeon: Surgeon, change: _Change, total: ir.Value, scale: ir.Value) 
     bias = initializer_behind(added) or added
     if bias.shape is None or tuple(bias.shape) not in ((product.outputs,), (1, product.outputs)):
         raise ModelError(
-            f"{label}: its node adds what is no bias to the product, which DoRA's scale must leave out; "
-            "make the package without dora"
+            f"{label}: its node must add a bias to the product or nothing, for DoRA's scale leaves biases out, and it "
+            "adds something else; make the package without dora"
         )
     added = builder.shape_bias(surgeon, added, product, label)
     one = surgeon.number(1.0, np.dtype(product.dtype))
@@ -256,7 +265,8 @@ def _replace_weight(
 ) -> None:
     """y = x · W (+ delta) (· scale) (+ bias) with W and bias from the inputs, in place of the node's own."""
     (one,) = site.occurrences
-    module, view = one.module, addition.view
+    module = one.module
+    view = addition.view
     weight = broadcast(surgeon, inputs[f"{module}.weight"], view.rank)
     total = surgeon.op("MatMul", view.value, weight, name=f"{module}.matmul")
     if addition.delta is not None:
@@ -285,8 +295,10 @@ def _loosen(value: ir.Value, outputs: str) -> None:
     waiting, seen = [value], {value}
     while waiting:
         one = waiting.pop()
-        if one.shape is not None:
-            one.shape = ir.Shape([*one.shape[:-1], outputs]) if one.is_graph_output() else None
+        if one.shape is not None and one.is_graph_output():
+            one.shape = ir.Shape([*one.shape[:-1], outputs])
+        elif one.shape is not None:
+            one.shape = None  # whoever reads the graph infers it again
         for use in one.uses():
             behind = use.node.outputs[0]
             if behind not in seen:

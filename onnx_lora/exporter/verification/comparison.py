@@ -1,7 +1,8 @@
-"""One graph of a package against PyTorch's answer: running it in ONNX Runtime, and measuring how far its outputs are.
+"""Compares one graph of a package with PyTorch's answer: it runs the graph in ONNX Runtime, and measures how far its
+outputs are from PyTorch's.
 
-It runs the graph as anybody would, with an adapter's tensors as inputs, and reads nothing but the package and the
-model: no part of our own runtime can hide a mistake."""
+It runs the graph as anybody would, with an adapter's tensors as inputs, and uses no part of our own runtime, which
+could hide a mistake."""
 
 from __future__ import annotations
 
@@ -27,14 +28,14 @@ __all__ = ["SMALL", "Comparison", "compare", "compare_int8", "compare_rows", "ru
 # through some dozens of layers; float16 keeps three digits.
 _ALLOWED = {"float32": 1e-4, "float16": 3e-2, "float64": 1e-9}
 
-# The same for a graph as it is, where its quantized products multiply in int8. Measured against float32 on the
-# same weights: 0.003 to 0.018 after two layers, 0.024 after thirty; what is wrong is off by the whole output.
+# The same for a graph as it is, where its quantized products multiply in int8. Differences from float32 on the same
+# weights were 0.003 to 0.018 after two layers, and 0.024 after thirty; a wrong graph is off by the whole output.
 _ALLOWED_INT8 = 0.25
 
 # Outputs smaller than this are compared as if they were this large.
 SMALL = 1e-2
 
-# An adapter was seen to work when it moves some output this many times further than rounding does.
+# An adapter is seen to work where it moves an output this many times further than rounding does.
 _SEEN = 100
 
 
@@ -42,9 +43,10 @@ _SEEN = 100
 class Comparison:
     """One output of one graph against PyTorch's.
 
-    `case` is "base", "adapter", "rows", "replaced", or "int8": the base as it is, where the others are run in
-    floats; `difference` is the largest absolute one, `allowed` how large
-    it may be, and `effect` how far the adapter moved this output from the base's.
+    `case`: what was run: "base", "adapter", "rows" (an adapter on every other row), "replaced" (whole weights), or
+        "int8": the base as it is, where quantized products are multiplied in floats in all other cases.
+    `difference`: the largest absolute difference; `allowed`: how large it may be.
+    `effect`: how far the adapter moved this output from the base's.
     """
 
     graph: str
@@ -75,7 +77,8 @@ def run_case(
     """
     info = package.graph(case.graph)
     file = package.path / info.file
-    session = open_graph(file, None if as_it_is else rewrite_in_floats(file))
+    model = None if as_it_is else rewrite_in_floats(file)
+    session = open_graph(file, model)
     inputs = [value.name for value in session.get_inputs()]
     optional = {value.name for value in session.get_overridable_initializers()}
     feeds: dict[str, Array] = {}
@@ -105,7 +108,8 @@ def compare(
             f"graph {case.graph} has outputs that the model does not give: {', '.join(missing)}", path=package.path
         )
     for name, value in outputs.items():
-        if value.shape != expected[name].shape:
+        wanted = expected[name]
+        if value.shape != wanted.shape:
             yield Comparison(case.graph, label, name, float("inf"), 0.0)
             continue
         if not value.size:
@@ -113,23 +117,27 @@ def compare(
         effect = 0.0
         if base is not None and base[name].shape == value.shape:
             effect = _largest(value, base[name])
-        yield Comparison(case.graph, label, name, _largest(value, expected[name]), _allowed(expected[name]), effect)
+        difference = _largest(value, wanted)
+        yield Comparison(case.graph, label, name, difference, _allowed(wanted), effect)
 
 
 def compare_int8(package: Package, case: Reference, base: Mapping[str, Array]) -> Iterator[Comparison]:
-    """Whether int8 arithmetic loses no more than it must. `base`: the outputs in float arithmetic."""
-    if rewrite_in_floats(package.path / package.graph(case.graph).file) is None:
+    """Compare a graph that multiplies in int8 with itself in float arithmetic, whose outputs are `base`. Gives nothing
+    for a graph without such products."""
+    file = package.path / package.graph(case.graph).file
+    if rewrite_in_floats(file) is None:
         return
     for name, value in run_case(package, case, {}, as_it_is=True).items():
         if value.size:
-            allowed = _ALLOWED_INT8 * max(SMALL, float(np.abs(base[name]).max()))
+            allowed = _ALLOWED_INT8 * _size_of(base[name])
             yield Comparison(case.graph, "int8", name, _largest(value, base[name]), allowed)
 
 
 def compare_rows(
     package: Package, case: Reference, tensors: Mapping[str, Array], base: Mapping[str, Array]
 ) -> Iterator[Comparison]:
-    """Every other row under the adapter: each must be what it is alone. `base`: the outputs without it."""
+    """Run every other row of the batch under the adapter: each row must be what it is when all rows have its adapter.
+    `base`: the outputs without the adapter."""
     count = _batch_size(package, case)
     own = _tensors_by_row(package, case, tensors)
     if not own or count < 2:
@@ -141,15 +149,16 @@ def compare_rows(
         rows[name] = np.where(adapted[:, None, None], value, nothing)
     alone = run_case(package, case, own)
     for name, value in run_case(package, case, rows).items():
-        has_rows = value.ndim and value.shape[0] == count and value.shape == base[name].shape and value.size
-        if has_rows:
+        has_rows = value.ndim > 0 and value.shape[0] == count and value.shape == base[name].shape
+        if has_rows and value.size:
             choice = adapted.reshape(-1, *[1] * (value.ndim - 1))
             expected = np.where(choice, alone[name], base[name])
-            yield Comparison(case.graph, "rows", name, _largest(value, expected), _allowed(expected))
+            difference = _largest(value, expected)
+            yield Comparison(case.graph, "rows", name, difference, _allowed(expected))
 
 
 def _tensors_by_row(package: Package, case: Reference, tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of an adapter's tensors whose points take another one for each row of the batch."""
+    """The adapter's tensors of points that take another adapter for each row of the batch."""
     found: dict[str, Array] = {}
     for point in package.graph(case.graph).points:
         if not point.per_row or point.lora_a not in tensors:
@@ -161,7 +170,8 @@ def _tensors_by_row(package: Package, case: Reference, tensors: Mapping[str, Arr
 
 
 def _batch_size(package: Package, case: Reference) -> int:
-    """What a graph whose points have rows knows for certain: the first axis of its first input with two."""
+    """The length of the first axis of the first input that has two axes or more: the batch, where a graph's points take
+    rows."""
     file = package.path / package.graph(case.graph).file
     names = [value.name for value in open_graph(file).get_inputs()]
     for value in case.feeds(names).values():
@@ -171,12 +181,21 @@ def _batch_size(package: Package, case: Reference) -> int:
 
 
 def _allowed(expected: Array) -> float:
-    return _ALLOWED.get(expected.dtype.name, 0.0) * max(SMALL, float(np.abs(expected).max()))
+    """The largest difference that rounding in the type of an output explains."""
+    return _ALLOWED.get(expected.dtype.name, 0.0) * _size_of(expected)
+
+
+def _size_of(output: Array) -> float:
+    """The largest absolute value of an output, relative to which differences are allowed."""
+    return max(SMALL, float(np.abs(output).max()))
 
 
 def _largest(actual: Array, expected: Array) -> float:
+    """The largest absolute difference; infinite where one is no number."""
     difference = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+    if not np.isfinite(difference).all():
+        return float("inf")
+    return float(difference.max())
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""Adapters that nobody trained, made by PEFT on the model in PyTorch, and the same as inputs of a package's graphs. It
-uses nothing of what reads adapters for users: both would share its mistakes."""
+"""Random adapters: PEFT puts them on the model in PyTorch, and the same tensors become inputs of a package's graphs.
+This file uses no code that reads adapters for users: a mistake there would stand on both sides of the comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.verification.comparison import SMALL
-from onnx_lora.kinds import Conv, Embedding
 
 if TYPE_CHECKING:
     from onnx_lora.package import Package
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["peft_failures", "put_adapter", "put_weights"]
 
-# Ranks that differ by module, a scale that is not 1, and a delta large enough to be seen and small enough to leave the
-# numbers finite in float16.
+# Modules have different ranks in turn.
 _RANKS = (2, 3, 5)
+
+# The scale is not 1, and makes deltas that are large enough to be seen and small enough to stay finite in float16.
 _SCALE = 0.25
 
 
@@ -78,8 +78,10 @@ def put_weights(package: Package, model: Any) -> Iterator[dict[str, Array]]:
             values = parameters[name].data
             before[name] = values.clone()
             noise = torch.rand(values.shape, generator=generator) - 0.5
-            values += noise.to(values.dtype) * max(float(values.abs().max()), SMALL)
-            tensors[name] = weight.to_graph(values.float().numpy().astype(weight.dtype))
+            size = max(float(values.abs().max()), SMALL)
+            values += noise.to(values.dtype) * size
+            array = values.float().numpy().astype(weight.dtype)
+            tensors[name] = weight.to_graph(array)
         yield tensors
     finally:
         for name, values in before.items():
@@ -106,7 +108,8 @@ def _configure(package: Package) -> Any:
     ranks: dict[str, int] = {}
     for index, name in enumerate(modules):
         # Whole names: PEFT takes a plain name for a suffix, and every pattern for a regular expression.
-        ranks[f"^{re.escape(name)}"] = _RANKS[index % len(_RANKS)] * _groups(package.points[name])
+        pattern = f"^{re.escape(name)}"
+        ranks[pattern] = _RANKS[index % len(_RANKS)] * _groups(package.points[name])
     return peft.LoraConfig(
         r=_RANKS[0],
         lora_alpha=_SCALE,
@@ -128,37 +131,53 @@ def _move_magnitudes(tuned: Any) -> None:
 
 
 def _groups(point: InjectionPoint) -> int:
-    return point.kind.groups if isinstance(point.kind, Conv) else 1
+    """Into how many groups a module is cut, each of which has a rank of its own in PEFT."""
+    return point.kind.dense_rank(1)
 
 
 def _tensors_of(layer: Any, point: InjectionPoint) -> dict[str, Array]:
     """A layer of PEFT's as graph inputs: A `[1, in, rank]`, B `[1, rank, out]`, DoRA's scale `[1, 1, out]`."""
-    is_embedding = isinstance(point.kind, Embedding)
-    if is_embedding:
-        a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    else:
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    a = a.detach().double().flatten(1).numpy()  # [rank, in]
-    b = _unfold_groups(b.detach().double().flatten(1).numpy(), _groups(point)) * layer.scaling["default"]
+    a_name, b_name = point.kind.factor_names
+    a = _factor_of(layer, a_name)  # [rank, in]
+    b = _factor_of(layer, b_name)  # [out, rank]
+    b = _unfold_groups(b, _groups(point)) * layer.scaling["default"]
     tensors = {point.lora_a: a.T[None], point.lora_b: b.T[None]}
     if "default" in layer.lora_magnitude_vector:
-        magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().numpy().reshape(-1)
-        weight = layer.get_base_layer().weight.detach().double().flatten(1).numpy()
-        if is_embedding or getattr(layer, "fan_in_fan_out", False):
-            weight = weight.T
-        # DoRA (Liu et al. 2024), equation 5: magnitude / ‖W0 + B A‖, by output.
-        tensors[point.dora_scale] = (magnitude / np.linalg.norm(weight + b @ a, axis=1))[None, None]
-    return {name: np.ascontiguousarray(value).astype(point.dtype) for name, value in tensors.items()}
+        scale = _dora_scale(layer, point, b @ a)
+        tensors[point.dora_scale] = scale[None, None]
+    inputs: dict[str, Array] = {}
+    for name, value in tensors.items():
+        inputs[name] = np.ascontiguousarray(value).astype(point.dtype)
+    return inputs
+
+
+def _factor_of(layer: Any, name: str) -> Array:
+    """A factor as a matrix: a parameter of PEFT's layer, or the weight of a module in it."""
+    factor = getattr(layer, name)["default"]
+    parameter = getattr(factor, "weight", factor)
+    matrix: Array = parameter.detach().double().flatten(1).numpy()
+    return matrix
+
+
+def _dora_scale(layer: Any, point: InjectionPoint, delta: Array) -> Array:
+    """DoRA (Liu et al. 2024), equation 5: magnitude / ‖W0 + B A‖, by output. `delta`: B A `[out, in]`."""
+    magnitude = layer.lora_magnitude_vector["default"].weight.detach().double().numpy().reshape(-1)
+    weight = layer.get_base_layer().weight.detach().double().numpy()
+    if not getattr(layer, "fan_in_fan_out", False):  # transformers' Conv1D keeps W0 `[in, out]`
+        weight = point.kind.from_torch(weight)
+    scale: Array = magnitude / np.linalg.norm(weight.T + delta, axis=1)
+    return scale
 
 
 def _unfold_groups(b: Array, groups: int) -> Array:
-    """B of a convolution in groups, `[out, rank]`, as the product of all groups' factors takes it: `[out, groups ·
-    rank]`, each group's outputs beside its own columns."""
+    """B of a convolution in groups as a matrix that multiplies all groups' factors at once: `[out, rank]` becomes
+    `[out, groups · rank]`, each group's outputs beside its own columns, zeros elsewhere."""
     if groups == 1:
         return b
     outputs, rank = len(b) // groups, b.shape[1]
     blocks = np.zeros((len(b), rank * groups))
     for group in range(groups):
         rows = slice(group * outputs, (group + 1) * outputs)
-        blocks[rows, group * rank : (group + 1) * rank] = b[rows]
+        columns = slice(group * rank, (group + 1) * rank)
+        blocks[rows, columns] = b[rows]
     return blocks

@@ -1,5 +1,5 @@
-"""The weights of a package: inline tensors are written out once, external data files are taken over
-as they are. It knows tensors and files, not what the weights are for."""
+"""Puts the weights of graphs into data files of the package: inline tensors are written out once, and external data
+files are taken over as they are. It knows tensors and files, and not what the weights are for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class WeightStore:
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor):
-                if Path(tensor.base_dir) != self._folder:
+                is_ours = Path(tensor.base_dir) == self._folder
+                if not is_ours:
                     value.const_value = self._adopt(tensor)
             elif tensor is not None and tensor.dtype != ir.DataType.STRING:
                 inline.append(value)
@@ -89,11 +90,19 @@ class WeightStore:
         )
 
     def _free_name(self, *names: str) -> str:
-        """The first of `names` that no file has taken, else the last with a number before it. To some disks capital
-        letters are small ones."""
-        taken = {name.casefold() for name in (*self._adopted.values(), *self._reserved, self._file or "")}
-        numbered = (f"{count}.{names[-1]}" for count in range(len(taken) + 1))
-        return next(free for free in [*names, *numbered] if free.casefold() not in taken)
+        """The first of `names` that no file has taken, else the last with a number before it. Names that differ in
+        capital letters alone count as one: some disks do not tell them apart."""
+        taken = {name.casefold() for name in self._adopted.values()}
+        taken.update(name.casefold() for name in self._reserved)
+        if self._file is not None:
+            taken.add(self._file.casefold())
+        for name in names:
+            if name.casefold() not in taken:
+                return name
+        count = 0
+        while f"{count}.{names[-1]}".casefold() in taken:
+            count += 1
+        return f"{count}.{names[-1]}"
 
 
 def where(value: ir.Value) -> StoredTensor:

@@ -21,7 +21,7 @@ _HUB_CACHE = re.compile(r"/models--([^/]+)/snapshots/")
 # The files that may name a folder's model: a checkpoint's config, a pipeline's index.
 _CONFIGS = ("config.json", "model_index.json")
 
-# The field of them that does.
+# The field of these files that names it.
 _NAME = "_name_or_path"
 
 
@@ -45,7 +45,7 @@ def base_of(model: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def base_of_fields(model: str | os.PathLike[str], fields: Mapping[str, Any]) -> dict[str, str]:
-    """The same, where the config was read already."""
+    """`base`, as `base_of` gives it, from the fields of a config that was read already."""
     folder = Path(model)
     if not folder.is_dir():
         return {}

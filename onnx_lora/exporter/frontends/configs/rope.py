@@ -1,5 +1,5 @@
-"""Rotary embeddings in the words of two generations of transformers: `rope_parameters` of version 5 as the fields of
-version 4. It knows configs' dictionaries only."""
+"""Rotary embeddings as transformers 5 writes them into a config (`rope_parameters`), translated into the fields that
+transformers 4 reads. It knows the dictionaries of configs alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 __all__ = ["RopeError", "rope_fields"]
 
-# What version 4 calls the base and the rotated part of a head; the first name that a class has is its own, and
-# GPT-NeoX's makes the others of it.
+# What version 4 calls the base and the rotated part of a head. A class of configs reads the first of these names that
+# it has; GPT-NeoX's class has several, and computes the others from the first.
 _THETA = ("rotary_emb_base", "rope_theta")
 _PART = ("rotary_pct", "partial_rotary_factor")
 
@@ -28,7 +28,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class RopeError(ValueError):
-    """What version 4 cannot be told."""
+    """Version 4 has no fields for what a config says."""
 
 
 def rope_fields(config: Mapping[str, Any], known: Mapping[str, object]) -> dict[str, Any]:
@@ -58,7 +58,9 @@ def _local(
     """Gemma 3's and ModernBERT's, where layers with a window have a base of their own, and nothing else."""
     local = dict(layers[_SLIDING])
     theta = local.pop("rope_theta", None)
-    if local.pop("rope_type", "default") != "default" or local.pop("partial_rotary_factor", 1.0) != 1.0 or local:
+    is_default = local.pop("rope_type", "default") == "default"
+    turns_whole_heads = is_default and local.pop("partial_rotary_factor", 1.0) == 1.0
+    if local or not turns_whole_heads:
         raise RopeError(f"{_SLIDING} must have nothing but a base in version 4, and has {sorted(local) or 'a kind'}")
     full = layers[_FULL]
     if name == "local_rope_theta" and full.get("rope_type", "default") != "default":
@@ -77,9 +79,11 @@ def _flat(config: Mapping[str, Any], parameters: Mapping[str, Any], known: Mappi
     rest.pop("type", None)
     if kind not in _KINDS:
         raise RopeError(f"version 4 knows the kinds {', '.join(_KINDS)}, and this is {kind!r}")
-    if missing := [name for name in _KINDS[kind] if name not in rest]:
+    missing = [name for name in _KINDS[kind] if name not in rest]
+    if missing:
         raise RopeError(f"{kind} must say {' and '.join(missing)}")
-    fields = {_own(_THETA, known, "a base"): _number(rest.pop("rope_theta", None))}
+    theta_name = _own(_THETA, known, "a base")
+    fields: dict[str, Any] = {theta_name: _number(rest.pop("rope_theta", None))}
     fields |= _part(config, rest.pop("partial_rotary_factor", None), known)
     if kind == "longrope":
         fields |= _longrope(config, rest)
@@ -96,19 +100,23 @@ def _flat(config: Mapping[str, Any], parameters: Mapping[str, Any], known: Mappi
 
 def _part(config: Mapping[str, Any], part: object, known: Mapping[str, object]) -> dict[str, Any]:
     """The part of each head that turns: all of it unless said otherwise, whatever version 4's default is."""
-    names = [name for name in _PART if name in known]
     if part is None:
         said = [config[name] for name in _PART if config.get(name) is not None]
         part = said[0] if said else 1.0
-    if not names and part != 1.0:
+    for name in _PART:
+        if name in known:
+            return {name: _number(part)}
+    if part != 1.0:
         raise RopeError(f"version 4 turns whole heads of this model, and partial_rotary_factor is {part!r}")
-    return {name: _number(part) for name in names[:1]}
+    return {}
 
 
 def _longrope(config: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
-    """Version 4 takes the length of the training from the config itself, and its factor from that."""
+    """Longrope's original length, which version 4 reads from the config itself and computes the factor from; both leave
+    `rest`."""
     original = rest.pop("original_max_position_embeddings")
-    ratio = _number(config.get("max_position_embeddings")) / _number(original)
+    length = _number(config.get("max_position_embeddings"))
+    ratio = length / _number(original)
     factor = rest.pop("factor", ratio)
     if "attention_factor" not in rest and not math.isclose(_number(factor), ratio):
         raise RopeError(f"version 4 takes {ratio:g} for the factor of longrope, and it is {factor!r}")
@@ -116,6 +124,7 @@ def _longrope(config: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]
 
 
 def _own(names: Collection[str], known: Collection[str], what: str) -> str:
+    """The first of the names that version 4's class knows; `what` is what it means."""
     for name in names:
         if name in known:
             return name
@@ -123,6 +132,7 @@ def _own(names: Collection[str], known: Collection[str], what: str) -> str:
 
 
 def _number(value: object) -> float:
+    """A value, checked to be a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise RopeError(f"must hold numbers above 0, and holds {value!r}")
     return value

@@ -20,13 +20,14 @@ __all__ = ["LOADING", "check_whole"]
 
 logger = logging.getLogger(__name__)
 
-# For every `from_pretrained`: it gives its account too, and puts wrong shapes there instead of raising.
+# Options of every `from_pretrained`: it gives its account of loading too, and lists wrong shapes there instead of
+# raising.
 LOADING: Mapping[str, bool] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
-# Of the state that is no parameter, what training makes and no constructor can.
+# The ends of names of buffers that training fills, and no constructor can.
 _TRAINED_STATE = ("running_mean", "running_var")
 
-# A layer that models of other tasks are saved without, inside of what they share.
+# A layer inside of what models of all tasks share, which some are saved without.
 _POOLER = "pooler"
 
 _NAMED = 5  # names of tensors in a message
@@ -42,30 +43,52 @@ def check_whole(
     Raises ModelError: weights are missing, or of another shape; or the file is of a newer transformers, and holds
     weights that the installed one leaves out or ties.
     """
-    own = type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__])
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = [name for name in sorted(account["missing_keys"]) if name in trained or name.endswith(_TRAINED_STATE)]
-    new = [name for name in missing if not own and _is_of_another_task(name, model)]
-    problems = [f"{name}: is missing" for name in missing if name not in new]
-    # Names, or tuples of a name and two shapes, as versions and libraries differ.
-    misshapen = sorted(entry if isinstance(entry, str) else entry[0] for entry in account["mismatched_keys"])
-    problems += [f"{name}: must have shape {list(shapes[name])}, and has another" for name in misshapen]
+    class_name = type(model).__name__
+    own = class_name in (getattr(model.config, "architectures", None) or [class_name])
+    new: list[str] = []
+    problems: list[str] = []
+    for name in _missing(model, account):
+        if not own and _is_of_another_task(name, model):
+            new.append(name)
+        else:
+            problems.append(f"{name}: is missing")
+    problems += _misshapen(model, account)
     problems += [str(error) for error in account.get("error_msgs", ())]
     unexpected = sorted(account["unexpected_keys"])
     if is_newer(str(getattr(model.config, "transformers_version", None) or "")):
-        problems += [f"{name}: the installed transformers does not use it" for name in unexpected if own]
+        if own:
+            problems += [f"{name}: the installed transformers does not use it" for name in unexpected]
         problems += _wrongly_tied(model, Path(read))
     elif unexpected and own:
-        logger.warning("%s: %s does not use %s", path, type(model).__name__, _listed(unexpected))
+        logger.warning("%s: %s does not use %s", path, class_name, _listed(unexpected))
     if problems:
-        raise ModelError(f"lacks weights: {type(model).__name__} cannot be loaded whole", path=path, problems=problems)
+        raise ModelError(f"lacks weights: {class_name} cannot be loaded whole", path=path, problems=problems)
     if new:
         logger.warning(
             "%s: it holds no %s, which are random numbers now; the package is right with adapters that bring them",
             path,
             _listed(new),
         )
+
+
+def _missing(model: Any, account: Mapping[str, Any]) -> list[str]:
+    """The trained tensors of a model that its checkpoint does not hold."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing: list[str] = []
+    for name in sorted(account["missing_keys"]):
+        if name in parameters or name.endswith(_TRAINED_STATE):
+            missing.append(name)
+    return missing
+
+
+def _misshapen(model: Any, account: Mapping[str, Any]) -> list[str]:
+    """The tensors that the checkpoint holds in another shape, as problems."""
+    names: list[str] = []
+    for entry in account["mismatched_keys"]:
+        # A name, or a name and two shapes, as versions and libraries differ.
+        names.append(entry if isinstance(entry, str) else entry[0])
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return [f"{name}: must have shape {list(shapes[name])}, and has another" for name in sorted(names)]
 
 
 def _is_of_another_task(name: str, model: Any) -> bool:
@@ -76,8 +99,8 @@ def _is_of_another_task(name: str, model: Any) -> bool:
 
 
 def _wrongly_tied(model: Any, folder: Path) -> list[str]:
-    """Weights that the file holds apart, with other values, and that are one in the model: a newer transformers then
-    keeps them apart, whatever the config says."""
+    """Weights that the file holds apart, with other values, and that are one in the model, as problems. The newer
+    transformers that wrote the file keeps them apart, whatever the config says."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in model.state_dict().items():
         if tensor.numel():
@@ -96,11 +119,15 @@ def _wrongly_tied(model: Any, folder: Path) -> list[str]:
 
 
 def _are_equal(stored: Mapping[str, Path], first: str, second: str) -> bool:
-    values = []
+    """Whether files hold the same numbers under two names."""
+    tensors = []
     for name in (first, second):
         with safe_open(str(stored[name]), framework="pt") as opened:
-            values.append(opened.get_tensor(name))
-    return values[0].shape == values[1].shape and bool(np.all((values[0] == values[1]).numpy()))
+            tensors.append(opened.get_tensor(name))
+    one, other = tensors
+    if one.shape != other.shape:
+        return False
+    return bool(np.all((one == other).numpy()))
 
 
 def _listed(names: Sequence[str]) -> str:

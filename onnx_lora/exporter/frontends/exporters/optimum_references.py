@@ -18,7 +18,9 @@ __all__ = ["reference_of"]
 def reference_of(name: str, part: Any, config: Any) -> Reference:
     """Inputs for one of Optimum's graphs, and what the module behind it answers to them. `config`: Optimum's own of
     the graph, an `OnnxConfig`."""
-    inputs = {key: _mask_little(key, value) for key, value in config.generate_dummy_inputs(framework="pt").items()}
+    inputs: dict[str, Any] = {}
+    for key, value in config.generate_dummy_inputs(framework="pt").items():
+        inputs[key] = _mask_little(key, value)
 
     def answer() -> dict[str, Array]:
         import torch
@@ -29,13 +31,15 @@ def reference_of(name: str, part: Any, config: Any) -> Reference:
             outputs = part(**arguments)
         flat: dict[str, Array] = {}
         for key, value in outputs.items():
-            onnx_name = config.torch_to_onnx_output_map.get(key, "present" if key == "past_key_values" else key)
+            own_name = "present" if key == "past_key_values" else key
+            onnx_name = config.torch_to_onnx_output_map.get(key, own_name)
             flat.update(_flatten(config, onnx_name, value))
         return flat
 
     def feeds(names: Sequence[str]) -> dict[str, Array]:
         flat: dict[str, Array] = {}
-        for key, value in config.generate_dummy_inputs_for_validation(copy.deepcopy(inputs), list(names)).items():
+        fresh = copy.deepcopy(inputs)
+        for key, value in config.generate_dummy_inputs_for_validation(fresh, list(names)).items():
             flat.update(_flatten(config, key, value))
         return flat
 
@@ -43,21 +47,26 @@ def reference_of(name: str, part: Any, config: Any) -> Reference:
 
 
 def _mask_little(name: str, value: Any) -> Any:
-    """A mask `[rows, positions]` that leaves most of them; other inputs as they are.
+    """Let a mask `[rows, positions]` leave most positions; other inputs stay as they are.
 
-    Optimum masks any number, and all but one often: then attention has nothing to choose from, and what keys and
-    queries compute is not seen.
+    Optimum masks a random number of positions, and often all but one. Attention has nothing to choose from then, and
+    the comparison would not see what keys and queries compute.
     """
-    if not name.endswith("attention_mask") or getattr(value, "ndim", 0) != 2 or value.is_floating_point():
+    is_mask = name.endswith("attention_mask") and getattr(value, "ndim", 0) == 2
+    if not is_mask or value.is_floating_point():
         return value
-    few = value.shape[1] // 4
-    masked = slice(None, few) if value[-1, 0] == 0 else slice(value.shape[1] - few, None)
+    positions = value.shape[1]
+    few = positions // 4
+    masked = slice(positions - few, None)
+    if value[-1, 0] == 0:
+        masked = slice(None, few)
     mask = value.new_ones(value.shape)
     mask[-1, masked] = 0
     return mask
 
 
 def _flatten(config: Any, name: str, value: Any) -> dict[str, Array]:
+    """Arrays by the graph's names: one for a tensor, several for a collection of them."""
     if isinstance(value, list | tuple):
         value = config.flatten_output_collection_property(name, value)
     if isinstance(value, dict):

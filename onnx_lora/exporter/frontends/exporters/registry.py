@@ -1,5 +1,5 @@
-"""The exporters of checkpoints, and which of them takes one when nobody said. It names exporters by their modules and
-imports none before it is asked."""
+"""The exporters of checkpoints, and the choice of one where the user named none. An exporter is imported when it is
+first asked for."""
 
 from __future__ import annotations
 
