@@ -16,8 +16,8 @@ from onnx_lora.adapters.factors import (
     column_norms,
     delta_problems,
     depends_on_weight,
-    value_problems,
 )
+from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout, frozen_copy
 
 if TYPE_CHECKING:

@@ -92,7 +92,8 @@ def _read_file(file: Reading) -> TensorFile:
         except OSError as error:
             raise unwritten(error, copy) from error
         tensors, number = _parameters(runtime, copy, file.path)
-    if problems := name_problems(tensors):
+    problems = name_problems(tensors)
+    if problems:
         raise AdapterFileError("is damaged; convert the adapter again", path=file.path, problems=problems)
     return TensorFile(tensors, {_NUMBER: str(number)}, file.sha256())
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from onnx_lora.adapters.adapter import Adapter, Origin
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, two_factors
+from onnx_lora.adapters.formats.builder import AdapterBuilder, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.points import Array
 
 __all__ = ["FORMAT"]

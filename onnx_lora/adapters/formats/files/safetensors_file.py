@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json, widen_bfloat16
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -108,7 +108,7 @@ def _entries(header: dict[str, Any], available: int) -> tuple[list[_Entry], list
     for name, info in header.items():
         entry = _entry(name, info)
         if isinstance(entry, str):
-            problems.append(f"{shown(name)}: {entry}")
+            problems.append(f"{abbreviate(name)}: {entry}")
         else:
             entries.append(entry)
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -128,11 +128,11 @@ def _entry(name: str, info: object) -> _Entry | str:
         return "must have dtype, shape and data_offsets"
     kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
-        return f"type {shown(kind)} is not known here; known are {', '.join(_DTYPES)}"
+        return f"type {abbreviate(kind)} is not known here; known are {', '.join(_DTYPES)}"
     if not _is_sizes(shape) or len(shape) > 32:
-        return f"impossible shape {shown(shape)}"
+        return f"impossible shape {abbreviate(shape)}"
     if not _is_sizes(offsets) or len(offsets) != 2:
-        return f"impossible data_offsets {shown(offsets)}"
+        return f"impossible data_offsets {abbreviate(offsets)}"
     start, end = offsets
     if end - start != math.prod(shape) * _DTYPES[kind].itemsize:
         return f"shape {shape} of {kind} does not fit {end - start} bytes"
