@@ -1,5 +1,5 @@
-"""Whole weights that an adapter brings, laid out as their graph inputs: which of them replace something, and whether
-they fit. It knows replaceable weights, and of injection points only their names and weights."""
+"""Whole weights of an adapter, laid out as their graph inputs: which of them replace something, and whether they fit.
+It knows replaceable weights, and the names and weights of injection points."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
 
 
 def is_bare_parameter(name: str, package: Package) -> bool:
-    """Whether a change of this name is of no module but of a parameter, which is replaceable as it is."""
+    """Whether `name` is a bare parameter that the package can replace, and no module."""
     weight = package.replaceable.get(name)
     return weight is not None and not weight.has_rows and name not in package.points
 
@@ -44,7 +44,7 @@ def is_base_weight(name: str, value: Array, package: Package) -> bool:
 
 @dataclass
 class WeightLayout:
-    """The parameters that an adapter replaces, taken one by one.
+    """The parameters that an adapter replaces, put in one by one.
 
     `replaced`: their names, whether the package can replace them or not. `outputs`: how many outputs the replaced
     weights and biases of linear modules have, by parameter.
@@ -58,7 +58,7 @@ class WeightLayout:
     notes: list[str] = field(default_factory=list)
 
     def add_change(self, weight: WholeWeight, change: Change) -> None:
-        """A change of a bare parameter: its new value is the input, as of any whole weight."""
+        """A change of a bare parameter. The parameter's new value becomes its input."""
         misfit = change.explain_misfit(weight.shape, LINEAR)
         if misfit is not None:
             self.layout.problems.append(f"{weight.name}: {misfit}")

@@ -644,3 +644,19 @@ def test_merged_projections_with_what_their_peft_had_not_are_refused(
     tensors = lora("m.q", 4, 6) | {f"{P}m.q.{tensor}": numbers(6)}
     with pytest.raises(AdapterFileError, match="enable_lora goes with neither use_dora nor lora_bias"):
         read_adapter(peft_folder(tmp_path, tensors, enable_lora=[True, False], **option))
+
+
+def _foreign_tensors() -> list[str]:
+    """The names of the tensors of all methods but LoRA."""
+    names: list[str] = []
+    for peft_type in METHODS.own:
+        method = METHODS[peft_type]
+        names += [name for name in (*method.tensors, *method.shared) if name not in METHODS["LORA"].tensors]
+    return names
+
+
+@pytest.mark.parametrize("name", _foreign_tensors())
+def test_another_methods_tensor_beside_lora_is_refused(tmp_path: Path, name: str) -> None:
+    folder = peft_folder(tmp_path, lora("m.q", 4, 6) | {f"m.q.{name}": numbers(2, 2)})
+    with pytest.raises(UnsupportedAdapterError, match=name):
+        read_adapter(folder)

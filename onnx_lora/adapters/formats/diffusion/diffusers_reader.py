@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 
 from onnx_lora.adapters.adapter import Adapter, Origin
 from onnx_lora.adapters.formats.builder import AdapterBuilder, alpha_of, two_factors
-from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA, parse_name
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA, parse_name
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
 from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import parse_config
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
 from onnx_lora.adapters.problems import TensorError
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
@@ -71,7 +72,7 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any
     configs: dict[str, dict[str, Any]] = {}
     for key, value in parse_json(text.encode(), path, what=METADATA).items():
         part, dot, field = key.partition(".")
-        if not dot or part not in COMPONENTS:
+        if not dot or part not in PIPELINE_PARTS:
             part, field = "", key
         config = configs.setdefault(part, {"peft_type": "LORA"})
         config[field] = value

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA
 from onnx_lora.adapters.formats.peft.writer import ensure_alpha, lora_config, lora_tensors
 from onnx_lora.adapters.formats.writing import dora_problems, refuse_writing, save_safetensors
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
 from onnx_lora.kinds import Embedding
 from onnx_lora.points import Array
 
@@ -22,8 +23,8 @@ def write_diffusers(adapter: PortableAdapter, file: Path) -> None:
     problems = [f"{name}: is a whole weight" for name in adapter.replacements]
     for module, delta in adapter.deltas.items():
         part, _, own = module.partition(".")
-        if part not in COMPONENTS:
-            problems.append(f"{module}: must be of a part of a pipeline ({', '.join(COMPONENTS)})")
+        if part not in PIPELINE_PARTS:
+            problems.append(f"{module}: must be of a part of a pipeline ({', '.join(PIPELINE_PARTS)})")
         elif isinstance(delta.kind, Embedding):
             problems.append(f"{module}: is an embedding")
         else:

@@ -20,7 +20,7 @@ __all__ = ["build_loha", "build_lokr", "decompose"]
 
 
 def decompose(change: Change, dora_scale: Array) -> Decomposed:
-    """DoRA on a change. `dora_scale` is `[out, 1, …]` or, of `wd_on_output=False`, `[1, in, 1, …]`.
+    """The change with DoRA on top. `dora_scale` is `[out, 1, …]` or, of `wd_on_output=False`, `[1, in, 1, …]`.
 
     Raises TensorError: another shape.
     """
@@ -33,7 +33,8 @@ def decompose(change: Change, dora_scale: Array) -> Decomposed:
 
 def build_loha(tensors: Mapping[str, Array], alpha: float | None) -> LoHa:
     """alpha / r times the elementwise product of two products, `hada_w1_a` `[out, r]` · `hada_w1_b` `[r, in · kernel]`
-    and the same of `hada_w2`; or of two cores `hada_t1`, `hada_t2` `[r, r, *kernel]` with a factor for each mode.
+    and the same of `hada_w2`. Both may have a core, `hada_t1` and `hada_t2` `[r, r, *kernel]`; then their factors are
+    `[r, out]` and `[r, in]`.
 
     LyCORIS (Yeh et al. 2023), section 3.2. Without an alpha the scale is 1.
 
@@ -79,7 +80,8 @@ def _whole(tensors: Mapping[str, Array], name: str) -> Whole | None:
 
 
 def _product(tensors: Mapping[str, Array], name: str, core: str | None = None) -> Product | CoredProduct:
-    """A pair, `[out, r]` and `[r, in · kernel]`; or a core with a factor for each mode, `[r, out]` and `[r, in]`.
+    """The pair of factors `NAME_a` `[out, r]` and `NAME_b` `[r, in · kernel]`; or, where there is the tensor `core`
+    `[r, r, *kernel]`, that with `NAME_a` `[r, out]` and `NAME_b` `[r, in]`.
 
     Raises TensorError: a factor is missing, or they do not fit each other.
     """

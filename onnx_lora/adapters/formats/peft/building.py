@@ -26,8 +26,8 @@ __all__ = ["build_adapter"]
 
 
 def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBuilder:
-    """What the tensors of a file come to, by the keys that PEFT writes; everything that is wrong is in the builder's
-    `problems` and `unsupported`."""
+    """What the tensors of a file come to. `tensors`: by the keys that PEFT writes. Everything that is wrong is in the
+    builder's `problems` and `unsupported`."""
     builder = AdapterBuilder()
     names = Names(config.method, METHODS)
     building = _Building(config, sort_tensors(tensors, names, builder), builder)
@@ -43,7 +43,8 @@ def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBu
 
 @dataclass
 class _Building:
-    """The steps from the tensors of a file to what the builder holds. `added`: what modules do to whole parameters."""
+    """The steps from the tensors of a file to what the builder holds. `added`: what the methods' tensors do to whole
+    parameters, by parameter."""
 
     config: PeftConfig
     found: FileTensors
@@ -138,6 +139,7 @@ class _Building:
         self.added.update(read.whole)
 
     def _check_added_shapes(self) -> None:
+        """Whether whole parameters have the shapes of what is added to them."""
         for name, addition in self.added.items():
             whole = self.found.parameters.get(name)
             if whole is not None and whole.value.shape != addition.value.shape:
@@ -147,7 +149,7 @@ class _Building:
                 )
 
     def _check_promises(self) -> None:
-        """What the config says that the file holds."""
+        """Whether the file holds what the config says that it holds."""
         has_tokens = any(LORA_TOKENS in tensors for tensors in self.found.modules.values())
         if self.config.fields.get("trainable_token_indices") and not has_tokens:
             self.builder.problems.append(
@@ -160,7 +162,7 @@ class _Building:
             )
 
     def replacements(self) -> dict[str, Replacement]:
-        """Whole parameters by name, and what modules do to them."""
+        """The whole parameters of the file, together with what the methods' tensors do to them."""
         found: dict[str, Replacement] = {}
         for name, parameter in self.found.parameters.items():
             has_own_storage = parameter.is_of_copy or self.config.saved_whole.covers(name.rpartition(".")[0])
@@ -172,9 +174,11 @@ class _Building:
 
 
 def _combine(whole: Replacement, addition: Replacement) -> Replacement:
-    """A whole parameter, with what a module does to it. Both have one shape, or are refused."""
+    """A whole parameter, with what a method's tensors do to it. Where the shapes differ a problem says so already."""
     if whole.value.shape != addition.value.shape:
         return whole
-    own, other = whole.value.astype(np.float64), addition.value.astype(np.float64)
+    own = whole.value.astype(np.float64)
+    other = addition.value.astype(np.float64)
     value = own + other if addition.operation == "add" else own * other
-    return replace(whole, value=value.astype(np.promote_types(whole.value.dtype, np.float32)))
+    wide = np.promote_types(whole.value.dtype, np.float32)
+    return replace(whole, value=value.astype(wide))
