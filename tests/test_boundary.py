@@ -415,6 +415,6 @@ def test_too_many_open_files_are_not_a_damaged_package(world: World, monkeypatch
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(Path, "read_text", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(StorageError, match="ulimit -n"):
         Package.open(world.package)

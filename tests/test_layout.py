@@ -180,7 +180,7 @@ LAYERS: dict[str, list[list[set[str]]]] = {
         ],
         [{"adapter"}, {"compose"}, {"row_stacking"}],
         [
-            {"scale", "formats.problem"},
+            {"scale", "problems"},
             {"adapter"},
             {"formats.files"},
             {"methods"},

@@ -1,4 +1,5 @@
-"""MLX's adapter folders, as mlx-lm writes them: which tensor of which module each name means, and what scale.
+"""MLX's adapter folders, as mlx-lm writes them: which module and which factor each tensor's name means, and which scale
+the folder means.
 
 The references are mlx-lm 0.32 and its older versions: `tuner/lora.py`, `tuner/dora.py`, `tuner/utils.py`."""
 
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Delta, MatrixDelta, Origin, Replacement
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
+from onnx_lora.adapters.formats.builder import AdapterBuilder
 from onnx_lora.adapters.formats.files.npz_file import read_npz
 from onnx_lora.adapters.formats.files.reading import TensorFile, open_reading
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
-from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, NPZ, WEIGHTS
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.formats.mlx.names import CONFIG, NPZ, WEIGHTS
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.json_file import read_json
@@ -52,7 +53,7 @@ def read_mlx(folder: Path, name: str) -> Adapter:
     Raises AdapterFileError: a file is missing or damaged, or they disagree. UnsupportedAdapterError: what is refused,
     and a scale that the folder does not tell.
     """
-    weights = _weights(folder)
+    weights = _find_weights(folder)
     if not (folder / CONFIG).is_file():
         raise UnsupportedAdapterError(
             f"has no {CONFIG}, and without it the scale is unknown: put one beside {weights.name}, such as "
@@ -60,7 +61,7 @@ def read_mlx(folder: Path, name: str) -> Adapter:
             "training (where they were not set, the scale was 20)",
             path=folder,
         )
-    config = _config(folder / CONFIG)
+    config = _read_config(folder / CONFIG)
     content = _read_tensors(weights)
     builder = AdapterBuilder()
     values = builder.floats(content.tensors)
@@ -71,7 +72,8 @@ def read_mlx(folder: Path, name: str) -> Adapter:
     return builder.adapter(name, Origin(str(folder), content.sha256, "mlx", "", config.model))
 
 
-def _weights(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
+    """The file of tensors. Raises AdapterFileError: there is none."""
     for name in (WEIGHTS, NPZ):
         if (folder / name).is_file():
             return folder / name
@@ -83,11 +85,14 @@ def _read_tensors(weights: Path) -> TensorFile:
         return read_npz(file) if weights.name == NPZ else read_safetensors(file)
 
 
-def _config(path: Path) -> _Config:
+def _read_config(path: Path) -> _Config:
+    """Raises AdapterFileError: damaged. UnsupportedAdapterError: an unknown method, or a scale that is not told."""
     fields = read_json(path, AdapterFileError)
-    kind = fields.get("fine_tune_type") or ("dora" if fields.get("use_dora") else "lora")
+    kind = fields.get("fine_tune_type")
+    if not kind:
+        kind = "dora" if fields.get("use_dora") else "lora"
     if kind not in ("lora", "dora", "full"):
-        raise UnsupportedAdapterError(f"fine_tune_type {shown(kind)} is not known here", path=path)
+        raise UnsupportedAdapterError(f"fine_tune_type {abbreviate(kind)} is not known here", path=path)
     named = fields.get("model")
     model = named if isinstance(named, str) else ""
     if kind == "full":
@@ -95,35 +100,38 @@ def _config(path: Path) -> _Config:
     parameters = fields.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise AdapterFileError("must hold lora_parameters with rank and scale, and does not", path=path)
-    rank, scale = parameters.get("rank"), _number(parameters.get("scale"))
+    rank = parameters.get("rank")
+    scale = _finite_number(parameters.get("scale"))
     if type(rank) is not int or rank < 1 or scale is None:
         raise AdapterFileError(
             f"lora_parameters must have a rank of at least 1 and a scale, and has "
-            f"{shown(rank)} and {shown(parameters.get('scale'))}",
+            f"{abbreviate(rank)} and {abbreviate(parameters.get('scale'))}",
             path=path,
         )
     return _Config(kind, rank, _scale(fields, scale, parameters.get("alpha"), rank, path), model)
 
 
 def _scale(fields: Mapping[str, Any], scale: float, alpha: object, rank: int, path: Path) -> float:
-    """mlx-lm takes the scale as it is; until 0.14, times alpha / r. `use_dora` came with 0.13.1, and 0.19 has
-    `fine_tune_type` in its place."""
+    """The scale that the factors are multiplied with: the config's, which mlx-lm multiplied with alpha / r until 0.14.
+
+    The fields tell its versions apart: `use_dora` came with 0.13.1, and 0.19 has `fine_tune_type` in its place.
+    """
     if alpha is None or "fine_tune_type" in fields:
         return scale
-    number = _number(alpha)
+    number = _finite_number(alpha)
     if number is None:
-        raise AdapterFileError(f"alpha of lora_parameters must be a number, and is {shown(alpha)}", path=path)
+        raise AdapterFileError(f"alpha of lora_parameters must be a number, and is {abbreviate(alpha)}", path=path)
     factor = lora_scale(number, rank)
     if "use_dora" in fields and factor != 1:
         raise UnsupportedAdapterError(_BEFORE.format(scale=scale * factor), path=path)
     return scale * factor
 
 
-def _number(value: object) -> float | None:
-    """A finite number of JSON's, or None."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < _LARGEST:
+def _finite_number(value: object) -> float | None:
+    """A number of JSON as a float; None: it is no number, or too large a one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
-    return float(value)
+    return float(value) if abs(value) < _LARGEST else None
 
 
 def _take_factors(builder: AdapterBuilder, tensors: Mapping[str, Array], config: _Config) -> None:
@@ -151,7 +159,8 @@ def _put(builder: AdapterBuilder, module: str, tensors: Mapping[str, Array], con
             "without the switch layers"
         )
         return
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != config.rank or len(b) != config.rank or not a.size or not b.size:
+    are_matrices = a.ndim == 2 and b.ndim == 2 and a.size > 0 and b.size > 0
+    if not are_matrices or a.shape[1] != config.rank or len(b) != config.rank:
         raise TensorError(
             f"lora_a and lora_b must be [in, {config.rank}] and [{config.rank}, out] by {CONFIG}, and have "
             f"shapes {a.shape} and {b.shape}"

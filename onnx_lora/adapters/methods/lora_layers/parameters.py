@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow
-from onnx_lora.adapters.methods.shapes import pair, pays
+from onnx_lora.adapters.methods.weights import Floats, factors_pay, make_delta, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -29,10 +28,11 @@ DOCS = DocsRow(
 
 @dataclass(frozen=True)
 class ParameterLora:
-    """`pairs`: those of the parameter's module, of which it takes the one that fits its shape; a file says no more.
+    """`pairs`: all pairs of the parameter's module. Only the shapes tell which of them is the parameter's.
 
-    Of a parameter `[out, in]`, or stored as `[in, out]`: A `[r, in]`, B `[out, r]`. Of one `[experts, x, y]`: A
-    `[experts · r, y]` and B `[x, r · experts]`, or the other way round. Where x and y are equal nothing tells which.
+    A parameter `[out, in]`, which may be stored as `[in, out]`, has A `[r, in]` and B `[out, r]`. One `[experts, x, y]`
+    has A `[experts · r, y]` and B `[x, r · experts]`, or A with x and B with y. Where x and y are equal, nothing in the
+    file tells which axis is the outputs.
     """
 
     pairs: Sequence[tuple[Array, Array]]
@@ -63,26 +63,31 @@ class ParameterLora:
             product = b @ a
         else:
             experts = weight.shape[0]
-            by_expert = a.reshape(experts, self.rank, -1), b.reshape(len(b), self.rank, experts)
-            product = np.einsum("ore,eri->eoi", by_expert[1], by_expert[0], optimize=True)
+            expert_a = a.reshape(experts, self.rank, -1)
+            expert_b = b.reshape(len(b), self.rank, experts)
+            product = np.einsum("ore,eri->eoi", expert_b, expert_a, optimize=True)
         if product.shape != weight.shape:
             product = product.swapaxes(-1, -2)
-        return wide(weight) + product * np.float32(self.scale)
+        return widen(weight) + product * np.float32(self.scale)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        if weight.ndim != 2 or not pays(self.rank, weight.shape):
+        if weight.ndim != 2 or not factors_pay(self.rank, weight.shape):
             return None
         a, b = self._fitting(weight.shape)[0]
-        factors = (a, b) if len(b) == weight.shape[0] else (b.T, a.T)
-        return pair(factors[0], factors[1] * np.float32(self.scale))
+        if len(b) != weight.shape[0]:  # the parameter is stored as [in, out]
+            a, b = b.T, a.T
+        return make_delta(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None
 
     def _fitting(self, shape: tuple[int, ...]) -> list[tuple[Floats, Floats]]:
+        """The pairs that fit a parameter of this shape, in either order of its axes."""
         experts = shape[0] if len(shape) == 3 else 1
-        return [
-            (wide(a), wide(b))
-            for a, b in self.pairs
-            if len(a) == self.rank * experts == b.shape[1] and {a.shape[1], len(b)} == set(shape[-2:])
-        ]
+        sizes = set(shape[-2:])
+        fitting: list[tuple[Floats, Floats]] = []
+        for a, b in self.pairs:
+            has_rank = len(a) == self.rank * experts == b.shape[1]
+            if has_rank and {a.shape[1], len(b)} == sizes:
+                fitting.append((widen(a), widen(b)))
+        return fitting

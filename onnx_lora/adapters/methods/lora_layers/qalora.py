@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.method import DocsRow, Module
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -22,8 +21,8 @@ __all__ = ["DOCS", "QALoRA", "read_qalora"]
 
 @dataclass(frozen=True)
 class QALoRA:
-    """`a` `[r, in / group]`, `b` `[out, r]`. PEFT pools the inputs of GPTQ's modules only: what it puts on others is
-    plain LoRA, `a` `[r, in]`, and only the weight's shape tells which it is."""
+    """`a` `[r, in / group]`, `b` `[out, r]`. PEFT pools the inputs of GPTQ's modules only. Other modules get plain LoRA
+    from it, `a` `[r, in]`; only the shape of the weight tells which of the two a file holds."""
 
     a: Array
     b: Array
@@ -36,29 +35,31 @@ class QALoRA:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
-            return not_for("QA-LoRA", "linear modules", shape, kind)
-        plain = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1]), shape)
-        pooled = kernel_unlike("QA-LoRA", (len(self.b), self.a.shape[1] * self.group), shape)
+            return explain_kind("QA-LoRA", "linear modules", shape, kind)
+        plain = explain_sizes("QA-LoRA", (len(self.b), self.a.shape[1]), shape)
+        pooled = explain_sizes("QA-LoRA", (len(self.b), self.a.shape[1] * self.group), shape)
         if self.group == 1 and plain is None:
             return f"QA-LoRA in groups of 1 on a weight of shape {shape}: the file does not tell it from plain LoRA"
         return pooled if plain is not None else None
 
     def apply_to(self, weight: Array) -> Array:
         a, b = self._factors(weight.shape)
-        return wide(weight) + b @ a
+        return widen(weight) + b @ a
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        return pair(*self._factors(weight.shape)) if pays(len(self.a), weight.shape) else None
+        return make_delta(*self._factors(weight.shape)) if factors_pay(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None
 
     def _factors(self, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
         """The mean of each group, times the number of groups."""
-        a, pooled = wide(self.a), self.a.shape[1]
+        a = widen(self.a)
+        b = widen(self.b) * np.float32(self.scale)
+        pooled = a.shape[1]
         if pooled != shape[1]:
             a = np.repeat(a, self.group, axis=1) * a.dtype.type(pooled / self.group)
-        return a, wide(self.b) * np.float32(self.scale)
+        return a, b
 
 
 def read_qalora(module: Module, a: Array, b: Array) -> QALoRA:

@@ -1,5 +1,5 @@
-"""GGUF LoRA files, as llama.cpp's `convert_lora_to_gguf.py` writes them: which tensor of which module each name means,
-and what scale.
+"""GGUF LoRA files, as llama.cpp's `convert_lora_to_gguf.py` writes them: which module and which factor each tensor's
+name means, and which scale the file means.
 
 The reference is llama.cpp: `src/llama-adapter.cpp`, `build_lora_mm`, `build_inp_embd`."""
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, Delta, Origin
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError
+from onnx_lora.adapters.formats.builder import AdapterBuilder
 from onnx_lora.adapters.formats.files.gguf_file import GgufFile
 from onnx_lora.adapters.formats.gguf.architectures import ARCHITECTURES, HEADS, Architecture
 from onnx_lora.adapters.formats.gguf.rows import InterleavedRows
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.kinds import EMBEDDING, LINEAR
@@ -51,7 +51,8 @@ def _architecture(file: GgufFile, path: Path) -> Architecture:
     method = file.fields.get("adapter.type")
     if kind != "adapter" or method != "lora":
         raise AdapterFileError(
-            f"must be a LoRA adapter (general.type adapter, adapter.type lora), and is {shown(kind)}, {shown(method)}",
+            "must be a LoRA adapter (general.type adapter, adapter.type lora), and is "
+            f"{abbreviate(kind)}, {abbreviate(method)}",
             path=path,
         )
     if file.fields.get("adapter.alora.invocation_tokens"):
@@ -59,7 +60,7 @@ def _architecture(file: GgufFile, path: Path) -> Architecture:
     name = file.fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UnsupportedAdapterError(
-            f"the names of architecture {shown(name)} are not known here; known are {', '.join(ARCHITECTURES)}; "
+            f"the names of architecture {abbreviate(name)} are not known here; known are {', '.join(ARCHITECTURES)}; "
             "convert the PEFT adapter instead",
             path=path,
         )
@@ -70,7 +71,7 @@ def _alpha(file: GgufFile, path: Path) -> float:
     alpha = file.fields.get("adapter.lora.alpha", 0.0)
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not is_number or not abs(alpha) < _LARGEST_ALPHA:
-        raise AdapterFileError(f"adapter.lora.alpha must be a number, and is {shown(alpha)}", path=path)
+        raise AdapterFileError(f"adapter.lora.alpha must be a number, and is {abbreviate(alpha)}", path=path)
     return float(alpha)
 
 
@@ -99,7 +100,7 @@ class _Reader:
                 self.take_pair(tensor, pair)
 
     def take_pair(self, tensor: str, pair: Mapping[str, Array]) -> None:
-        """Raises TensorError: one factor alone, or factors that do not fit each other."""
+        """Put in one pair of factors. Raises TensorError: one factor is alone, or the two do not fit each other."""
         module = self.architecture.to_module(tensor)
         if module is None:
             self.builder.unsupported.append(f"{tensor}: has no counterpart known here in Hugging Face's model")
@@ -118,13 +119,14 @@ class _Reader:
             self.builder.put_delta(module, known)
 
     def delta(self, tensor: str, pair: Mapping[str, Array]) -> Delta:
-        """Raises TensorError."""
+        """The pair as a delta, its rows as they lie in the file. Raises TensorError: as `take_pair`."""
         if len(pair) < 2:
             raise TensorError(f"has lora_{next(iter(pair))} alone; get the whole file")
         is_table = tensor.startswith(_TABLE)
         a = pair["a"].T if is_table else pair["a"]
         b = pair["b"]
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or not a.size or not b.size:
+        are_matrices = a.ndim == 2 and b.ndim == 2 and a.size > 0 and b.size > 0
+        if not are_matrices or len(a) != b.shape[1]:
             raise TensorError(f"lora_a and lora_b must be of one rank, and have shapes {pair['a'].shape} and {b.shape}")
         scale = lora_scale(self.alpha, len(a)) if self.alpha else 1.0
         return Delta(a, b, scale, EMBEDDING if is_table else LINEAR)

@@ -1,5 +1,5 @@
-"""A GGUF LoRA file out of an adapter, as llama.cpp reads it. One alpha counts for all modules there: what is left of a
-scale goes into B."""
+"""A GGUF LoRA file out of an adapter, as llama.cpp reads it. One alpha counts for all modules there, and so what a
+module's scale is more or less than alpha / r goes into B."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.builder import TensorError
 from onnx_lora.adapters.formats.gguf.architectures import ARCHITECTURES, HEADS, MODEL_TYPES, Architecture
 from onnx_lora.adapters.formats.gguf.rows import count_heads, rows_interleaved
-from onnx_lora.adapters.formats.peft.writer import multiplied_in, refuse
+from onnx_lora.adapters.formats.writing import refuse_writing, rescale
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.errors import MissingDependencyError, UnsupportedAdapterError
 from onnx_lora.kinds import Conv, Embedding
@@ -39,12 +39,12 @@ def write_gguf(adapter: PortableAdapter, file: Path, config: Mapping[str, Any]) 
         elif isinstance(delta.kind, Conv) or own_name is None:
             problems.append(f"{module}: is no module that llama.cpp has a name for in {name} models")
         else:
-            scaled = multiplied_in(delta, lora_scale(alpha, delta.rank))
+            scaled = rescale(delta, lora_scale(alpha, delta.rank))
             try:
                 tensors |= _tensors(own_name, scaled, ARCHITECTURES[name], config)
             except TensorError as error:
                 problems.append(f"{module}: {error}")
-    refuse(adapter, "a GGUF file", problems)
+    refuse_writing(adapter, "a GGUF file", problems)
     _write(file, name, alpha, tensors, config)
 
 
@@ -57,7 +57,7 @@ def _common_alpha(adapter: PortableAdapter) -> float:
 def _architecture(config: Mapping[str, Any], adapter: PortableAdapter) -> str:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        found = f"is {kind!r}" if kind else "is not told by the config.json of a package (--package)"
+        found = f"is {kind!r}" if kind else "no config.json of a package says which it is (--package)"
         raise UnsupportedAdapterError(
             f"the model of a GGUF file must be one of {', '.join(MODEL_TYPES)}, and {found}", path=adapter.origin.path
         )

@@ -6,8 +6,8 @@ output's weights. The factors are LoRA's; here is the magnitude. The reference i
 
 from __future__ import annotations
 
-from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods.method import DocsRow, Module
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.points import Array
 
 __all__ = ["DOCS", "MAGNITUDE", "read_magnitude"]
@@ -23,7 +23,8 @@ def read_magnitude(module: Module, outputs: int) -> Array | None:
     Raises TensorError: the config says use_dora and the tensor is missing, or the other way round; or it has not one
     value for each of the `outputs`.
     """
-    wanted, found = bool(module.fields.get("use_dora")), module.has(MAGNITUDE)
+    wanted = bool(module.fields.get("use_dora"))
+    found = module.has(MAGNITUDE)
     if wanted and not found:
         raise TensorError(f"has no {MAGNITUDE}, and the config says use_dora; get the whole file")
     if found and not wanted:
