@@ -23,6 +23,7 @@ from onnx_lora.commands.options import (
     strict_option,
     unproven_option,
 )
+from onnx_lora.facts import describe_rounding
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def fold(
         )
     notes = [f"{bound.name}: {note}" for bound, _ in parts for note in bound.coverage.notes]
     facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "notes": notes, "written": str(out)}
-    report.show(facts | report.rounding_facts(leave), as_json=as_json)
+    report.show(facts | describe_rounding(leave), as_json=as_json)
 
 
 @click.command()
