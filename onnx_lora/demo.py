@@ -165,11 +165,11 @@ def _take_logits(outputs: Sequence[Any]) -> Array:
 def _run_mixed(session: AdapterSession, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]) -> dict[str, Array]:
     """Every sentence under every task, in one call: rows `[task 0, task 0, ..., task 1, ...]`."""
     count = len(feeds["input_ids"])
-    rows: list[str | None] = []
+    rows: list[str] = []
     for task in tasks:
         rows += [task.name] * count
     repeated = {name: np.concatenate([value] * len(tasks)) for name, value in feeds.items()}
-    logits = _take_logits(session.run(None, repeated, adapter=rows))
+    logits = _take_logits(session.run(None, repeated, adapter=tuple(rows)))
     mixed: dict[str, Array] = {}
     for index, task in enumerate(tasks):
         # Heads differ in width; behind a narrower one's own labels stand probabilities of zero.
