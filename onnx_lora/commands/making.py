@@ -191,7 +191,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     from onnx_lora.exporter import verify as run_verify
 
     opened = Package.open(package, allow_unproven=True)
-    tensors = None if adapter is None else _verifiable(adapter, opened)
+    tensors = None if adapter is None else _bind_peft_folder(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
     now = Package.open(package)
@@ -201,7 +201,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     report.show(facts, as_json=as_json)
 
 
-def _verifiable(path: Path, package: Package) -> Mapping[str, Any]:
+def _bind_peft_folder(path: Path, package: Package) -> Mapping[str, Any]:
     """An adapter that PEFT loads too, as graph inputs.
 
     Raises InputError: it is no PEFT folder. BindError: it does not fit, or only folds.

@@ -200,7 +200,9 @@ def fold(
             requantize=permission,
             progress=lambda done, total: progress("fold", done, total),
         )
-    notes = [f"{bound.name}: {note}" for bound, _ in parts for note in bound.coverage.notes]
+    notes: list[str] = []
+    for bound, _ in parts:
+        notes += [f"{bound.name}: {note}" for note in bound.coverage.notes]
     facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "notes": notes, "written": str(out)}
     report.show(facts | describe_rounding(permission), as_json=as_json)
 
