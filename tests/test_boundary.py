@@ -30,7 +30,7 @@ MODULES = [
     "onnx_lora.adapters.write",
     "onnx_lora.exporter",
     "onnx_lora.exporter.quantization",
-    "onnx_lora.exporter.verification",
+    "onnx_lora.exporter.verification.verify",
     "onnx_lora.runtime",
 ]
 

@@ -14,7 +14,7 @@ from onnx_lora.adapters import bind, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
-from onnx_lora.exporter.frontends.exporters import EXPORTERS
+from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
 from onnx_lora.facts import describe_package, describe_verification, group_by_reason
 from onnx_lora.package import Package
 
