@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 import numpy as np
 
-from onnx_lora.boundary import unread
+from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import FeedError, InputError
 from onnx_lora.staging import staged_place
 
@@ -124,7 +124,7 @@ def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
-        raise unread(error, path, FeedError, "give an .npz file") from error
+        raise translate_unread(error, path, FeedError, "give an .npz file") from error
     except _DAMAGE as error:
         raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
 
