@@ -184,3 +184,14 @@ def test_checkpoints_that_cannot_be_exported(
     with pytest.raises(ModelError, match=message):
         export(folder, tmp_path / "out", **options)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("replaceable", ["bias", "LayerNorm"])
+def test_equal_whole_weights_that_the_exporter_kept_once_are_replaceable_apart(
+    checkpoints: Make, tmp_path: Path, replaceable: str
+) -> None:
+    """Parameters at their first values are equal: torch.onnx keeps one, and an Identity in the place of each other."""
+    package = export(checkpoints("bert"), tmp_path / "package", via="optimum", replaceable=[replaceable])
+    changed = [name for name in package.replaceable if name.endswith(".bias")]
+    digests = {package.replaceable[name].sha256 for name in changed}
+    assert len(digests) < len(changed) > 2

@@ -192,6 +192,21 @@ class Surgeon:
             initializer.name = self._free(f"{name}.base")
         self._names.discard(name)
 
+    def free_value_name(self, name: str) -> None:
+        """Make a name free that an initializer has, or an Identity that stands for one: exporters keep equal
+        parameters once, and leave an Identity in the place of each other. Other values keep their names."""
+        initializer = self.graph.initializers.get(name)
+        if initializer is not None:
+            self.free_name(initializer)
+            return
+        if name not in self._names:
+            return
+        for node in self.graph:
+            output = node.outputs[0] if node.op_type == "Identity" else None
+            if output is not None and output.name == name and not output.is_graph_output():
+                output.name = self._free(f"{name}.base")
+                self._names.discard(name)
+
     def own_copy(self, initializer: ir.Value, name: str) -> ir.Value:
         """Another initializer over the same tensor."""
         assert initializer.const_value is not None

@@ -209,9 +209,7 @@ def _expose(surgeon: Surgeon, weight: WholeWeight, site: WholeWeightSite) -> ir.
     if None in weight.free_graph_shape:
         free_axis = weight.free_graph_shape.index(None)
         symbols[free_axis] = f"{weight.module}.outputs"
-    taken = surgeon.graph.initializers.get(weight.name)
-    if taken is not None:
-        surgeon.free_name(taken)
+    surgeon.free_value_name(weight.name)
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
     if not weight.has_rows:
         surgeon.replace(site.value, value)
