@@ -18,6 +18,11 @@ from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import FeedError, InputError
 from onnx_lora.staging import staged_place
 
+try:
+    from lzma import LZMAError
+except ImportError:  # this Python was built without lzma, and its archives are refused as unknown
+    LZMAError = zipfile.BadZipFile  # type: ignore[misc, assignment]
+
 __all__ = [
     "choose_adapters",
     "json_option",
@@ -35,6 +40,7 @@ R = TypeVar("R")
 
 # What numpy, and the parts of Python beneath it, raise on an archive that is damaged.
 _DAMAGE = (
+    LZMAError,
     ArithmeticError,
     AttributeError,
     EOFError,
