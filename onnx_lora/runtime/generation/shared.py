@@ -3,7 +3,6 @@ filled from its start without gaps."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,8 +41,8 @@ class Shared:
     def reserve(self, tokens: int) -> None:
         used = max(self._lengths)
         if used + tokens > self._capacity:
-            rounds = math.ceil((used + tokens) / _ROUND)
-            self._capacity = rounds * _ROUND
+            needed = used + tokens
+            self._capacity = needed + -needed % _ROUND  # whole numbers alone: max_tokens may be beyond every float
             self._buffers = self._copy_buffers(used)
 
     def _copy_buffers(self, used: int) -> list[Any]:
