@@ -363,7 +363,9 @@ def show_measurement(result: Measurement) -> None:
     """What was measured of an adapter on a package, and what follows."""
     console = _stdout()
     where = ", ".join(result.providers) or "the default providers"
-    threads = "" if result.threads is None else f", {result.threads} threads"
+    threads = ""
+    if result.threads is not None:
+        threads = ", 1 thread" if result.threads == 1 else f", {result.threads} threads"
     console.print(_cell(_shown(f"{result.adapter} on {result.package} ({where}{threads})")))
     table = Table()
     for heading in ("call", "base", "points, no adapter", "adapter apart", "adapter folded", "rounds"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.method import MERGE, Method
+from onnx_lora.adapters.plugins import Plugins
 from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
 __all__ = ["NEEDS_INITIAL", "check_method", "refusals"]
@@ -80,7 +81,7 @@ def _not_peft(config: Mapping[str, Any]) -> str:
     return f"must hold peft_type, as PEFT writes it, and {found}; convert the adapter to PEFT's format"
 
 
-def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: Path) -> Method:
+def check_method(config: Mapping[str, Any], known: Plugins[Method], path: Path) -> Method:
     """The method that a config names.
 
     Raises AdapterFileError: no config of PEFT. UnsupportedAdapterError: a method that is not read. PluginError: another
@@ -99,7 +100,9 @@ def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: P
         return found
     cure = _CURES.get(method, MERGE) if isinstance(method, str) else MERGE
     raise UnsupportedAdapterError(
-        f"peft_type must be one of {', '.join(known)}, and is {shown(method)}: {cure}", path=path
+        f"peft_type must be one of {', '.join(known)}, and is {shown(method)}: {cure}",
+        path=path,
+        problems=known.refused,
     )
 
 
