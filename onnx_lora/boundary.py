@@ -94,12 +94,15 @@ def call_foreign(function: Callable[[], R], failure: Callable[[str], OnnxLoraErr
     """What another package's code gives, which may raise anything.
 
     Raises `failure(said)`: whatever it raised that is no error of ours; `said` has its type, its text and its line.
+    StorageError: the disk is full, or the system opens no more files.
     """
     try:
         return function()
     except OnnxLoraError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _LIMITS:  # the system's fault, and no package's
+            raise translated(error) from error
         raise failure(_said(error)) from error
 
 

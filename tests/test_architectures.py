@@ -11,7 +11,7 @@ import pytest
 from peft import PeftModel
 
 from onnx_lora import AdapterSession, Package, fold
-from onnx_lora.exporter.frontends.optimum import load_model, references
+from onnx_lora.exporter.frontends.exporters.optimum import load_model, references
 from onnx_lora.exporter.frontends.source import Reference
 from tests.support.models import ARCHITECTURES, make_adapter
 from tests.support.numbers import assert_close, assert_same_bits

@@ -30,7 +30,7 @@ MODULES = [
     "onnx_lora.adapters.write",
     "onnx_lora.exporter",
     "onnx_lora.exporter.quantization",
-    "onnx_lora.exporter.verification",
+    "onnx_lora.exporter.verification.verify",
     "onnx_lora.runtime",
 ]
 
@@ -424,5 +424,5 @@ def test_too_many_open_files_are_not_a_damaged_package(world: World, monkeypatch
 @pytest.mark.parametrize("source", ["Checkpoint", "OnnxFiles", "Pipeline"])
 def test_what_is_wrong_inside_a_source_is_the_callers(tmp_path: Path, source: str, path: object) -> None:
     given = getattr(importlib.import_module("onnx_lora"), source)(path)
-    with pytest.raises(InputError, match=r"source\.\w+ must be str \| os\.PathLike\[str\]"):
+    with pytest.raises(InputError, match=r"model\.\w+ must be str \| os\.PathLike\[str\]"):
         export(given, tmp_path / "out")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 
 from onnx_lora import Package
-from onnx_lora.cli import main
+from onnx_lora.cli import COMMANDS, main
 from onnx_lora.manifest import MANIFEST
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
@@ -329,6 +330,20 @@ def test_a_folder_that_may_not_be_written_is_named(desk: Path, tmp_path: Path) -
     assert result.returncode == 3, result.stderr
     assert "cannot be written" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_how_the_help_of_each_begins(name: str) -> None:
+    command = COMMANDS[name].load(name)
+    assert command.name == name
+    sentence = re.split(r"(?<=\.)\s", command.help or "", maxsplit=1)[0]
+    assert " ".join(sentence.split()) == COMMANDS[name].says
+
+
+def test_the_list_of_commands_has_them_all(desk: Path) -> None:
+    listed = " ".join(_call("--help", folder=desk).stdout.split())
+    for name, entry in COMMANDS.items():
+        assert f"{name} {entry.says}" in listed
 
 
 def test_python_m_is_the_command(desk: Path) -> None:

@@ -4,8 +4,9 @@ are."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,10 @@ def test_the_packages_are_of_their_format(version: int, name: str) -> None:
 def test_todays_code_computes_what_theirs_did(version: int, name: str, suffix: str) -> None:
     folder, model = _folder(version, name), MODELS[name]()
     golden = _outputs(folder)
-    same = golden["onnxruntime"] == onnxruntime.__version__
+    compare = _choose_comparison(golden)
     package = Package.open(folder / "package", allow_unproven=True)
     session = AdapterSession(package)
-    base = session.run(None, model.feeds)[0]
-    # Another processor's kernels may round otherwise, and then do so here too.
-    compare = assert_same_bits if same and np.array_equal(base, golden["base"]) else assert_close
-    compare(base, golden["base"])
+    compare(session.run(None, model.feeds)[0], golden["base"])
     for adapter in model.adapters:
         if not (folder / f"{adapter}{suffix}").exists():
             continue
@@ -76,6 +74,16 @@ def test_todays_code_computes_what_theirs_did(version: int, name: str, suffix: s
         if adapter not in model.unfoldable:
             compare(_folded(package, bound, model.feeds), golden[f"{adapter} folded"])
     compare(session.run(None, model.feeds, adapter=list(model.rows))[0], golden["rows"])
+
+
+def _choose_comparison(golden: Mapping[str, Any]) -> Callable[[Array, Array], None]:
+    """The tolerance table, as another processor's kernels may round otherwise, and may do so at one weight only.
+
+    `ONNX_LORA_GOLDEN_BITS=1` asks for equal bits, on a processor like the one that wrote the outputs. They are compared
+    where ONNX Runtime is of the same version too.
+    """
+    same_version = golden["onnxruntime"] == onnxruntime.__version__
+    return assert_same_bits if same_version and os.environ.get("ONNX_LORA_GOLDEN_BITS") == "1" else assert_close
 
 
 def _folded(package: Package, bound: Any, feeds: Mapping[str, Array]) -> Array:

@@ -30,7 +30,7 @@ __all__ = [
     "refuse_fold_only",
 ]
 
-# Why an adapter with a factor for each output folds only.
+# Why an adapter with a factor for each output can only be folded.
 NO_SCALE = "the package takes no scale of its outputs: export again with --dora"
 
 
@@ -43,7 +43,7 @@ class Delta:
     Embedding   `[r, rows of the table]`    `[out, r]`
     Conv        `[r, channels, *kernel]`    `[out, r / groups]`
 
-    `magnitude` `[out]` is DoRA's m: then each output's weights get this norm.
+    `magnitude` `[out]` is DoRA's m: the norm that the weights of each output get. None: they keep theirs.
     """
 
     a: Array
@@ -59,11 +59,11 @@ class Delta:
 
 @dataclass(frozen=True)
 class MatrixDelta:
-    """A pair of factors as matrices, whatever kind the module is of: `a` `[r, in]`, `b` `[out, r]`, where the axes of a
-    kernel count as inputs and the groups of a convolution stand in b as blocks of a diagonal.
+    """A pair of factors as matrices `a` `[r, in]` and `b` `[out, r]`, for a module of any kind: the axes of a kernel
+    count as inputs, and the groups of a convolution are blocks on a diagonal of b.
 
-    `magnitude` as in `Delta`. `output_scale` `[out]` is the factor that gives the weights that norm, already computed
-    for the base that the adapter was bound to.
+    `magnitude`: as in `Delta`. `output_scale` `[out]`: the factor that gives the weights of each output that norm, for
+    the base to which the adapter was bound already.
     """
 
     a: Array
@@ -78,12 +78,12 @@ class MatrixDelta:
 
 
 class Change(Protocol):
-    """What no pair of factors says by itself: a new weight as a function of the base's. One class a method.
+    """A change that cannot be read as a pair of factors: it makes a new weight of the base's. One class a method.
 
     Weights are float32 (float64 for a base of that), in `InjectionPoint.torch_shape`: `[out, in]`,
     `[rows of the table, features]`, `[out, channels / groups, *kernel]`.
 
-    What only some changes can say is asked by Protocols of one method each: `HasTensors`, `NeedsConfig`, `OfTable`.
+    A change may have the method of another Protocol too: of `HasTensors`, `NeedsConfig` or `OfTable`.
     """
 
     @property
@@ -91,10 +91,10 @@ class Change(Protocol):
         """The method's name in messages: "IA3"."""
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        """Why this cannot be a change of a weight of this shape, with both shapes; None where it can."""
+        """Why a weight of this shape and kind cannot be changed, in a text with the shapes of both; None: it can."""
 
     def apply_to(self, weight: Array) -> Array:
-        """The new weight; `weight` stays as it is. Exactly what PEFT's merge gives, but for rounding."""
+        """The new weight, which is PEFT's merge but for rounding; `weight` stays as it is."""
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """The change of this weight as a pair of factors no larger than the weight. None: it can only be folded."""
@@ -116,12 +116,12 @@ class NeedsConfig(Protocol):
     """A change that is complete only with a number from the config of the model that it is for."""
 
     def with_config(self, config: Mapping[str, Any]) -> Delta | Change:
-        """The change with what `config`, Hugging Face's `config.json`, says; itself where that says too little."""
+        """The change, completed by `config`, Hugging Face's `config.json`; itself where that says too little."""
 
 
 @runtime_checkable
 class OfTable(Protocol):
-    """A change of rows of a table of embeddings, which also reaches an output head that is tied to the table."""
+    """A change of a table of embeddings that an output head which is tied to the table gets too."""
 
     def of_kind(self, kind: Kind) -> Change:
         """The same change as one of a module of this kind: of the table itself, or of the tied head."""
@@ -129,11 +129,12 @@ class OfTable(Protocol):
 
 @dataclass(frozen=True)
 class Replacement:
-    """A whole parameter. `in_graph_layout`: already as the graph input takes it, rows included.
+    """A whole parameter.
 
-    `in_place`: PEFT writes it over the base's own parameter, and so over every other parameter that
-    shares its storage; a module of `modules_to_save` has storage of its own. `operation`: what is done to the
-    base's own value with this one; "multiply" does nothing where the base has no such parameter (a bias).
+    `in_graph_layout`: the value has the layout of its graph input already, the axis of rows included. `in_place`: PEFT
+    writes the value over the base's own parameter, and so over every other parameter that shares its storage; a module
+    of `modules_to_save` has storage of its own. `operation`: what is done to the base's own value with this one;
+    "multiply" does nothing where the base has no such parameter (a bias).
     """
 
     value: Array
@@ -157,13 +158,14 @@ class Origin:
 class Adapter:
     """What was trained, tied to no graph: deltas and other changes by module, whole weights by torch parameter name.
 
-    `base_digests`: the SHA-256 of the base weights it was bound to, by module or parameter name;
-    empty when unknown. `saved_modules`: names of modules whose whole weights it must bring, because
-    PEFT cannot load it otherwise. `notes`: what a reader should know and cannot see in the tensors.
-    `made_of`: for modules whose tensors were made from the base's weights, `Package.mark` of those.
-    `base_number`: what an `.onnx_adapter` says of those weights, see `bases.py`.
-    `with_tied_heads`: embeddings whose change its tool applies to an output head tied to the table, too.
-    `flat_names`: modules are written with `_` for `.`; which those are, only a package's own modules tell.
+    `base_digests`: the SHA-256 of the base weights to which the adapter was bound already, by module or parameter;
+    empty where that is unknown. `base_number`: the number that an `.onnx_adapter` has for these weights, see
+    `bases.py`. `made_of`: `Package.mark` of the base's weights from which a module's tensors were computed, by module.
+
+    `saved_modules`: modules whose whole weights the file must hold, because PEFT cannot load it otherwise.
+    `with_tied_heads`: embeddings whose change the adapter's tool applies to an output head that is tied to the table as
+    well. `flat_names`: the names of modules have `_` for `.`, and only a package tells which modules they mean.
+    `notes`: what a user should know, and cannot see in the tensors.
     """
 
     name: str
@@ -205,13 +207,13 @@ class Coverage:
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter checked against one package, laid out by point and parameter: nothing left to check.
+    """An adapter that was checked against one package, laid out by point and parameter: nothing is left to check.
 
-    `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, `M.dora_scale` `[1, 1, out]`,
-    replaced weights as their inputs take them. All C-contiguous and read-only. `base_digests` as in `Adapter`, of
-    what the adapter touches. `graphs`: the package's, for `graph_inputs`. `changes`: by module, what only folding
-    can do. `magnitudes`: DoRA's m by module, from which each package computes a scale of its own. `made_of` as in
-    `Adapter`. `base_names`: the package's, of the model that it was made from.
+    `tensors`: `M.lora_A.weight` `[1, in, r]`, `M.lora_B.weight` `[1, r, out]` with the scale in it, `M.dora_scale`
+    `[1, 1, out]`, and replaced weights as their inputs take them; all of them C-contiguous and read-only. `changes`: by
+    module, those that only folding can apply. `magnitudes`: DoRA's m by module, from which each package computes its
+    own scale. `base_digests`: as in `Adapter`, of the weights that the adapter changes. `made_of`: as in `Adapter`.
+    `graphs` and `base_names`: the package's; the second are names of the model that the package was made from.
     """
 
     name: str
@@ -227,7 +229,7 @@ class BoundAdapter:
 
     @property
     def graph_inputs(self) -> dict[str, Array]:
-        """What to feed the package's graphs: as `tensors`, the modules of packed projections put together."""
+        """The inputs of the package's graphs: `tensors`, with the modules of each packed projection in one input."""
         if not self.graphs:
             return dict(self.tensors)
         inputs: dict[str, Array] = {}
@@ -237,7 +239,7 @@ class BoundAdapter:
 
 
 def refuse_fold_only(bound: BoundAdapter, modules: Collection[str]) -> None:
-    """Raises BindError: `modules`, which only folding can change, are any."""
+    """Raises BindError: there are `modules` that only folding can change."""
     if modules:
         raise BindError(
             f"adapter {bound.name!r} can be folded into this package, and not run or written apart from it: "

@@ -34,8 +34,8 @@ _OTHER_NUMBER = (
 class AlignedAdapter:
     """An adapter in the words of one package.
 
-    `adapter` has the package's own names of modules; its changes stand at every module that they reach, tied heads
-    included; what was of a packed branch is of that branch's modules. `problems`: what could not be decided, so that
+    `adapter` has the package's own names of modules, its changes for every module that they reach, tied heads included,
+    and those of a packed branch for each of the branch's modules. `problems`: what could not be decided; for these
     `bind` refuses the adapter.
     """
 
@@ -45,7 +45,7 @@ class AlignedAdapter:
 
 
 def align(adapter: Adapter, package: Package) -> AlignedAdapter:
-    """Say of which modules of `package` an adapter is, and what it changes there.
+    """Find out which modules of `package` an adapter changes, and how.
 
     Raises BindError: a name that may mean several modules of the package, or several names that mean one.
     """
@@ -63,19 +63,19 @@ def _is_of_base(adapter: Adapter, package: Package) -> bool:
     """Whether the number of an `.onnx_adapter` is this package's; true where it has none."""
     if adapter.base_number is None:
         return True
-    # These are names of branches, from which the number was made.
+    # The number was made from names of branches, and these are such names.
     names = [*adapter.deltas, *adapter.changes, *adapter.replacements]
     return adapter.base_number == base_number(names, package.manifest.graphs)
 
 
 def _asks_for_config(adapter: Adapter) -> bool:
-    """Whether it depends on the model's config what the adapter means: on a number there, or on what it ties."""
+    """Whether the model's config must be asked what the adapter means: for a number, or for what is tied."""
     asking = [change for change in adapter.changes.values() if isinstance(change, NeedsConfig | OfTable)]
     return bool(asking or adapter.with_tied_heads)
 
 
 def _completed(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
-    """The adapter with what the model's config says of its changes; one of which it says too little stays as it is."""
+    """The adapter with its changes completed by the model's config; one that stays incomplete is left as it is."""
     deltas = dict(adapter.deltas)
     changes = dict(adapter.changes)
     for name, change in adapter.changes.items():
@@ -114,9 +114,9 @@ def _packed_branches(package: Package) -> dict[str, _PackedBranch]:
 
 
 def _without_packed_branches(adapter: Adapter, package: Package) -> Adapter:
-    """The adapter with what an `.onnx_adapter` says of a packed branch said of the branch's modules.
+    """The adapter with a change for each module of a packed branch, where an `.onnx_adapter` has one for the branch.
 
-    What does not fit the branch stays under its name, which `bind` refuses.
+    What does not fit the branch stays under the branch's name, which `bind` refuses.
     """
     packed = _packed_branches(package)
     deltas: dict[str, Delta | MatrixDelta] = {}
@@ -138,27 +138,29 @@ def _without_packed_branches(adapter: Adapter, package: Package) -> Adapter:
 
 
 def _delta_by_module(delta: MatrixDelta, branch: _PackedBranch) -> Mapping[str, MatrixDelta]:
-    """A module's are the outputs of B and of the scale that are its own, and the ranks that reach them; a module that
-    none reaches has no delta."""
+    """The delta of a packed branch as one for each module: its own outputs of B and of the scale, and the ranks that
+    change them. A module that is not changed has none."""
     by_module: dict[str, MatrixDelta] = {}
     end = 0
     for module, size in zip(branch.modules, branch.sizes, strict=True):
-        own = slice(end, end + size)
+        outputs = slice(end, end + size)
         end += size
-        b = delta.b[own]
+        b = delta.b[outputs]
         used_ranks = np.flatnonzero(b.any(axis=0))
-        scale = None if delta.output_scale is None else delta.output_scale[own]
+        scale = None if delta.output_scale is None else delta.output_scale[outputs]
         is_scaled = scale is not None and bool((scale != 1).any())
-        if used_ranks.size or is_scaled:
-            by_module[module] = replace(delta, a=delta.a[used_ranks], b=b[:, used_ranks], output_scale=scale)
+        if used_ranks.size == 0 and not is_scaled:
+            continue
+        by_module[module] = replace(delta, a=delta.a[used_ranks], b=b[:, used_ranks], output_scale=scale)
     return by_module
 
 
 def _scale_by_module(scale: Array, branch: _PackedBranch) -> Mapping[str, OutputScale]:
-    """The factors of each module's outputs; a module whose factors are all 1 has none."""
-    scales = np.split(scale, np.cumsum(branch.sizes)[:-1])
+    """The scale of a packed branch as one for each module. A module whose scale is 1 everywhere has none."""
+    ends = np.cumsum(branch.sizes)
+    scales = np.split(scale, ends[:-1])
     by_module: dict[str, OutputScale] = {}
-    for module, own in zip(branch.modules, scales, strict=True):
-        if (own != 1).any():
-            by_module[module] = OutputScale(own)
+    for module, of_module in zip(branch.modules, scales, strict=True):
+        if (of_module != 1).any():
+            by_module[module] = OutputScale(of_module)
     return by_module

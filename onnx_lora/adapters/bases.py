@@ -19,7 +19,7 @@ _WORDS = """
 base best checkpoint checkpoints ckpt dir epoch export exported final folder hf last latest local merged model onnx
 output outputs package pretrained result results run saved snapshot snapshots step tmp weights
 """
-_ANYBODYS = frozenset(_WORDS.split())
+_OF_ANY_MODEL = frozenset(_WORDS.split())
 _HASH = re.compile(r"(?=.*\d)[0-9a-f]{7,64}")
 
 # What is put behind a model's name where its weights are the same, in fewer bits or in another file.
@@ -37,36 +37,42 @@ _OURS = 2**30
 def base_problem(base_model: str, package: Package) -> str | None:
     """Why an adapter that names `base_model` may be another base's than the package's, or None: the last components of
     both names are known, and differ."""
-    own = _model_in(base_model)
-    of_package = {name: _model_in(name) for name in package.base_names}
-    telling = [name for name, model in of_package.items() if model is not None]
-    if own is None or not telling or own in of_package.values():
+    trained_on = _find_model(base_model)
+    made_from = {name: _find_model(name) for name in package.base_names}
+    known = [name for name, model in made_from.items() if model is not None]
+    if trained_on is None or not known or trained_on in made_from.values():
         return None
     return (
-        f"it says that it was trained on {base_model[-_LONGEST:]!r}, and the package was made from {telling[0]!r}; "
+        f"it says that it was trained on {base_model[-_LONGEST:]!r}, and the package was made from {known[0]!r}; "
         "where shapes agree it runs, and on another base its answers mean nothing"
     )
 
 
-def _model_in(name: str) -> str | None:
+def _find_model(name: str) -> str | None:
     """Which model a name or path means, by its last component, in small letters; None where that could be any."""
     path = name[-_LONGEST:].replace("\\", "/").rstrip("/ ").lower()
     cached = _HUB_CACHE.search(f"{path}/")
-    last = cached[1].rpartition("--")[2] if cached else path.rpartition("/")[2].partition("@")[0]
-    last = _ROUNDED.sub("", last)
-    words = re.split(r"[-_. ]", last)
-    return None if all(_is_anybodys(word) for word in words) else last
+    if cached:
+        last = cached[1].rpartition("--")[2]
+    else:
+        last = path.rpartition("/")[2].partition("@")[0]
+    model = _ROUNDED.sub("", last)
+    words = re.split(r"[-_. ]", model)
+    return None if all(_may_be_any(word) for word in words) else model
 
 
-def _is_anybodys(word: str) -> bool:
-    """Whether a word says nothing of which model it is."""
-    plain = word.rstrip("0123456789")
-    return not plain or plain in _ANYBODYS or _HASH.fullmatch(word) is not None
+def _may_be_any(word: str) -> bool:
+    """Whether a word of a model's name says nothing of which model it is."""
+    letters = word.rstrip("0123456789")
+    return not letters or letters in _OF_ANY_MODEL or _HASH.fullmatch(word) is not None
 
 
 def base_number(names: Collection[str], graphs: Collection[GraphInfo]) -> int:
-    """A number for the base weights beside the branches, modules, parameters or graph inputs `names`: equal for equal
-    bases, in whatever precision, and else another by all likelihood."""
+    """A number for the base weights that an adapter changes, in whatever precision the package keeps them: bases that
+    differ in one of these weights have different numbers, by all likelihood.
+
+    `names`: of the branches, modules, parameters or graph inputs that the adapter has something for.
+    """
     lines = set[str]()
     for graph in graphs:
         lines.update(_lines(frozenset(names), graph))
@@ -80,11 +86,17 @@ def is_base_number(number: int) -> bool:
 
 
 def _lines(names: frozenset[str], graph: GraphInfo) -> Iterator[str]:
-    """A line for each base weight that something of `names` stands beside: its module or parameter, and its digest."""
-    points = {point.module: point for point in graph.points}
+    """A line for each base weight that one of `names` changes: its module or parameter, and its digest."""
+    digests = {point.module: point.sha256 for point in graph.points}
     for branch in graph.branches:
-        if names & {branch.name, *branch.names}:
-            yield from (f"{module} {points[module].sha256}\n" for module in branch.modules)
+        if names.isdisjoint([branch.name, *branch.names]):
+            continue
+        for module in branch.modules:
+            yield f"{module} {digests[module]}\n"
     # A packed branch takes, too, what was written module by module for another package.
-    yield from (f"{module} {point.sha256}\n" for module, point in points.items() if module in names)
-    yield from (f"{weight.name} {weight.sha256}\n" for weight in graph.replaceable if weight.name in names)
+    for module, digest in digests.items():
+        if module in names:
+            yield f"{module} {digest}\n"
+    for weight in graph.replaceable:
+        if weight.name in names:
+            yield f"{weight.name} {weight.sha256}\n"

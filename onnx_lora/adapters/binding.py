@@ -33,9 +33,9 @@ def bind(
 ) -> BoundAdapter:
     """Check `adapter` against `package` and lay it out. One that was bound already is checked to fit this package too.
 
-    What only folding can apply here is named in `coverage.fold_only`; the rest runs unfolded too. An adapter that
-    names another base than the package's is noted in `coverage.notes`, and refused if `strict`. Points at which the
-    graph may compute something else than the module are refused, and noted if the caller `allow_unproven`.
+    `coverage.fold_only` names what only folding can apply here; the rest runs unfolded too. If the adapter names
+    another base than the package's, `coverage.notes` says so; with `strict` the adapter is refused. Points at which the
+    graph may compute something else than the module are refused; with `allow_unproven` they are noted.
 
     Raises BindError: every reason why it cannot be applied exactly.
     """
@@ -57,7 +57,8 @@ def bind(
         *_base_problems(adapter, digests, package),
     ]
     notes = [*adapter.notes, *weights.notes]
-    doubts = explain_doubts(dict.fromkeys([*digests, *weights.replaced]), package)
+    changed = dict.fromkeys([*digests, *weights.replaced])
+    doubts = explain_doubts(changed, package)
     if package.allow_unproven:
         notes.extend(doubts)
     else:
@@ -152,7 +153,7 @@ def _name_problems(adapter: Adapter, replaced: Iterable[str], package: Package) 
 
 
 def _conflicts(adapter: Adapter, package: Package) -> list[str]:
-    """Modules that the adapter changes in two ways of which each would make the other's result another one."""
+    """Modules that the adapter changes in two ways, where the result depends on which of them comes first."""
     problems: list[str] = []
     for module in adapter.deltas:
         if module in adapter.changes:
@@ -160,7 +161,7 @@ def _conflicts(adapter: Adapter, package: Package) -> list[str]:
                 f"{module}: has a delta and {adapter.changes[module].method} too, and the adapter does not say which "
                 "of the two is applied first; merge one of them with PEFT"
             )
-    for name, method in _methods_beside_sums(adapter).items():
+    for name, method in _methods_by_weight(adapter).items():
         parameter = name if is_bare_parameter(name, package) else f"{name}.weight"
         if _is_replaced(parameter, adapter, package):
             problems.append(
@@ -170,8 +171,8 @@ def _conflicts(adapter: Adapter, package: Package) -> list[str]:
     return problems
 
 
-def _methods_beside_sums(adapter: Adapter) -> dict[str, str]:
-    """Modules and parameters whose change depends on the weight below it, and the method of that change."""
+def _methods_by_weight(adapter: Adapter) -> dict[str, str]:
+    """Modules and parameters whose change depends on the weight that it is applied to, and the change's method."""
     methods: dict[str, str] = {}
     for module, delta in adapter.deltas.items():
         if _rescales(delta):
@@ -211,7 +212,7 @@ def _saved_module_problems(adapter: Adapter, package: Package) -> list[str]:
 
 
 def _base_problems(adapter: Adapter, digests: dict[str, str], package: Package) -> list[str]:
-    """Where the adapter was bound before, or its tensors were made, for other weights than the package's."""
+    """Where the adapter was bound to other weights than the package's, or its tensors were computed from such."""
     problems: list[str] = []
     for module, mark in adapter.made_of.items():
         if module in package.points and package.mark(package.points[module]) != mark:
@@ -220,7 +221,9 @@ def _base_problems(adapter: Adapter, digests: dict[str, str], package: Package) 
                 "adapter itself for this package"
             )
     known = adapter.base_digests
-    others = [name for name, digest in digests.items() if known and known.get(name) != digest]
+    others: list[str] = []
+    if known:
+        others = [name for name, digest in digests.items() if known.get(name) != digest]
     if others:
         problems.append(
             f"it was bound to another base: {len(others)} of {len(digests)} base weights differ, the first is "
@@ -249,11 +252,12 @@ def _coverage(points: PointLayout, weights: WeightLayout, notes: Iterable[str]) 
     all_notes = dict.fromkeys(notes)
     if silent:
         all_notes[_note_on_silence(len(silent), len(applied))] = None
-    touched = {*applied, *(name.removesuffix(".weight") for name in weights.replaced)}
+    changed = set(applied)
+    changed.update(name.removesuffix(".weight") for name in weights.replaced)
     return Coverage(
         applied=tuple(applied),
         replaced=tuple(weights.replaced),
-        at_base=tuple(module for module in points.package.points if module not in touched),
+        at_base=tuple(module for module in points.package.points if module not in changed),
         silent=tuple(silent),
         ranks=ranks,
         notes=tuple(all_notes),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,15 +31,17 @@ _A, _B, _SCALE = ".lora_A.weight", ".lora_B.weight", ".dora_scale"
 def blend(parts: Parts) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
-    One part of weight 1 gives its own tensors, uncopied; no part gives the base. Raises
-    SelectionError: a weight that is not a finite number, a whole weight or another change that does not add and that
-    more than one part brings or that a part of another weight than 1 brings, parts bound to different packages.
+    One part of weight 1 gives its own tensors, uncopied; no part gives the base.
+
+    Raises SelectionError: a weight that is no finite number; parts that are bound to different packages; a whole
+    weight, or a change that does not add, which more than one part brings, or a part of another weight than 1.
     """
     problems = [*_weight_problems(parts), *_whole_weight_problems(parts), *_unaddable_problems(parts)]
     if problems:
         raise SelectionError("these adapters cannot be blended so", problems=problems)
-    if len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0].tensors
+    if _is_one_whole(parts):
+        [(only, _)] = parts
+        return only.tensors
     tensors: dict[str, Array] = {}
     for part, _ in parts:
         for name in part.coverage.replaced:
@@ -56,13 +58,15 @@ def blend(parts: Parts) -> Tensors:
 def make_blend(parts: Parts, *, name: str) -> BoundAdapter:
     """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
 
-    Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name. Raises SelectionError:
-    as `blend`, and no part, or parts bound to different bases.
+    Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name.
+
+    Raises SelectionError: as `blend`, and no part, or parts bound to different bases.
     """
     if not parts:
         raise SelectionError("a blend must have an adapter at least, and has none")
-    if len(parts) == 1 and is_finite_number(parts[0][1]) and parts[0][1] == 1.0:
-        return parts[0][0]
+    first, weight = parts[0]
+    if len(parts) == 1 and is_finite_number(weight) and weight == 1.0:
+        return first
     tensors = dict(blend(parts))
     for tensor in tensors.values():
         tensor.flags.writeable = False
@@ -102,27 +106,33 @@ def _whole_weight_problems(parts: Parts) -> list[str]:
     for parameter, found in owners.items():
         if not _is_one_whole(found):
             problems.append(
-                f"{parameter}: a whole weight must come from one adapter of weight 1.0, and comes from {_listed(found)}"
+                f"{parameter}: a whole weight must come from one adapter of weight 1.0, and comes from "
+                f"{_list_parts(found)}"
             )
     return problems
 
 
 def _unaddable_problems(parts: Parts) -> list[str]:
     """DoRA and what only folds are no sums: such a module is one adapter's, whole."""
-    touched = [frozenset([*part.coverage.applied, *part.coverage.replaced]) for part, _ in parts]
+    changed: list[frozenset[str]] = []  # modules and parameters, by part
+    for part, _ in parts:
+        changed.append(frozenset([*part.coverage.applied, *part.coverage.replaced]))
     problems: list[str] = []
     for module in _unaddable_modules(parts):
-        names = {module, f"{module}.weight"}
-        found = [own for own, names_of_part in zip(parts, touched, strict=True) if names & names_of_part]
-        if not _is_one_whole(found):
+        owners: list[tuple[BoundAdapter, float]] = []
+        for own, names in zip(parts, changed, strict=True):
+            if module in names or f"{module}.weight" in names:
+                owners.append(own)
+        if not _is_one_whole(owners):
             problems.append(
                 f"{module}: its change (DoRA, or one that only folds) does not add to others, and must come from one "
-                f"adapter of weight 1.0; it comes from {_listed(found)}"
+                f"adapter of weight 1.0; it comes from {_list_parts(owners)}"
             )
     return problems
 
 
 def _unaddable_modules(parts: Parts) -> list[str]:
+    """The modules that some part changes by DoRA, or by what only folds."""
     modules: dict[str, None] = {}
     for part, _ in parts:
         for module in part.coverage.applied:
@@ -131,11 +141,12 @@ def _unaddable_modules(parts: Parts) -> list[str]:
     return list(modules)
 
 
-def _is_one_whole(found: Parts) -> bool:
-    return len(found) == 1 and found[0][1] == 1.0
+def _is_one_whole(parts: Parts) -> bool:
+    """Whether it is one part, of weight 1."""
+    return len(parts) == 1 and parts[0][1] == 1.0
 
 
-def _listed(parts: Parts) -> str:
+def _list_parts(parts: Parts) -> str:
     return ", ".join(f"{part.name!r} of weight {weight}" for part, weight in parts)
 
 
@@ -152,19 +163,29 @@ def _applied_modules(parts: Parts) -> list[str]:
 def _blend_factors(module: str, parts: Parts) -> Tensors:
     """The factors of all parts that have some for this module, side by side along the rank: A `[1, in, sum of r]`,
     B `[1, sum of r, out]`. Empty where no part has any."""
-    name_a, name_b = module + _A, module + _B
-    owners = [(part, weight) for part, weight in parts if name_a in part.tensors]
+    name_a = module + _A
+    name_b = module + _B
+    all_a: list[Array] = []
+    all_b: list[Array] = []
+    layouts: set[tuple[int, int, np.dtype[Any]]] = set()
+    owners: list[str] = []
+    for part, weight in parts:
+        if name_a not in part.tensors:
+            continue
+        a = part.tensors[name_a]
+        b = _weigh(part, name_b, float(weight))
+        all_a.append(a)
+        all_b.append(b)
+        layouts.add((a.shape[1], b.shape[2], a.dtype))
+        owners.append(part.name)
     if not owners:
         return {}
-    a = [part.tensors[name_a] for part, _ in owners]
-    b = [_weigh(part, name_b, float(weight)) for part, weight in owners]
-    points = {(own_a.shape[1], own_b.shape[2], own_a.dtype) for own_a, own_b in zip(a, b, strict=True)}
-    if len(points) > 1:
+    if len(layouts) > 1:
         raise SelectionError(
             f"{module}: adapters of one blend must be bound to one package, and these differ in shape or type: "
-            + ", ".join(part.name for part, _ in owners)
+            f"{', '.join(owners)}"
         )
-    return {name_a: np.concatenate(a, axis=2), name_b: np.concatenate(b, axis=1)}
+    return {name_a: np.concatenate(all_a, axis=2), name_b: np.concatenate(all_b, axis=1)}
 
 
 def _weigh(part: BoundAdapter, name: str, weight: float) -> Array:
@@ -199,12 +220,15 @@ def _blend_coverage(adapters: Sequence[BoundAdapter], tensors: Tensors) -> Cover
     ranks: dict[str, int] = {}
     silent: list[str] = []
     for module in applied:
-        if module + _B not in tensors:
+        b = tensors.get(module + _B)
+        if b is None:
             continue
-        ranks[module] = tensors[module + _A].shape[2]
-        if module + _SCALE not in tensors and not tensors[module + _B].any():
+        ranks[module] = b.shape[1]
+        if module + _SCALE not in tensors and not b.any():
             silent.append(module)
-    at_base_in_all = set(coverages[0].at_base).intersection(*(coverage.at_base for coverage in coverages))
+    at_base_in_all = set(coverages[0].at_base)
+    for coverage in coverages:
+        at_base_in_all.intersection_update(coverage.at_base)
     replaced: list[str] = []
     notes: list[str] = []
     for part in adapters:
@@ -234,11 +258,14 @@ def _in_package_order(adapters: Sequence[BoundAdapter]) -> list[str]:
 
 
 def _blend_digests(adapters: Sequence[BoundAdapter]) -> dict[str, str]:
-    """Raises SelectionError: two adapters were bound to different base weights."""
+    """The digests of the base weights that some part changes. Raises SelectionError: two parts have different ones."""
     digests: dict[str, str] = {}
     problems: list[str] = []
     for part in adapters:
-        others = [name for name, digest in part.base_digests.items() if digests.setdefault(name, digest) != digest]
+        others: list[str] = []
+        for name, digest in part.base_digests.items():
+            if digests.setdefault(name, digest) != digest:
+                others.append(name)
         if others:
             problems.append(f"{part.name}: {len(others)} of its base weights are others, the first is {others[0]}")
     if problems:

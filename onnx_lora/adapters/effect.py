@@ -39,17 +39,18 @@ def _change_norm(bound: BoundAdapter, point: InjectionPoint, weight: Array) -> f
     """‖ΔW‖; `weight`: W0 `[in, out]`."""
     change = bound.changes.get(point.module)
     scale = bound.tensors.get(point.dora_scale)
+    if change is None and scale is None:
+        return _product_norm(bound.tensors[point.lora_a][0], bound.tensors[point.lora_b][0])
     before = weight.astype(np.float32)
+    after: Array = before.copy()
     if change is not None:
         after = point.from_torch(change.apply_to(point.to_torch(before)))
     elif scale is not None:
-        after = before.copy()
         if point.lora_a in bound.tensors:
-            after += bound.tensors[point.lora_a][0] @ bound.tensors[point.lora_b][0]
-        after *= scale[0]
-    else:
-        return _product_norm(bound.tensors[point.lora_a][0], bound.tensors[point.lora_b][0])
-    return float(np.linalg.norm(np.subtract(after, before, dtype=np.float64)))
+            after = after + bound.tensors[point.lora_a][0] @ bound.tensors[point.lora_b][0]
+        after = after * scale[0]
+    difference = np.subtract(after, before, dtype=np.float64)
+    return float(np.linalg.norm(difference))
 
 
 def _product_norm(a: Array, b: Array) -> float:
@@ -57,6 +58,9 @@ def _product_norm(a: Array, b: Array) -> float:
 
     `a` `[in, r]`, `b` `[r, out]`.
     """
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    square = float(np.sum((wide_a.T @ wide_a) * (wide_b @ wide_b.T)))
-    return float(np.sqrt(max(0.0, square)))
+    wide_a = a.astype(np.float64)
+    wide_b = b.astype(np.float64)
+    gram_a = wide_a.T @ wide_a
+    gram_b = wide_b @ wide_b.T
+    square = float(np.sum(gram_a * gram_b))
+    return float(np.sqrt(max(0.0, square)))  # rounding may leave less than zero

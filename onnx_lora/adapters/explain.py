@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from onnx_lora.adapters.problems import list_first
+
 if TYPE_CHECKING:
     from onnx_lora.package import Package
 
@@ -25,8 +27,8 @@ _OF_BATCH_NORM = (
     "the adapter into the base with PEFT (merge_and_unload) and export that"
 )
 
-# Names that a message shows: comparing names is slow, and after a few the reader knows.
-_SHOWN = 3
+# Names in one message. Looking for close names is slow, and after a few the reader knows.
+_MOST_NAMES = 3
 
 
 def explain_doubts(names: Iterable[str], package: Package) -> list[str]:
@@ -35,26 +37,31 @@ def explain_doubts(names: Iterable[str], package: Package) -> list[str]:
     for name in names:
         if name in package.unproven:
             by_reason.setdefault(package.unproven[name], []).append(name)
-    return [f"{_shown(touched)}: unproven, because {reason}" for reason, touched in by_reason.items()]
+    problems: list[str] = []
+    for reason, touched in by_reason.items():
+        problems.append(f"{list_first(touched, _MOST_NAMES)}: unproven, because {reason}")
+    return problems
 
 
 def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
     """What to say of modules with a delta and no injection point: one entry a module, or one for a common cause."""
-    untargeted = set[str]().union(*(graph.untargeted for graph in package.manifest.graphs))
-    problems = _without_points([module for module in modules if module in untargeted])
+    untargeted: set[str] = set()
+    for graph in package.manifest.graphs:
+        untargeted.update(graph.untargeted)
+    problems = _explain_missing_points([module for module in modules if module in untargeted])
     missing = [module for module in modules if module not in untargeted]
     known = sorted(untargeted | set(package.points))
     difference = _explain_prefix(missing, known)
     if difference is not None:
         return [*problems, difference]
-    return [*problems, *_missing_modules(missing, known, package)]
+    return [*problems, *_explain_missing_modules(missing, known, package)]
 
 
-def _without_points(modules: Sequence[str]) -> list[str]:
+def _explain_missing_points(modules: Sequence[str]) -> list[str]:
     """Modules of the graph that got no point, and what to type."""
     what = "the graph has this module, and the package was made without a point there"
     names = list(dict.fromkeys(_last_part(module) for module in modules))
-    if len(names) > _SHOWN:
+    if len(names) > _MOST_NAMES:
         return [f"{module}: {what}; export again with --targets all" for module in modules]
     typed = "".join(f" --targets {name}" for name in names)
     problems: list[str] = []
@@ -66,13 +73,13 @@ def _without_points(modules: Sequence[str]) -> list[str]:
     return problems
 
 
-def _missing_modules(modules: Sequence[str], known: Sequence[str], package: Package) -> list[str]:
+def _explain_missing_modules(modules: Sequence[str], known: Sequence[str], package: Package) -> list[str]:
     """Modules that the package does not name, the first of them with the names that are closest."""
     unplaced = sum(len(graph.unplaced) for graph in package.manifest.graphs)
     problems: list[str] = []
     for index, module in enumerate(modules):
         text = f"{module}: the package has no such module"
-        closest = get_close_matches(module, known, n=3, cutoff=0.5) if index < _SHOWN else []
+        closest = get_close_matches(module, known, n=3, cutoff=0.5) if index < _MOST_NAMES else []
         if closest:
             text += f"; the closest are {', '.join(closest)}"
         if unplaced:
@@ -90,13 +97,14 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
     for name in parameters:
         module = _module_of(name)
         if module in package.modules:
-            of_known.append(f"{name}: {_irreplaceable(name, package)}")
+            of_known.append(f"{name}: {_explain_irreplaceable(name, package)}")
         elif module in batch_norms:
             of_batch_norms.append(f"{name}: {_OF_BATCH_NORM}")
         else:
             missing.append(name)
     problems = [*of_known, *of_batch_norms]
-    difference = _explain_prefix(sorted({_module_of(name) for name in missing}), sorted(package.modules))
+    modules = sorted({_module_of(name) for name in missing})
+    difference = _explain_prefix(modules, sorted(package.modules))
     if difference is not None:
         return [*problems, difference]
     for name in missing:
@@ -107,7 +115,7 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
     return problems
 
 
-def _irreplaceable(parameter: str, package: Package) -> str:
+def _explain_irreplaceable(parameter: str, package: Package) -> str:
     """Why a parameter of a module that the package knows cannot be replaced."""
     module = _module_of(parameter)
     point = package.points.get(module)
@@ -175,9 +183,3 @@ def _module_of(parameter: str) -> str:
 
 def _last_part(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def _shown(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

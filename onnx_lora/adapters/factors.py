@@ -1,5 +1,5 @@
-"""A delta or another change against the point it enters: what must hold of its tensors, and the arithmetic of factors.
-It knows no adapter and no package."""
+"""A delta or another change, and the point where it enters a graph: the checks of its tensors, and the arithmetic of
+factors. It knows no adapter and no package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Delta, HasTensors, MatrixDelta
+from onnx_lora.adapters.problems import finite_problem, value_problems
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array, InjectionPoint
@@ -23,34 +24,36 @@ __all__ = [
     "delta_problems",
     "depends_on_weight",
     "finite_problems",
-    "value_problems",
 ]
 
-# Outputs of a weight looked at together, so that W0 + A · B never stands in memory whole.
+# Outputs of a weight whose norms are computed together, so that W0 + A · B never stands in memory whole.
 _BLOCK = 1024
 
 
 def delta_problems(point: InjectionPoint, delta: Delta | MatrixDelta) -> list[str]:
     """Every reason why a delta cannot enter a point."""
     torch_delta = as_torch(point, delta) if isinstance(delta, MatrixDelta) else delta
-    if torch_delta.kind.name != point.kind.name:
-        return [
-            f"{point.module}: the delta is for {torch_delta.kind.noun}, and the package has {point.kind.noun} there"
-        ]
+    delta_kind, point_kind = torch_delta.kind, point.kind
+    if delta_kind.name != point_kind.name:
+        return [f"{point.module}: the delta is for {delta_kind.noun}, and the package has {point_kind.noun} there"]
     a, b = torch_delta.a, torch_delta.b
-    problem = _axes_problem(point, a, b)
-    if problem is not None:
-        return [problem]
-    problems = [*_size_problems(point, a, b), *_rank_problems(point, a, b)]
+    axes_problem = _axes_problem(point, a, b)
+    if axes_problem is not None:
+        return [axes_problem]
+    problems = _size_problems(point, a, b)
+    problems.extend(_rank_problems(point, a, b))
     if not np.isfinite(torch_delta.scale):
         problems.append(f"{point.module}: the scale must be finite, and is {torch_delta.scale}")
     if torch_delta.magnitude is not None:
         problems.extend(_magnitude_problems(point, torch_delta.magnitude))
     a_key, b_key = point.factor_keys
-    return [*problems, *value_problems(a_key, a), *value_problems(b_key, b)]
+    problems.extend(value_problems(a_key, a))
+    problems.extend(value_problems(b_key, b))
+    return problems
 
 
 def _axes_problem(point: InjectionPoint, a: Array, b: Array) -> str | None:
+    """Where the factors have another number of axes than those of the point's kind."""
     a_name, b_name = point.kind.factor_names
     axes = len(point.factor_shape) + 1
     if a.ndim == axes and b.ndim == 2:
@@ -66,20 +69,25 @@ def _size_problems(point: InjectionPoint, a: Array, b: Array) -> list[str]:
     problems: list[str] = []
     if a.shape[1:] != point.factor_shape:
         if a.ndim == 2:
-            wanted, found = f"{point.in_features} inputs", str(a.shape[1])
+            wanted = f"{point.in_features} inputs"
+            found = str(a.shape[1])
         else:
-            wanted, found = f"shape (rank, {', '.join(map(str, point.factor_shape))})", str(a.shape)
+            sizes = ", ".join(str(size) for size in point.factor_shape)
+            wanted = f"shape (rank, {sizes})"
+            found = str(a.shape)
         problems.append(f"{point.module}: {a_name} must have {wanted}, and has {found} (shape {a.shape})")
-    if b.shape[0] != point.out_features:
+    outputs = b.shape[0]
+    if outputs != point.out_features:
         problems.append(
-            f"{point.module}: {b_name} must have {point.out_features} outputs, and has {b.shape[0]} (shape {b.shape})"
+            f"{point.module}: {b_name} must have {point.out_features} outputs, and has {outputs} (shape {b.shape})"
         )
     return problems
 
 
 def _rank_problems(point: InjectionPoint, a: Array, b: Array) -> list[str]:
-    """Where the factors' ranks disagree, or there is no rank. In groups, B has a part of A's rank."""
-    a_rank, b_rank = a.shape[0], b.shape[1]
+    """Where the factors' ranks disagree, or are zero. In a convolution in groups, B has the rank of one group."""
+    a_rank = a.shape[0]
+    b_rank = b.shape[1]
     if a_rank == point.kind.dense_rank(b_rank) and a_rank >= 1:
         return []
     groups = point.kind.dense_rank(1)
@@ -93,14 +101,6 @@ def _magnitude_problems(point: InjectionPoint, magnitude: Array) -> list[str]:
     if magnitude.shape != (point.out_features,):
         return [f"{point.module}: DoRA's magnitude must have shape ({point.out_features},), and has {magnitude.shape}"]
     return value_problems(f"{point.module}.lora_magnitude_vector", magnitude)
-
-
-def value_problems(name: str, value: Array) -> list[str]:
-    """Why numbers cannot be applied: they must be floating point, and finite. An empty list where they can."""
-    if value.dtype.kind != "f":
-        return [f"{name}: must be floating point, and is {value.dtype.name}"]
-    bad = value.size - int(np.isfinite(value).sum())
-    return [f"{name}: {bad} of {value.size} values are NaN or infinite; train or save it again"] if bad else []
 
 
 def change_problems(point: InjectionPoint, change: Change) -> list[str]:
@@ -120,13 +120,15 @@ def finite_problems(name: str, change: Change) -> list[str]:
     """
     problems: list[str] = []
     for tensor, values in _tensors_of(change).items():
-        if values.dtype.kind == "f":
-            problems.extend(value_problems(f"{name}, {tensor}", values))
+        problem = finite_problem(f"{name}, {tensor}", values)
+        if problem is not None:
+            problems.append(problem)
     return problems
 
 
 def _tensors_of(change: Change) -> Mapping[str, Array]:
-    """What a change was made of, by the names of its file where it gives them, and else by those of its own fields."""
+    """The tensors that a change was made of. Their names are the file's where the change gives them, and else those of
+    the change's own fields."""
     if isinstance(change, HasTensors):
         return change.tensors()
     return dict(_arrays_in(change, change.method))
@@ -145,7 +147,7 @@ def _arrays_in(value: object, name: str) -> Iterator[tuple[str, Array]]:
 
 
 def as_torch(point: InjectionPoint, delta: MatrixDelta) -> Delta:
-    """Factors as PEFT keeps them for this module. What does not fit stays as it is, and `delta_problems` refuses it."""
+    """A delta as PEFT keeps it for this module. A factor that does not fit stays as it is, for `delta_problems`."""
     a, b = delta.a, delta.b
     if a.ndim == 2 and a.shape[1] == point.in_features:
         a = a.reshape(len(a), *point.factor_shape)
@@ -155,25 +157,32 @@ def as_torch(point: InjectionPoint, delta: MatrixDelta) -> Delta:
 
 
 def as_matrices(point: InjectionPoint, delta: Delta | MatrixDelta) -> MatrixDelta:
-    """Factors, of which `delta_problems` found none wrong, as matrices: A `[r, in]`, B `[out, r]`."""
+    """A delta in which `delta_problems` found nothing wrong, as matrices A `[r, in]` and B `[out, r]`."""
     if isinstance(delta, MatrixDelta):
         return delta
-    return MatrixDelta(delta.a.reshape(len(delta.a), -1), point.kind.dense_b(delta.b), delta.scale, delta.magnitude)
+    a = delta.a.reshape(delta.rank, -1)
+    b = point.kind.dense_b(delta.b)
+    return MatrixDelta(a, b, delta.scale, delta.magnitude)
 
 
 def change_as_factors(change: Change, point: InjectionPoint, weight: Array) -> MatrixDelta | None:
-    """A change, of which `change_problems` found nothing wrong, as a pair of factors; None where it is none.
+    """A change in which `change_problems` found nothing wrong, as a pair of factors; None: it is no such pair.
 
     weight: W0 of the point `[in, out]`, as the package has it.
     """
-    in_torch = point.to_torch(weight)
-    return change.as_factors(in_torch.astype(np.promote_types(weight.dtype, np.float32), copy=False))
+    wide = np.promote_types(weight.dtype, np.float32)
+    torch_weight = point.to_torch(weight)
+    return change.as_factors(torch_weight.astype(wide, copy=False))
 
 
 def depends_on_weight(change: Change, delta: MatrixDelta, shape: tuple[int, ...]) -> bool:
     """Whether a change's factors would be others for another weight of its shape."""
-    other = change.as_factors(np.broadcast_to(np.float32(0), shape))
-    return other is None or not (np.array_equal(other.a, delta.a) and np.array_equal(other.b, delta.b))
+    zeros = np.broadcast_to(np.float32(0), shape)
+    of_zeros = change.as_factors(zeros)
+    if of_zeros is None:
+        return True
+    is_same = np.array_equal(of_zeros.a, delta.a) and np.array_equal(of_zeros.b, delta.b)
+    return not is_same
 
 
 def column_norms(weight: Array, a: Array, b: Array) -> Array:
@@ -181,10 +190,14 @@ def column_norms(weight: Array, a: Array, b: Array) -> Array:
 
     DoRA (Liu et al. 2024), equation 5.
     """
-    norms = np.empty(weight.shape[1])
+    count = weight.shape[1]
+    norms = np.empty(count)
     wide = np.promote_types(weight.dtype, np.float32)
-    for begin in range(0, weight.shape[1], _BLOCK):
+    wide_a = a.astype(wide)
+    for begin in range(0, count, _BLOCK):
         outputs = slice(begin, begin + _BLOCK)
-        total = weight[:, outputs].astype(wide) + a.astype(wide) @ b[:, outputs].astype(wide)
-        norms[outputs] = np.sqrt(np.einsum("io,io->o", total, total, dtype=np.float64))
+        change = wide_a @ b[:, outputs].astype(wide)
+        total = weight[:, outputs].astype(wide) + change
+        squares = np.einsum("io,io->o", total, total, dtype=np.float64)
+        norms[outputs] = np.sqrt(squares)
     return norms

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
+from onnx_lora.adapters.problems import list_first
 from onnx_lora.errors import BindError
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ T = TypeVar("T")
 # that is no pipeline may have modules of such a name: those of GPT-2 begin with `transformer`.
 PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
 
-# Candidates that a message names.
-_SHOWN = 5
+# Candidates for one name in a message.
+_MOST_CANDIDATES = 5
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ class FlatName:
             if len(found) == 1:
                 meant[name] = found[0]
             elif found:
-                problems.append(f"{name}: may mean {_shown(found)}")
+                candidates = list_first(sorted(found), _MOST_CANDIDATES)
+                problems.append(f"{name}: may mean {candidates}")
         return Explained(meant, tuple(problems))
 
     def _candidates(self, name: str, known: KnownModules) -> Sequence[str]:
@@ -131,10 +133,12 @@ class FlatName:
         return [module for module in behind_part if known.parts[module] in ("", part)]
 
     def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        spellings = [flat_name(module)]
         part = known.parts[module]
-        if not part:
-            return [flat_name(module)]
-        return [flat_name(module), f"{part}.{flat_name(module.removeprefix(f'{part}.'))}"]
+        if part:
+            within_part = module.removeprefix(f"{part}.")
+            spellings.append(f"{part}.{flat_name(within_part)}")
+        return spellings
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,11 @@ class MissingPart:
         if not fitting:
             return None
         if len(fitting) > 1:
-            first, others = names[0], len(names) - 1
-            return Explained({}, (f"{first} (and {others} more): may be of {_shown(fitting)}; put that in front",))
-        return Explained({name: f"{fitting[0]}.{name}" for name in names})
+            candidates = list_first(sorted(fitting), _MOST_CANDIDATES)
+            problem = f"{names[0]} (and {len(names) - 1} more): may be of {candidates}; put that in front"
+            return Explained(problems=(problem,))
+        [part] = fitting
+        return Explained({name: f"{part}.{name}" for name in names})
 
     def _has_all(self, part: str, names: Sequence[str], known: KnownModules) -> bool:
         return all(f"{part}.{name}" in known for name in names)
@@ -181,9 +187,13 @@ class UnknownPart:
         part = names[0].partition(".")[0]
         if known.part_names or part not in PIPELINE_PARTS:
             return None
-        meant = {name: name.removeprefix(f"{part}.") for name in names}
-        is_of_part = all(name != own and own in known for name, own in meant.items())
-        return Explained(meant) if is_of_part else None
+        meant: dict[str, str] = {}
+        for name in names:
+            own = name.removeprefix(f"{part}.")
+            if own == name or own not in known:
+                return None
+            meant[name] = own
+        return Explained(meant)
 
     def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
         return [] if known.part_names else [f"{part}.{module}" for part in PIPELINE_PARTS]
@@ -266,10 +276,3 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 def _with_keys(values: Mapping[str, T], new: Callable[[str], str]) -> dict[str, T]:
     return {new(key): value for key, value in values.items()}
-
-
-def _shown(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    found = sorted(names)
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more

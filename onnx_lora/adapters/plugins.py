@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import Distribution, EntryPoint, distribution, distributions
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from onnx_lora.boundary import call_foreign
 from onnx_lora.errors import PluginError
+from onnx_lora.lazy import load_object
 
 __all__ = ["Plugins"]
 
@@ -24,12 +25,10 @@ class Plugins(Mapping[str, T], Generic[T]):
     A name of ours stays ours, whatever is installed; `refused` says who else brings it.
     """
 
-    def __init__(
-        self, group: str, kind: type[Any], own: Mapping[str, str], guard: Callable[[T, str], T] | None = None
-    ) -> None:
+    def __init__(self, group: str, kind: type[Any], own: Mapping[str, str], guard: str | None = None) -> None:
         """`group`: of entry points, "onnx_lora.methods". `kind`: what each object must be an instance of. `own`: ours,
-        as "module:object". `guard`: makes another distribution's object one whose failures name that distribution,
-        which is its second argument."""
+        as "module:object". `guard`: a function, as "module:function", that makes of another distribution's object and
+        the distribution's name an object whose failures name the distribution."""
         self._group = group
         self._kind = kind
         self._guard = guard
@@ -124,7 +123,10 @@ class Plugins(Mapping[str, T], Generic[T]):
                 "uninstall it"
             )
         loaded: T = value
-        return loaded if self._guard is None else self._guard(loaded, _origin(entry))
+        if self._guard is None:
+            return loaded
+        guard = cast(Callable[[T, str], T], load_object(self._guard))
+        return guard(loaded, _origin(entry))
 
     def _load_and_judge(self, entry: EntryPoint) -> tuple[Any, bool]:
         """The object, and whether it is of the kind. To ask that calls the object's own code."""

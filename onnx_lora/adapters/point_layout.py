@@ -1,4 +1,4 @@
-"""Deltas and other changes laid out as the tensors of injection points. It knows points, and no whole weights."""
+"""Deltas and other changes, laid out as the tensors of injection points. It knows points, and no whole weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from onnx_lora.adapters.factors import (
     column_norms,
     delta_problems,
     depends_on_weight,
-    value_problems,
 )
+from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout, frozen_copy
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ __all__ = ["PointLayout"]
 
 @dataclass
 class PointLayout:
-    """What an adapter does at the injection points of a package, taken module by module.
+    """What an adapter does at the injection points of a package, put in module by module.
 
-    `base_digests`: those that the adapter was bound to before, as in `Adapter`. `changes`: those that only folding can
-    apply. `magnitudes`, `made_of`: as in `BoundAdapter`. `fold_only`: the modules that cannot run unfolded, and why.
+    `base_digests`: of the weights to which the adapter was bound before, as in `Adapter`. `changes`: those that only
+    folding can apply. `magnitudes` and `made_of`: as in `BoundAdapter`. `fold_only`: the modules that cannot run
+    unfolded, and why.
     """
 
     package: Package
@@ -58,8 +59,8 @@ class PointLayout:
             self._add_output_scale(point, matrices.output_scale)
 
     def add_change(self, point: InjectionPoint, change: Change) -> None:
-        """A change as a factor for each output or as a pair of factors, where it is that for this base's weight; any
-        other can only be folded."""
+        """A change as a factor for each output, or as a pair of factors, where it is one of these for this base's
+        weight. Any other change can only be folded."""
         problems = change_problems(point, change)
         if problems:
             self.layout.problems.extend(problems)
@@ -81,8 +82,8 @@ class PointLayout:
     def _add_magnitude(self, point: InjectionPoint, magnitude: Array, known_scale: Array | None) -> None:
         """DoRA's scale of the outputs, m / ‖W0 + A · B‖.
 
-        known_scale: what a converted file says it is. That is true of the weight that it was made of; rounded weights
-            have norms of their own.
+        known_scale: the scale in a converted file. It holds for the weight that it was computed from; a quantized
+            weight has other norms.
         """
         scale = known_scale if self._is_known_weight(point) else None
         if scale is None:
@@ -98,8 +99,9 @@ class PointLayout:
         return not point.is_quantized and self.base_digests.get(point.module) == point.sha256
 
     def _dora_scale(self, point: InjectionPoint, magnitude: Array) -> Array | None:
-        """From this package's own W0; None, and a problem, where a norm is zero."""
-        a, b = self.layout.tensors[point.lora_a][0], self.layout.tensors[point.lora_b][0]
+        """The scale, computed from this package's W0. None, and a problem says why: a norm is zero."""
+        a = self.layout.tensors[point.lora_a][0]
+        b = self.layout.tensors[point.lora_b][0]
         norms = column_norms(self.package.module_weight(point), a, b)
         zero_norms = int((norms == 0).sum())
         if zero_norms:
@@ -125,7 +127,7 @@ class PointLayout:
 
 
 def _scaled_b(delta: MatrixDelta) -> Array:
-    """scale · Bᵀ `[r, out]`, in float64 where there is something to multiply, so that scale and cast round once."""
+    """scale · Bᵀ `[r, out]`, in float64 unless the scale is 1, so that scaling and casting round once together."""
     b: Array = delta.b.T
     if delta.scale == 1.0:
         return b

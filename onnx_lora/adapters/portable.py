@@ -39,13 +39,13 @@ def make_portable(
 ) -> PortableAdapter:
     """The adapter tied to no package, with a pair of factors for every change that is one.
 
-    With a package the adapter is aligned with it and checked against it; without one, what only a package can say of
-    the adapter is a reason to refuse it.
+    With a package the adapter is aligned with it and checked against it. Without one, an adapter is refused if only a
+    package could say what it means.
 
     laid_out: the adapter is of a format that holds the inputs of one package's graphs.
 
-    Raises UnsupportedAdapterError: a change that is no pair of factors, or of which only a package could say whether it
-    is one. BindError: it does not fit `package`. InputError: a bound adapter, or a file of one, and no package.
+    Raises UnsupportedAdapterError: a change is no pair of factors, or only a package could say whether it is one.
+    BindError: the adapter does not fit `package`. InputError: a bound adapter, or a file of one, and no package.
     """
     if package is None:
         if isinstance(adapter, BoundAdapter) or laid_out:
@@ -60,7 +60,7 @@ def make_portable(
 
 
 def _without_package(adapter: Adapter) -> PortableAdapter:
-    """An adapter that says everything of itself."""
+    """From an adapter that needs no package to be understood."""
     problems: list[str] = []
     deltas: dict[str, Delta] = {}
     if adapter.flat_names:
@@ -75,7 +75,7 @@ def _without_package(adapter: Adapter) -> PortableAdapter:
             )
     for module, change in adapter.changes.items():
         problems.append(f"{module}: {_need_of_package(change)}")
-    return _checked(adapter.name, adapter.origin, deltas, adapter.replacements, problems)
+    return _make_checked(adapter.name, adapter.origin, deltas, adapter.replacements, problems)
 
 
 def _need_of_package(change: Change) -> str:
@@ -86,7 +86,8 @@ def _need_of_package(change: Change) -> str:
 
 
 def _from_adapter(adapter: Adapter, package: Package) -> PortableAdapter:
-    """From the adapter's own factors, unrounded; the package says what they mean, and what of the rest is factors."""
+    """From the adapter's own factors, unrounded. The package says which modules they mean, and which of the other
+    changes are pairs of factors."""
     aligned = align(adapter, package)
     bound = bind(aligned, package)
     problems: list[str] = []
@@ -107,11 +108,11 @@ def _from_adapter(adapter: Adapter, package: Package) -> PortableAdapter:
     for name, replacement in aligned.adapter.replacements.items():
         if name in bound.coverage.replaced:
             replacements[name] = replacement
-    return _checked(adapter.name, adapter.origin, deltas, replacements, problems)
+    return _make_checked(adapter.name, adapter.origin, deltas, replacements, problems)
 
 
 def _factors_of(module: str, change: Change, package: Package) -> MatrixDelta | None:
-    """The factors that a change is for this base's weight; None where it is none, or is a bare parameter's."""
+    """The pair of factors that a change is for this base's weight; None: it is none, or changes a bare parameter."""
     point = package.points.get(module)
     return None if point is None else change_as_factors(change, point, package.module_weight(point))
 
@@ -123,20 +124,22 @@ def _from_bound(bound: BoundAdapter, package: Package) -> PortableAdapter:
     for module in bound.coverage.applied:
         point = package.points[module]
         if point.lora_a in bound.tensors:
-            a, b = bound.tensors[point.lora_a][0].T, bound.tensors[point.lora_b][0].T
-            _put_delta(point, MatrixDelta(a, b, 1.0, bound.magnitudes.get(module)), deltas, problems)
+            a = bound.tensors[point.lora_a][0].T
+            b = bound.tensors[point.lora_b][0].T
+            delta = MatrixDelta(a, b, 1.0, bound.magnitudes.get(module))
+            _put_delta(point, delta, deltas, problems)
         if point.dora_scale in bound.tensors and module not in bound.magnitudes:
             problems.append(f"{module}: has a factor for each output, which no pair of factors expresses")
     replacements: dict[str, Replacement] = {}
     for name in bound.coverage.replaced:
         replacements[name] = Replacement(package.replaceable[name].to_torch(bound.tensors[name]))
-    return _checked(bound.name, bound.origin, deltas, replacements, problems)
+    return _make_checked(bound.name, bound.origin, deltas, replacements, problems)
 
 
 def _put_delta(
     point: InjectionPoint, delta: Delta | MatrixDelta, deltas: dict[str, Delta], problems: list[str]
 ) -> None:
-    """Put the factors as PyTorch keeps them for this point into `deltas`; where they are none, a problem says why."""
+    """Put the factors into `deltas` as PyTorch keeps them for this point; or say in `problems` why they are none."""
     if isinstance(delta, Delta):
         deltas[point.module] = delta
         return
@@ -150,7 +153,7 @@ def _put_delta(
     deltas[point.module] = torch_delta
 
 
-def _checked(
+def _make_checked(
     name: str,
     origin: Origin,
     deltas: Mapping[str, Delta],

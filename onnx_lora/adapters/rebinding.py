@@ -25,22 +25,24 @@ def rebind(bound: BoundAdapter, package: Package, *, strict: bool = False) -> Bo
 
     Raises BindError: points, shapes, types or base weights are others there; `strict`, and it names another base.
     """
+    path = bound.origin.path or None
     other_base = base_problem(bound.origin.base_model, package) if strict else None
     if other_base is not None:
-        raise BindError(f"the adapter {bound.name!r} does not fit: {other_base}", path=bound.origin.path or None)
+        raise BindError(f"the adapter {bound.name!r} does not fit: {other_base}", path=path)
     doubts: list[str] = []
     if not package.allow_unproven:
-        doubts.extend(f"{doubt}; {PROVE}" for doubt in explain_doubts(bound.base_digests, package))
+        for doubt in explain_doubts(bound.base_digests, package):
+            doubts.append(f"{doubt}; {PROVE}")
     is_same = bound.graphs == package.manifest.graphs
     if is_same and not doubts:
         return bound
     problems = [*_problems(bound, package), *doubts]
     if problems:
         if is_same:
-            why = "was bound with leave to unproven points, and has none here"
+            why = "was bound with leave to apply unproven points, and has no such leave here"
         else:
             why = f"was bound to another package than {package.name}; bind it to this one"
-        raise BindError(f"the adapter {bound.name!r} {why}", path=bound.origin.path or None, problems=problems)
+        raise BindError(f"the adapter {bound.name!r} {why}", path=path, problems=problems)
     coverage = replace(bound.coverage, fold_only=_fold_only(bound, package))
     return replace(bound, graphs=package.manifest.graphs, base_names=package.base_names, coverage=coverage)
 
@@ -62,7 +64,9 @@ def _problems(bound: BoundAdapter, package: Package) -> list[str]:
     for module in bound.changes:
         if module not in package.points:
             problems.append(f"{module}: the package has no such module")
-    return [*problems, *_pair_problems(bound.tensors, package), *_base_problems(bound, package)]
+    problems.extend(_pair_problems(bound.tensors, package))
+    problems.extend(_base_problems(bound, package))
+    return problems
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,13 @@ class _Input:
     shape: tuple[int | None, ...]
 
     def takes(self, tensor: Array) -> bool:
+        """Whether the tensor has the input's type and fits its shape."""
         if tensor.dtype != np.dtype(self.dtype) or tensor.ndim != len(self.shape):
             return False
-        return all(wanted in (None, length) for wanted, length in zip(self.shape, tensor.shape, strict=True))
+        for wanted, length in zip(self.shape, tensor.shape, strict=True):
+            if wanted is not None and wanted != length:
+                return False
+        return True
 
 
 def _inputs(package: Package) -> dict[str, _Input]:
@@ -99,9 +107,9 @@ def _input_problems(tensors: Mapping[str, Array], package: Package) -> list[str]
         if wanted is None:
             problems.append(f"{name} is no input of this package")
         elif not wanted.takes(tensor):
-            problems.append(
-                f"{name} must be {wanted.dtype} {list(wanted.shape)}, and is {tensor.dtype} {list(tensor.shape)}"
-            )
+            expected = f"{wanted.dtype} {list(wanted.shape)}"
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            problems.append(f"{name} must be {expected}, and is {found}")
     return problems
 
 
@@ -109,10 +117,13 @@ def _pair_problems(tensors: Mapping[str, Array], package: Package) -> list[str]:
     """Points with half a pair of factors, or factors of different rank."""
     problems: list[str] = []
     for point in package.points.values():
-        a, b = tensors.get(point.lora_a), tensors.get(point.lora_b)
-        if (a is None) != (b is None):
+        a = tensors.get(point.lora_a)
+        b = tensors.get(point.lora_b)
+        if a is None and b is None:
+            continue
+        if a is None or b is None:
             problems.append(f"{point.module} must have both of lora_A and lora_B, and has one")
-        elif a is not None and b is not None and a.shape[-1:] != b.shape[-2:-1]:
+        elif a.shape[-1:] != b.shape[-2:-1]:
             problems.append(f"{point.module}: the ranks must agree, and the shapes are {a.shape} and {b.shape}")
     return problems
 
@@ -124,11 +135,11 @@ def _base_problems(bound: BoundAdapter, package: Package) -> list[str]:
         digests[name] = weight.sha256
     problems: list[str] = []
     for name, digest in bound.base_digests.items():
-        if digests.get(name) != digest:
-            found = digests.get(name, "that of no module")
-            problems.append(
-                f"{name} was bound to another base: its digest is {digest[:12]}, the package's is {found[:12]}"
-            )
+        found = digests.get(name)
+        if found == digest:
+            continue
+        own = "none" if found is None else found[:12]
+        problems.append(f"{name} was bound to another base: its digest is {digest[:12]}, the package's is {own}")
     for module, mark in bound.made_of.items():
         if module in package.points and package.mark(package.points[module]) != mark:
             problems.append(f"{module}: its tensors were made from the weights of another precision")

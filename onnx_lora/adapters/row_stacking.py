@@ -50,7 +50,7 @@ def stack_rows(
 
 
 def _replaced_modules(package: Package, used: Collection[str]) -> Mapping[str, Sequence[WholeWeight]]:
-    """All replaceable weights of each module of which some row replaces one."""
+    """The replaceable weights of every module, for the modules in which some row replaces a weight."""
     by_module: dict[str, list[WholeWeight]] = {}
     for weight in package.replaceable.values():
         by_module.setdefault(weight.module, []).append(weight)
@@ -84,12 +84,15 @@ class _RowStack:
     problems: list[str] = field(default_factory=list)
 
     def add_point(self, point: InjectionPoint) -> None:
+        """The factors and the scale of one point."""
         names = [name for name in (point.lora_a, point.lora_b, point.dora_scale) if name in self.used]
         if not names:
             return
         # Comparing values takes as long as stacking them does: it is worth it only where rows must not differ.
-        if all(self._is_same_in_all_rows(name, by_value=not point.per_row) for name in names):
-            self.tensors.update((name, self.rows[0][name]) for name in names)
+        by_value = not point.per_row
+        if all(self._is_same_in_all_rows(name, by_value=by_value) for name in names):
+            for name in names:
+                self.tensors[name] = self.rows[0][name]
         elif not point.per_row:
             self.problems.append(
                 f"{point.module}: its place in the graph takes one adapter for all rows, and these rows differ"
@@ -103,20 +106,27 @@ class _RowStack:
     def _stack_point(self, point: InjectionPoint) -> None:
         """Factors `[rows, in, r]` and `[rows, r, out]`, scales `[rows, 1, out]`; r is the largest rank of a row."""
         if point.lora_a in self.used:
-            rank = max(row[point.lora_a].shape[2] for row in self.rows if point.lora_a in row)
-            a = np.zeros((len(self.rows), point.in_features, rank), point.dtype)
-            b = np.zeros((len(self.rows), rank, point.out_features), point.dtype)
-            for index, row in enumerate(self.rows):
-                if point.lora_a in row:
-                    own_rank = row[point.lora_a].shape[2]
-                    a[index, :, :own_rank] = row[point.lora_a][0]
-                    b[index, :own_rank] = row[point.lora_b][0]
-            self.tensors[point.lora_a] = a
-            self.tensors[point.lora_b] = b
+            self._stack_factors(point)
         if point.dora_scale in self.used:
             ones = np.ones((1, 1, point.out_features), np.dtype(point.dtype))
             scales = [row.get(point.dora_scale, ones) for row in self.rows]
             self.tensors[point.dora_scale] = np.concatenate(scales)
+
+    def _stack_factors(self, point: InjectionPoint) -> None:
+        count = len(self.rows)
+        rank = max(row[point.lora_a].shape[2] for row in self.rows if point.lora_a in row)
+        a = np.zeros((count, point.in_features, rank), point.dtype)
+        b = np.zeros((count, rank, point.out_features), point.dtype)
+        for index, row in enumerate(self.rows):
+            if point.lora_a not in row:
+                continue
+            row_a = row[point.lora_a][0]
+            row_b = row[point.lora_b][0]
+            row_rank = row_a.shape[1]
+            a[index, :, :row_rank] = row_a
+            b[index, :row_rank] = row_b
+        self.tensors[point.lora_a] = a
+        self.tensors[point.lora_b] = b
 
     def add_module(self, module: str, weights: Sequence[WholeWeight]) -> None:
         """The whole weights of one module: in each row its weight and its bias have the same number of outputs."""
@@ -125,15 +135,17 @@ class _RowStack:
         has_bias = False
         for weight in weights:
             default = self.defaults.get(weight.name)
-            values[weight.name] = [row.get(weight.name, default) for row in self.rows]
+            by_row = [row.get(weight.name, default) for row in self.rows]
+            values[weight.name] = by_row
             if weight.has_rows:
-                widths.update(value.shape[-1] for value in values[weight.name] if value is not None)
+                widths.update(value.shape[-1] for value in by_row if value is not None)
                 has_bias = has_bias or isinstance(weight.role, LinearBias)
         is_padded = len(widths) > 1
         if is_padded and not has_bias:
+            sizes = ", ".join(str(width) for width in sorted(widths))
             self.problems.append(
-                f"{module}: rows with {', '.join(map(str, sorted(widths)))} outputs need its bias to mark those that a "
-                f"row does not have, and the package does not expose it; export again with --replaceable {module}"
+                f"{module}: rows with {sizes} outputs need its bias to mark those that a row does not have, and the "
+                f"package does not expose it; export again with --replaceable {module}"
             )
             return
         for weight in weights:
@@ -151,9 +163,11 @@ class _RowStack:
             self.problems.append(f"{weight.name}: the graph takes one value for all rows, and these rows differ")
             return
         padding = -np.inf if isinstance(weight.role, LinearBias) else 0.0
-        stacked = np.full((len(known), known[0].shape[1], outputs), padding, weight.dtype)
+        shape = (len(known), known[0].shape[1], outputs)
+        stacked = np.full(shape, padding, weight.dtype)
         for index, value in enumerate(known):
-            stacked[index, :, : value.shape[2]] = value[0]
+            own_outputs = value.shape[2]
+            stacked[index, :, :own_outputs] = value[0]
         self.tensors[weight.name] = stacked
 
 

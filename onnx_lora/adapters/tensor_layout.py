@@ -13,25 +13,27 @@ __all__ = ["TensorLayout", "frozen_copy"]
 
 @dataclass
 class TensorLayout:
-    """Tensors by the name of their input, and why some of them cannot be applied."""
+    """`tensors`: by the name of their input. `problems`: why some of them cannot be applied."""
 
     tensors: dict[str, Array] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def put(self, name: str, value: Array, dtype: str) -> None:
-        """Take a tensor, laid out as its input, in the type of that; what is too large for the type is a problem."""
+        """Put in a tensor that has the layout of its input, cast to the input's type `dtype`. A value that is too large
+        for the type is a problem."""
         cast = frozen_copy(value, np.dtype(dtype))
         if not np.isfinite(cast).all():
-            largest = float(np.abs(value).max())
+            found = float(np.abs(value).max())
+            most = float(np.finfo(dtype).max)
             self.problems.append(
-                f"{name}: its largest value {largest:.6g} does not fit {dtype} "
-                f"(at most {float(np.finfo(dtype).max):.6g}); use a package of a wider type"
+                f"{name}: its largest value {found:.6g} does not fit {dtype} (at most {most:.6g}); use a package of a "
+                "wider type"
             )
         self.tensors[name] = cast
 
 
 def frozen_copy(value: Array, dtype: np.dtype[np.generic]) -> Array:
-    """The values C-contiguous, of `dtype`, read-only, in memory: the array itself where it is all that."""
+    """The values as an array in memory that is C-contiguous, read-only and of `dtype`; `value` itself if it is that."""
     value = in_memory(value)
     if value.dtype == dtype and value.flags.c_contiguous and not value.flags.writeable:
         return value

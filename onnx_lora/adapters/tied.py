@@ -1,5 +1,5 @@
-"""Output heads that are tied to a table of embeddings: which those are in a package, and what of an adapter reaches
-them through the table, whose name alone the adapter's file has. It knows no format and no method."""
+"""Output heads that are tied to a table of embeddings: which heads those are in a package, and which changes of an
+adapter reach them. The adapter's file names the table alone. It knows no format and no method."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNTIE = '"tie_word_embeddings": false in the package\'s config.json says that n
 
 @dataclass(frozen=True)
 class SpreadAdapter:
-    """An adapter whose changes of a table stand at the tied heads too; `problems`: where that cannot be decided."""
+    """An adapter that has its changes of a table for the tied heads too. `problems`: where ties cannot be decided."""
 
     adapter: Adapter
     problems: tuple[str, ...] = ()
 
 
 def spread_to_tied_heads(adapter: Adapter, package: Package, config: Mapping[str, Any]) -> SpreadAdapter:
-    """Put what reaches a table into the heads that are tied to it too. `config`: of the package's model.
+    """Add the changes of tables to the heads that are tied to them. `config`: of the package's model.
 
     The tool that trained the adapter decides: PEFT puts trained tokens (`OfTable`) into a tied head, MLX its LoRA on a
     table (`Adapter.with_tied_heads`); PEFT's own LoRA on a table stays there.
@@ -79,7 +79,7 @@ class _Ties:
     def heads_of(self, table: InjectionPoint, what: str, problems: list[str]) -> list[InjectionPoint]:
         """The points whose weight is the table's own. Where that cannot be decided, a problem is added.
 
-        what: what of the adapter changes the table, for messages.
+        what: the change of the table, as messages call it.
         """
         if self.tied_by_config is False:
             return []
@@ -93,7 +93,7 @@ class _Ties:
         return point.module != table.module and _is_comparable(point, table)
 
     def _problem(self, table: InjectionPoint, what: str, *, found: bool, expected: bool) -> str | None:
-        """Why nobody can say which heads are tied to a table; None where that is clear.
+        """Why it cannot be decided which heads are tied to a table; None: it can.
 
         found: a tied point is known. expected: the config says that there is a tied head.
         """
@@ -154,6 +154,6 @@ def _is_head(module: str) -> bool:
 
 
 def _is_comparable(point: InjectionPoint, table: InjectionPoint) -> bool:
-    """Whether equal digests mean equal weights, and other digests other ones."""
+    """Whether the digests of both tell whether their weights are equal."""
     is_quantized = point.is_quantized or table.is_quantized
     return point.dtype == table.dtype and (not is_quantized or point.sha256 == table.sha256)

@@ -1,5 +1,5 @@
-"""Whole weights that an adapter brings, laid out as their graph inputs: which of them replace something, and whether
-they fit. It knows replaceable weights, and of injection points only their names and weights."""
+"""Whole weights of an adapter, laid out as their graph inputs: which of them replace something, and whether they fit.
+It knows replaceable weights, and the names and weights of injection points."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Replacement
-from onnx_lora.adapters.factors import finite_problems, value_problems
+from onnx_lora.adapters.factors import finite_problems
+from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
@@ -24,7 +25,7 @@ __all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
 
 
 def is_bare_parameter(name: str, package: Package) -> bool:
-    """Whether a change of this name is of no module but of a parameter, which is replaceable as it is."""
+    """Whether `name` is a bare parameter that the package can replace, and no module."""
     weight = package.replaceable.get(name)
     return weight is not None and not weight.has_rows and name not in package.points
 
@@ -43,7 +44,7 @@ def is_base_weight(name: str, value: Array, package: Package) -> bool:
 
 @dataclass
 class WeightLayout:
-    """The parameters that an adapter replaces, taken one by one.
+    """The parameters that an adapter replaces, put in one by one.
 
     `replaced`: their names, whether the package can replace them or not. `outputs`: how many outputs the replaced
     weights and biases of linear modules have, by parameter.
@@ -57,17 +58,21 @@ class WeightLayout:
     notes: list[str] = field(default_factory=list)
 
     def add_change(self, weight: WholeWeight, change: Change) -> None:
-        """A change of a bare parameter: its new value is the input, as of any whole weight."""
+        """A change of a bare parameter. The parameter's new value becomes its input."""
         misfit = change.explain_misfit(weight.shape, LINEAR)
-        problems = finite_problems(weight.name, change) if misfit is None else [f"{weight.name}: {misfit}"]
+        if misfit is not None:
+            self.layout.problems.append(f"{weight.name}: {misfit}")
+            return
+        problems = finite_problems(weight.name, change)
         if problems:
             self.layout.problems.extend(problems)
             return
         self.replaced.append(weight.name)
         self.digests[weight.name] = weight.sha256
         base = self.package.default(weight)
-        wide_base = base.astype(np.promote_types(base.dtype, np.float32))
-        self.layout.put(weight.name, change.apply_to(wide_base), weight.dtype)
+        wide = np.promote_types(base.dtype, np.float32)
+        changed = change.apply_to(base.astype(wide))
+        self.layout.put(weight.name, changed, weight.dtype)
 
     def add_replacement(self, name: str, replacement: Replacement) -> None:
         """A whole weight, unless it leaves the base as it is."""
@@ -88,36 +93,40 @@ class WeightLayout:
             self._lay_out(weight, replacement)
 
     def _lay_out(self, weight: WholeWeight, replacement: Replacement) -> None:
+        """The weight's input, made of the replacement; or why it cannot be."""
+        name = weight.name
         value = replacement.value
         shape = weight.role.torch_shape(value.shape) if replacement.in_graph_layout else value.shape
         if shape is None or not weight.fits(shape):
             free = " (the number of outputs is free)" if weight.free_outputs else ""
-            self.layout.problems.append(f"{weight.name}: must have shape {weight.shape}{free}, and has {value.shape}")
+            self.layout.problems.append(f"{name}: must have shape {weight.shape}{free}, and has {value.shape}")
             return
-        problems = value_problems(weight.name, value)
+        problems = value_problems(name, value)
         if replacement.operation != "set" and shape != weight.shape:
-            problems.append(f"{weight.name}: must have the base's shape {weight.shape}, and has {value.shape}")
+            problems.append(f"{name}: must have the base's shape {weight.shape}, and has {value.shape}")
         if problems:
             self.layout.problems.extend(problems)
             return
         if weight.has_rows:
-            self.outputs[weight.name] = weight.role.outputs(shape)
+            self.outputs[name] = weight.role.outputs(shape)
         laid_out = value if replacement.in_graph_layout else weight.to_graph(value)
-        if replacement.operation != "set":
-            combine = np.add if replacement.operation == "add" else np.multiply
-            laid_out = combine(self.package.default(weight), laid_out, dtype=np.float64)
-        self.layout.put(weight.name, laid_out, weight.dtype)
+        if replacement.operation == "add":
+            laid_out = np.add(self.package.default(weight), laid_out, dtype=np.float64)
+        elif replacement.operation == "multiply":
+            laid_out = np.multiply(self.package.default(weight), laid_out, dtype=np.float64)
+        self.layout.put(name, laid_out, weight.dtype)
 
     def check_heads(self) -> None:
         """Weight, bias and injection point of a module must agree in the number of outputs."""
-        for module in sorted({name.rpartition(".")[0] for name in self.outputs}):
+        modules = {name.rpartition(".")[0] for name in self.outputs}
+        for module in sorted(modules):
             outputs = self._outputs_of_module(module)
             if len(set(outputs.values())) > 1:
                 sizes = ", ".join(f"{size} for {what}" for what, size in outputs.items())
                 self.layout.problems.append(f"{module}: the number of outputs must agree, and is {sizes}")
 
     def _outputs_of_module(self, module: str) -> Mapping[str, int]:
-        """How many outputs everything of a module will have, by what that is, in words."""
+        """The numbers of outputs that a module's weight, bias and point will have, by what each is in words."""
         outputs: dict[str, int] = {}
         for name in (f"{module}.weight", f"{module}.bias"):
             weight = self.package.replaceable.get(name)
@@ -133,7 +142,7 @@ class WeightLayout:
         return outputs
 
     def _may_exist(self, name: str) -> bool:
-        """Whether the base may have this bias. Of a module without one nothing is left to do."""
+        """Whether the base may have this parameter: false of the bias of a module that is known to have none."""
         module, _, parameter = name.rpartition(".")
         point = self.package.points.get(module)
         return parameter != "bias" or point is None or point.bias != "none"
@@ -146,6 +155,7 @@ class WeightLayout:
         return module.rpartition(".")[2] in OFTEN_TIED or self._has_equal_weight(module)
 
     def _has_equal_weight(self, module: str) -> bool:
+        """Whether another module of the package has the same weight."""
         for own_digest in self._weights_by_module.get(module, ()):
             if self._modules_by_weight[own_digest] != {module}:
                 return True

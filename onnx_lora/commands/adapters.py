@@ -76,7 +76,8 @@ def convert(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER, or a blend of several, in another format: ready to be fed to a package, or for other tools.
+    """Write ADAPTER, or a blend of several, in another format. OUT is ready to be fed to a
+    package, or for other tools.
 
     \b
     Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
@@ -140,7 +141,7 @@ def choose_format(out: Path, kind: str | None) -> str:
 @strict_option
 @json_option
 def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, as_json: bool) -> None:
-    """Show what a package or an adapter at PATH holds: points, ranks, sizes, coverage.
+    """Show what a package or an adapter at PATH holds. Points, ranks, sizes and coverage are listed.
 
     \b
     Example:  onnx-lora inspect adapters/sql --package smollm --plot heat.png

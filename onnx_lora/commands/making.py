@@ -14,7 +14,7 @@ from onnx_lora.adapters import bind, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
-from onnx_lora.exporter.frontends.exporters import EXPORTERS
+from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
 from onnx_lora.package import Package
 
 __all__ = ["attach", "export", "quantize", "verify"]
@@ -126,7 +126,7 @@ def export(
 @point_options
 @json_option
 def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, Any], as_json: bool) -> None:
-    """Give an existing ONNX FILE (or a folder of them) its injection points; the package goes to OUT.
+    """Give an existing ONNX FILE (or a folder of them) its injection points. The package goes to OUT.
 
     \b
     Example:  onnx-lora attach model.onnx package --targets q_proj --targets v_proj
@@ -161,7 +161,7 @@ def quantize(
     accuracy_level: int,
     as_json: bool,
 ) -> None:
-    """Quantize the weights of the float package PACKAGE; OUT has the same points, and takes the same adapters.
+    """Quantize the weights of the float package PACKAGE. OUT has the same points, and takes the same adapters.
 
     \b
     Example:  onnx-lora quantize smollm smollm-int4 --bits 4
@@ -180,7 +180,7 @@ def quantize(
 @click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder (default: random adapters).")
 @json_option
 def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -> None:
-    """Compare PACKAGE with PyTorch and PEFT: largest difference per output.
+    """Compare PACKAGE with PyTorch and PEFT. The largest difference of each output is shown.
 
     Without --adapter, unproven points that agree are written down as proven.
 

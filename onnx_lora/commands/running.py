@@ -210,7 +210,8 @@ def fold(
 @click.option("--keep", type=click.Path(path_type=Path), metavar="FOLDER", help="Keep the first part's package here.")
 @json_option
 def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bool) -> None:
-    """Four tasks on one small model, switched, mixed, folded; then a tiny writer under four adapters at once.
+    """Four tasks on one small model, switched, mixed, folded; then a tiny writer. The writer continues one text under
+    four adapters at once.
 
     \b
     Example:  onnx-lora demo --text "Win a free cruise, call now!" --prompt "The king"

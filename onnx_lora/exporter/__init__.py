@@ -7,7 +7,6 @@ from onnx_lora.lazy import lazy_names
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
     from onnx_lora.exporter.api import attach, export
-    from onnx_lora.exporter.comparison import Comparison
     from onnx_lora.exporter.frontends.checkpoint import Checkpoint
     from onnx_lora.exporter.frontends.onnx_files import OnnxFiles
     from onnx_lora.exporter.frontends.pipeline import Pipeline
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from onnx_lora.exporter.precision import Precision
     from onnx_lora.exporter.quantization import Method, quantize
     from onnx_lora.exporter.request import Points
-    from onnx_lora.exporter.verification import verify
+    from onnx_lora.exporter.verification.comparison import Comparison
+    from onnx_lora.exporter.verification.verify import verify
 
 __all__ = [
     "Checkpoint",
@@ -37,7 +37,7 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
         __name__,
         {
             "Checkpoint": "onnx_lora.exporter.frontends.checkpoint",
-            "Comparison": "onnx_lora.exporter.comparison",
+            "Comparison": "onnx_lora.exporter.verification.comparison",
             "Method": "onnx_lora.exporter.quantization",
             "OnnxFiles": "onnx_lora.exporter.frontends.onnx_files",
             "Pipeline": "onnx_lora.exporter.frontends.pipeline",
@@ -47,6 +47,6 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "attach": "onnx_lora.exporter.api",
             "export": "onnx_lora.exporter.api",
             "quantize": "onnx_lora.exporter.quantization",
-            "verify": "onnx_lora.exporter.verification",
+            "verify": "onnx_lora.exporter.verification.verify",
         },
     )

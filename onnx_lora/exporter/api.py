@@ -16,7 +16,7 @@ from onnx_lora.exporter.frontends.source import Loaded, ModelSource
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import Points, Progress, as_names
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
+from onnx_lora.exporter.sites.targets import ALL_LINEAR, HEADS_ONLY
 from onnx_lora.package import Package
 from onnx_lora.staging import staged
 
@@ -140,7 +140,7 @@ def _export(
         if verify is None:
             verify = loaded.original is not None
         if verify:
-            from onnx_lora.exporter.verification import verify_original
+            from onnx_lora.exporter.verification.verify import verify_original
 
             progress("verify", 0, 1)
             verify_original(package, loaded.original or source.load_original(package))

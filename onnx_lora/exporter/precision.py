@@ -1,5 +1,5 @@
-"""In what numbers weights are kept: floats, or blocks that share a scale. It holds the limits of quantization for every
-exporter, and quantizes nothing."""
+"""The numbers that weights are kept in: floats, or integers in blocks that share a scale. It holds the limits of
+quantization for every exporter, and quantizes nothing."""
 
 from __future__ import annotations
 

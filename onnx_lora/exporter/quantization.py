@@ -1,5 +1,5 @@
 """A quantized package from a float one: ONNX Runtime's own quantizers on the base graph, the points put back where
-they were. It knows packages and quantizers; how a weight is rounded, they know."""
+they were. It knows packages and which quantizer to call; the quantizers know how to round a weight."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.quiet import quiet_root, silence_root
 from onnx_lora.exporter.frontends.source import Loaded
-from onnx_lora.exporter.intake import read_proto
-from onnx_lora.exporter.package_weights import read_package_weights
+from onnx_lora.exporter.graph.values import WRAPPERS
+from onnx_lora.exporter.intake.onnx_file import read_proto
 from onnx_lora.exporter.precision import BLOCK_BITS, check_blocks
 from onnx_lora.exporter.request import GraphFile, Points, Progress
-from onnx_lora.exporter.values import WRAPPERS
+from onnx_lora.exporter.weights.package_weights import read_package_weights
 from onnx_lora.manifest import MANIFEST, GraphInfo
 from onnx_lora.package import Package
-from onnx_lora.points import InjectionPoint
+from onnx_lora.points import InjectionPoint, WholeWeight
 from onnx_lora.staging import staged
 
 __all__ = ["Method", "quantize"]
 
-# MatMulInteger's.
+# Bits of a weight that MatMulInteger multiplies with.
 _DYNAMIC_BITS = (8,)
 
-
-# What a head is called while quantizers work: they take MatMul alone, and must leave it.
+# The operator that a head gets while quantizers work: they take MatMul alone, and must leave heads as they are.
 _HEAD = "Head"
 
 
@@ -129,15 +128,19 @@ def quantize(
 
 
 def _points_of(package: Package) -> Points:
-    """What gave the package its points, in whole names."""
+    """The options that give a package the same points again, with modules by their whole names."""
     names = "|".join(re.escape(name) for name in package.points)
     model = read_proto(package.path / package.manifest.graphs[0].file)
     ranks: set[int] = set()
     for value in model.graph.initializer:
         if value.name.endswith(".lora_A.weight"):
             ranks.add(value.dims[-1])
-    dora = any(branch.dora for info in package.manifest.graphs for branch in info.branches)
-    return Points(names, tuple(package.replaceable), 1 if ranks == {1} else 0, dora)
+    dora = False
+    for info in package.manifest.graphs:
+        for branch in info.branches:
+            dora = dora or branch.dora
+    default_rank = 1 if ranks == {1} else 0
+    return Points(names, tuple(package.replaceable), default_rank, dora)
 
 
 def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -> None:
@@ -148,15 +151,19 @@ def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -
     silence_root()
     model = read_proto(package.path / info.base_file)
     onnx.load_external_data_for_model(model, str(package.path))
-    kept = {part.initializer for weight in info.replaceable for part in weight.parts}
+    kept: set[str] = set()
+    for weight in info.replaceable:
+        kept.update(part.initializer for part in weight.parts)
     _name_nodes(model.graph)
     with _hide_heads(model.graph, kept) as heads:
         _own_transposed(model.graph)
         ONNXModel(model).replace_gemm_with_matmul()
     _drop_shapes_of_weights(model.graph)
     _name_nodes(model.graph)
-    # The second name is what quantize_dynamic gives to the MatMul it makes of a Gemm.
-    excluded = [name for head in heads for name in (head, f"{head}_MatMul")]
+    excluded: list[str] = []
+    for head in heads:
+        excluded.append(head)
+        excluded.append(f"{head}_MatMul")  # what quantize_dynamic calls the MatMul that it makes of a Gemm
     if method.kind == "dynamic":
         quantized = _quantize_dynamic(model, target.parent, excluded)
     else:
@@ -168,7 +175,9 @@ def _quantize(package: Package, info: GraphInfo, target: Path, method: Method) -
 def _hide_heads(graph: onnx.GraphProto, kept: Collection[str]) -> Iterator[list[str]]:
     """Give products of `kept` weights an operator that ONNX Runtime's tools do not know, for as long as the block
     runs; gives the names of their nodes."""
-    makers = {output: maker for maker in graph.node for output in maker.output}
+    makers: dict[str, onnx.NodeProto] = {}
+    for maker in graph.node:
+        makers.update(dict.fromkeys(maker.output, maker))
     heads = [node for node in graph.node if _reaches(makers, node, kept)]
     names = [node.name for node in heads]
     kinds = [node.op_type for node in heads]
@@ -210,7 +219,7 @@ def _quantize_blocks(model: onnx.ModelProto, method: Method, excluded: list[str]
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Quantizers know nodes by their names."""
+    """Give every node a name: quantizers know nodes by their names alone."""
     for index, node in enumerate(graph.node):
         node.name = node.name or f"{node.op_type}_{index}"
 
@@ -219,17 +228,22 @@ def _own_transposed(graph: onnx.GraphProto) -> None:
     """Give every Gemm that ONNX Runtime's tool will transpose a weight of its own: it does not look who else reads
     it."""
     weights = {value.name: value for value in graph.initializer}
-    readers = Counter(name for node in graph.node for name in node.input)
+    readers: Counter[str] = Counter()
     for node in graph.node:
-        if node.op_type == "Gemm" and node.input[1] in weights and readers[node.input[1]] > 1:
+        readers.update(node.input)
+    for node in graph.node:
+        if node.op_type != "Gemm":
+            continue
+        name = node.input[1]
+        if name in weights and readers[name] > 1:
             copy = graph.initializer.add()
-            copy.CopyFrom(weights[node.input[1]])
-            copy.name = f"{node.input[1]}.{node.name}"
+            copy.CopyFrom(weights[name])
+            copy.name = f"{name}.{node.name}"
             node.input[1] = copy.name
 
 
 def _drop_shapes_of_weights(graph: onnx.GraphProto) -> None:
-    """Weights that were transposed have other shapes than the graph noted down."""
+    """Drop the shapes that the graph noted down for weights: those that were transposed have others now."""
     weights = {value.name for value in graph.initializer}
     noted = [value for value in graph.value_info if value.name not in weights]
     del graph.value_info[:]
@@ -253,32 +267,39 @@ def _restore(built: Package, source: Package) -> None:
     """
     graphs: list[GraphInfo] = []
     for new, old in zip(built.manifest.graphs, source.manifest.graphs, strict=True):
-        places = {point.module: point for point in new.points}
-        weights = {weight.name: weight for weight in new.replaceable}
-        lost = [point.module for point in old.points if point.module not in places]
-        lost += [weight.name for weight in old.replaceable if weight.name not in weights]
-        if lost:
-            raise ModelError(
-                f"every point must stay, and {', '.join(lost)} cannot be found in the quantized graph",
-                path=source.path,
-                problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
-            )
-        points: list[InjectionPoint] = []
-        for point in old.points:
-            place = places[point.module]
-            points.append(replace(place, sha256=point.sha256, unproven=point.unproven or place.unproven))
-        replaceable = tuple(replace(weight, parts=weights[weight.name].parts) for weight in old.replaceable)
-        graphs.append(
-            replace(
-                new,
-                points=tuple(points),
-                replaceable=replaceable,
-                untargeted=old.untargeted,
-                unplaced=old.unplaced,
-            )
-        )
+        graphs.append(_restore_graph(new, old, source.path))
     manifest = replace(built.manifest, graphs=tuple(graphs))
     (built.path / MANIFEST).write_text(manifest.to_json(), "utf-8")
+
+
+def _restore_graph(new: GraphInfo, old: GraphInfo, path: Path) -> GraphInfo:
+    """What the float package in `path` says of a graph, with the places that the quantized one has."""
+    places = {point.module: point for point in new.points}
+    weights = {weight.name: weight for weight in new.replaceable}
+    lost = [point.module for point in old.points if point.module not in places]
+    lost += [weight.name for weight in old.replaceable if weight.name not in weights]
+    if lost:
+        raise ModelError(
+            f"every point must stay, and {', '.join(lost)} cannot be found in the quantized graph",
+            path=path,
+            problems=[f"{entry.node}: {entry.reason}" for entry in new.unplaced],
+        )
+    points: list[InjectionPoint] = []
+    for point in old.points:
+        place = places[point.module]
+        unproven = point.unproven or place.unproven
+        points.append(replace(place, sha256=point.sha256, unproven=unproven))
+    replaceable: list[WholeWeight] = []
+    for weight in old.replaceable:
+        parts = weights[weight.name].parts
+        replaceable.append(replace(weight, parts=parts))
+    return replace(
+        new,
+        points=tuple(points),
+        replaceable=tuple(replaceable),
+        untargeted=old.untargeted,
+        unplaced=old.unplaced,
+    )
 
 
 def _as_ours(path: Path, error: Exception) -> OnnxLoraError | None:

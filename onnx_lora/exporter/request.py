@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.targets import ALL_LINEAR, HEADS_ONLY
+from onnx_lora.exporter.sites.targets import ALL_LINEAR, HEADS_ONLY
 
 if TYPE_CHECKING:
-    from onnx_lora.exporter.calls import Calls
-    from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
+    from onnx_lora.exporter.locating.calls import Calls
+    from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
 
 __all__ = ["GraphFile", "Points", "Progress", "as_names"]
 
@@ -26,14 +26,14 @@ Progress = Callable[[str, int, int], None]
 class GraphFile:
     """One ONNX file to be given points, and its name in the package.
 
-    `prefix` is put before the names of its modules ("unet."), where several models share a package; `checkpoint` is
-    then its own. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
+    `prefix` is put before the names of its modules ("unet."), where several models share a package; `weights` are
+    then its own model's. `calls`: what torch does with each module, without the prefix; None where torch was not asked.
     """
 
     name: str
     file: Path
     prefix: str = ""
-    checkpoint: CheckpointWeights | None = None
+    weights: CheckpointWeights | None = None
     calls: Calls | None = None
 
 

@@ -332,7 +332,7 @@ def test_what_is_written_reads_back_without_a_package(tmp_path: Path) -> None:
     "own, config, words",
     [
         (adapter(DELTAS), {"model_type": "bert"}, "must be one of llama"),
-        (adapter(DELTAS), {}, "is not told by the config.json of a package"),
+        (adapter(DELTAS), {}, "no config.json of a package says which it is"),
         (adapter(DELTAS), {"model_type": "llama"}, "must say num_attention_heads"),
         (
             adapter({f"{LAYER}.mlp.down_proj": Delta(numbers(2, 4), numbers(6, 2), 1.0, magnitude=numbers(6) + 9)}),

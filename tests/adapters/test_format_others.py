@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from onnx_lora import bind, read_adapter
 from onnx_lora.adapters import Adapter
-from onnx_lora.adapters.formats.problem import TensorError
-from onnx_lora.adapters.methods.merged_linear import merged_linear
+from onnx_lora.adapters.methods.lora_layers.merged_linear import join_groups
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.points import Array
 from tests.adapters.building import PackageBuilder, numbers
@@ -52,7 +52,7 @@ def peft_delta(a: Array, b: Array, enable: list[bool]) -> Array:
 def test_merged_projections_are_blocks_of_a_diagonal(enable: list[bool]) -> None:
     count = sum(enable)
     a, b = numbers(2 * count, 5), numbers(4 * count, 2, seed=1)
-    own = merged_linear(a, b, enable, 0.5)
+    own = join_groups(a, b, enable, 0.5)
     assert_close(applied(np.zeros((4 * len(enable), 5)), own), loralib_delta(a, b, enable) * 0.5)
 
 
@@ -60,7 +60,7 @@ def test_merged_projections_are_blocks_of_a_diagonal(enable: list[bool]) -> None
 def test_pefts_merged_projections_have_two_groups(enable: list[bool]) -> None:
     count = sum(enable)
     a, b = numbers(4 * count, 5), numbers(4 * count, 2 * count, 1, seed=1)
-    own = merged_linear(a, b, enable, 1.0)
+    own = join_groups(a, b, enable, 1.0)
     assert_close(applied(np.zeros((4 * len(enable), 5)), own), peft_delta(a, b, enable))
 
 
@@ -79,7 +79,7 @@ def test_pefts_merged_projections_have_two_groups(enable: list[bool]) -> None:
 )
 def test_factors_that_are_no_merged_projections_are_named(a: Array, b: Array, enable: list[bool]) -> None:
     with pytest.raises(TensorError, match="the factors of MergedLinear must"):
-        merged_linear(a, b, enable, 1.0)
+        join_groups(a, b, enable, 1.0)
 
 
 # --- cloneofsimo -------------------------------------------------------------------------------

@@ -202,6 +202,32 @@ def test_a_format_that_writes_nothing_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "x.loratext").exists()
 
 
+@pytest.mark.parametrize(
+    "fails, code, words",
+    [
+        ("OSError(28, 'No space left on device')", 3, "error: the disk is full"),
+        (
+            "ValueError('odd')",
+            3,
+            "'text', brought by broken 1.2, must not fail, and does with ValueError: odd",
+        ),
+    ],
+)
+def test_half_a_file_is_not_left(tmp_path: Path, fails: str, code: int, words: str) -> None:
+    """A full disk is nobody's fault."""
+    writer = f"def write(self, adapter, out, package):\n    out.write_text('half')\n    raise {fails}\n"
+    install(
+        tmp_path / "site",
+        "broken",
+        f"{BASE}{writer}Format.write_portable = write\nFORMAT = Format()",
+        {"text": "broken:FORMAT"},
+    )
+    done = run(tmp_path / "site", "convert", str(peft_folder(tmp_path / "a")), str(tmp_path / "x.loratext"))
+    assert done.returncode == code
+    assert words in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "site"]
+
+
 def test_a_name_that_is_taken_twice_is_refused(tmp_path: Path) -> None:
     for name in ("one", "two"):
         install(tmp_path / "site", name, f"{BASE}FORMAT = Format()", {"text": f"{name}:FORMAT"})

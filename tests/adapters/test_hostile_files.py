@@ -21,7 +21,7 @@ from onnx_lora.adapters.formats.files import zip_archive as zip_file
 from onnx_lora.adapters.formats.files.npz_file import read_npz
 from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError, InputError
 from tests.adapters.building import PackageBuilder, lora, numbers, peft_folder
 from tests.adapters.test_format_gguf import file as gguf_sample
@@ -236,7 +236,7 @@ def test_paths_that_no_file_can_have_are_refused(path: str) -> None:
 
 @pytest.mark.parametrize("value", [[[[]]] * 10**5, "x" * 10**7, 10**299, {"a": {"b": {"c": [{}] * 1000}}}])
 def test_a_value_in_a_message_is_short(value: Any) -> None:
-    assert len(shown(value)) <= 80
+    assert len(abbreviate(value)) <= 80
 
 
 # --- one reading -------------------------------------------------------------------------------

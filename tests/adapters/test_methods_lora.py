@@ -364,5 +364,5 @@ def test_with_its_initial_state_it_is_exact_on_the_published_base(tmp_path: Path
 
 def test_lora_on_torchs_attention_is_refused_by_name(tmp_path: Path) -> None:
     base = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(4, 2)})
-    with pytest.raises(UnsupportedAdapterError, match="of torch's MultiheadAttention, of which no part is applied"):
+    with pytest.raises(UnsupportedAdapterError, match="is of torch's MultiheadAttention, no part of which is applied"):
         saved(wrapped(peft.LoraConfig(r=2, target_modules=["attn"]), model=base), tmp_path)

@@ -7,13 +7,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from onnx_lora.adapters.formats.peft.refused import list_refused
 from onnx_lora.adapters.methods import METHODS
+from onnx_lora.adapters.methods.method import MERGE
 from tests.adapters.building import numbers, peft_folder
 from tests.adapters.merging import method_folder
 from tests.runtime.tiny import HIDDEN, make_package, weights
@@ -26,11 +28,25 @@ def test_the_table_of_the_docs_is_that_of_the_methods(request: pytest.FixtureReq
     lines = ["| `peft_type` or option | how it is applied |", "|---|---|"]
     for name in METHODS.own:
         lines += [f"| {row.option} | {row.applied} |" for row in METHODS[name].docs]
+    _compare_table(request, "methods", lines)
+
+
+def test_the_table_of_what_is_refused_is_that_of_the_methods(request: pytest.FixtureRequest) -> None:
+    lines = ["| `peft_type` or option | why | what to do |", "|---|---|---|"]
+    for refusal, names in list_refused(METHODS[name] for name in METHODS.own).items():
+        quoted = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {quoted} | {refusal.reason} | {refusal.cure} |")
+    lines.append(f"| every other `peft_type` (ROAD, WAVEFT, GLORA, …), LoftQ | is not read | {MERGE} |")
+    _compare_table(request, "refused", lines)
+
+
+def _compare_table(request: pytest.FixtureRequest, mark: str, lines: Sequence[str]) -> None:
+    """The table between `<!-- mark -->` and `<!-- /mark -->` of the docs; with --write-docs it is written."""
     text = DOCS.read_text("utf-8")
-    before, _, rest = text.partition("<!-- methods -->\n")
-    after = rest.partition("<!-- /methods -->")[2]
+    before, _, rest = text.partition(f"<!-- {mark} -->\n")
+    after = rest.partition(f"<!-- /{mark} -->")[2]
     table = "\n".join(lines)
-    wanted = f"{before}<!-- methods -->\n{table}\n<!-- /methods -->{after}"
+    wanted = f"{before}<!-- {mark} -->\n{table}\n<!-- /{mark} -->{after}"
     if request.config.getoption("--write-docs"):
         DOCS.write_text(wanted, "utf-8")
     assert DOCS.read_text("utf-8") == wanted, "the table is another now: write it with `make docs`"
@@ -163,11 +179,13 @@ except UnsupportedAdapterError as error:
     [
         ("1 / 0", "brought by broken 1.2, must not fail, and does with ZeroDivisionError"),
         ("module.nothing", "brought by broken 1.2, must not fail, and does with AttributeError"),
-        ("7", "brought by broken 1.2, must give a Part, and gives a int"),
+        ("7", "brought by broken 1.2, must give a Contribution, and gives a int"),
     ],
 )
 def test_a_method_that_fails_while_it_reads_is_named(tmp_path: Path, reads: str, words: str) -> None:
-    code = own_method().replace("    return Part(change=Gain", f"    return {reads}\n    return Part(change=Gain")
+    code = own_method().replace(
+        "    return Contribution(change=Gain", f"    return {reads}\n    return Contribution(change=Gain"
+    )
     install(tmp_path / "site", "broken", code, {"GAIN": "broken:METHOD"})
     method_folder(tmp_path / "gain", {"m.q.gain_g": numbers(4)}, "GAIN", strength=0.5)
     assert words in _refusal(tmp_path / "site", tmp_path / "gain")

@@ -40,7 +40,7 @@ def test_plain_names_and_expressions_match_as_in_peft(texts: list[str], name: st
 def test_many_names_are_looked_up_as_each_alone_would_be(names: list[str], modules: list[str]) -> None:
     assert matching(names, modules) == {name for name in names if any(matches(module, [name]) for module in modules)}
     for module in modules:
-        assert Endings(names).take(module) == matches(module, names)
+        assert Endings(names).covers(module) == matches(module, names)
         assert Endings(names).first(module) == next((i for i, name in enumerate(names) if module.endswith(name)), None)
 
 

@@ -369,10 +369,10 @@ def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, 
     "a, b, words",
     [
         ((2,), (6, 2), "must have 2 axes or more, .* not gathered from shards"),
-        ((2, 4), (6, 2, 1), "as many axes, B's all of size 1"),
-        ((2, 4, 3, 3), (6, 2), "as many axes, B's all of size 1"),
-        ((2, 4, 3, 3), (6, 2, 3, 3), "as many axes, B's all of size 1"),
-        ((2, 4, 1, 1, 1, 1), (6, 2, 1, 1, 1, 1), "as many axes, B's all of size 1"),
+        ((2, 4), (6, 2, 1), "the same number of axes, and those of B"),
+        ((2, 4, 3, 3), (6, 2), "the same number of axes, and those of B"),
+        ((2, 4, 3, 3), (6, 2, 3, 3), "the same number of axes, and those of B"),
+        ((2, 4, 1, 1, 1, 1), (6, 2, 1, 1, 1, 1), "the same number of axes, and those of B"),
         ((3, 4, 3), (6, 2, 1), "the rank must be 2"),
     ],
 )
@@ -512,8 +512,11 @@ def test_pissa_is_the_difference_to_its_initial_state(tmp_path: Path) -> None:
     "start, words",
     [
         ({"tensors": lora("m.v", 4, 6)}, "is in one of the two adapters only"),
-        ({"tensors": lora("m.q", 4, 6, rank=3), "r": 3}, "shapes .2, 4., .6, 2. and, of the initial adapter, .3, 4."),
-        ({"lora_alpha": 16}, "scale 4.0, and 8.0 of the initial adapter"),
+        (
+            {"tensors": lora("m.q", 4, 6, rank=3), "r": 3},
+            "has shapes .2, 4., .6, 2., and those of the initial adapter are .3, 4.",
+        ),
+        ({"lora_alpha": 16}, "has scale 4.0, and that of the initial adapter is 8.0"),
         (
             {"tensors": lora("m.q", 4, 6) | {f"{P}m.q.lora_magnitude_vector": numbers(6)}, "use_dora": True},
             "must be LoRA and nothing else, and is DoRA",
@@ -641,3 +644,19 @@ def test_merged_projections_with_what_their_peft_had_not_are_refused(
     tensors = lora("m.q", 4, 6) | {f"{P}m.q.{tensor}": numbers(6)}
     with pytest.raises(AdapterFileError, match="enable_lora goes with neither use_dora nor lora_bias"):
         read_adapter(peft_folder(tmp_path, tensors, enable_lora=[True, False], **option))
+
+
+def _foreign_tensors() -> list[str]:
+    """The names of the tensors of all methods but LoRA."""
+    names: list[str] = []
+    for peft_type in METHODS.own:
+        method = METHODS[peft_type]
+        names += [name for name in (*method.tensors, *method.shared) if name not in METHODS["LORA"].tensors]
+    return names
+
+
+@pytest.mark.parametrize("name", _foreign_tensors())
+def test_another_methods_tensor_beside_lora_is_refused(tmp_path: Path, name: str) -> None:
+    folder = peft_folder(tmp_path, lora("m.q", 4, 6) | {f"m.q.{name}": numbers(2, 2)})
+    with pytest.raises(UnsupportedAdapterError, match=name):
+        read_adapter(folder)

@@ -181,7 +181,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr("onnx_lora.exporter.weights.WeightStore._write", fail)
+    monkeypatch.setattr("onnx_lora.exporter.writing.weight_files.WeightStore._write", fail)
     expected = StorageError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         attach(file, tmp_path / "out")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onnx_lora.exporter import OnnxFiles
-from onnx_lora.exporter.frontends.names import base_of, short_name
+from onnx_lora.exporter.frontends.configs.names import base_of, short_name
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from onnx_lora.errors import (
 )
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.frontends.pipeline import load_pipeline
-from onnx_lora.exporter.verification import verify
+from onnx_lora.exporter.verification.verify import verify
 from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import Array
 from tests.support.diffusion import (

@@ -31,10 +31,10 @@ from onnx_lora.errors import (
     VerificationError,
 )
 from onnx_lora.exporter import attach, export
-from onnx_lora.exporter.frontends import genai_builder
 from onnx_lora.exporter.frontends.checkpoint import Checkpoint
-from onnx_lora.exporter.frontends.genai import MEASURED, load_causal_model, references
-from onnx_lora.exporter.verification import verify
+from onnx_lora.exporter.frontends.exporters import genai_builder
+from onnx_lora.exporter.frontends.exporters.genai import MEASURED, load_causal_model, references
+from onnx_lora.exporter.verification.verify import verify
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 

@@ -19,8 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from onnx_lora.errors import ExportError, ModelError
-from onnx_lora.exporter import attach, export, intake, load
+from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.foreign_libraries import name_step
+from onnx_lora.exporter.intake import load, onnx_file
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from tests.support.graphs import random, save
 from tests.support.numbers import assert_close
@@ -276,8 +277,8 @@ class OddError(Exception):
 @pytest.mark.parametrize(
     "module, name, step",
     [
-        (intake.onnx, "load", "reading it"),
-        (intake.ir, "from_proto", "reading it"),
+        (onnx_file.onnx, "load", "reading it"),
+        (onnx_file.ir, "from_proto", "reading it"),
         (load, "LiftConstantsToInitializersPass", "lifting its constants"),
         (sys.modules["onnx_lora.exporter.build"], "infer_shapes", "inferring its shapes"),
     ],

@@ -15,12 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_lora import Package, kinds
 from onnx_lora.exporter import attach
-from onnx_lora.exporter.branches import BranchInputs, broadcast
+from onnx_lora.exporter.graph.product import Operand, Product, Unfit
+from onnx_lora.exporter.graph.values import initializer_behind, numpy_type_of, rows_and_columns
 from onnx_lora.exporter.graph_kinds import graph_kind
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind, graph_kinds, register
-from onnx_lora.exporter.product import Operand, Product, Unfit
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.values import initializer_behind, numpy_type_of, rows_and_columns
+from onnx_lora.exporter.surgery.branches import BranchInputs, broadcast
+from onnx_lora.exporter.surgery.surgeon import Surgeon
 from tests.support.graphs import lora, random
 from tests.support.numbers import assert_close, assert_same_bits
 

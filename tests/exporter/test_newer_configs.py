@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from onnx_lora import OnnxLoraError
 from onnx_lora.errors import ModelError, VerificationError
 from onnx_lora.exporter import export
-from onnx_lora.exporter.frontends.genai import load_causal_model
-from onnx_lora.exporter.frontends.newer import open_readable, translate_config
-from onnx_lora.exporter.frontends.optimum import load_model
-from onnx_lora.exporter.verification import verify
+from onnx_lora.exporter.frontends.configs.newer import open_readable, translate_config
+from onnx_lora.exporter.frontends.exporters.genai import load_causal_model
+from onnx_lora.exporter.frontends.exporters.optimum import load_model
+from onnx_lora.exporter.verification.verify import verify
 
 pytestmark = pytest.mark.skipif(not hf.__version__.startswith("4."), reason="the installed transformers is not 4")
 

@@ -13,11 +13,13 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_lora.exporter import axes, load, ort_check
+from onnx_lora.exporter import ort_check
+from onnx_lora.exporter.graph import axes
+from onnx_lora.exporter.intake import load
 from onnx_lora.onnxruntime_errors import is_unsupported, native_failures
 
-_AXES = "onnx_lora/exporter/axes.py: _infer and _infer_symbolically"
-_LOAD = "onnx_lora/exporter/load.py: check"
+_AXES = "onnx_lora/exporter/graph/axes.py: _infer and _infer_symbolically"
+_LOAD = "onnx_lora/exporter/intake/load.py: check"
 _ORT = "onnx_lora/onnxruntime_errors.py: _UNSUPPORTED; onnx_lora/exporter/ort_check.py: check_opens"
 
 
@@ -75,7 +77,7 @@ def test_onnx_makes_up_symbols_of_one_beginning() -> None:
     graph = helper.make_graph([node], "graph", inputs, [helper.make_tensor_value_info("c", TensorProto.FLOAT, None)])
     inferred = onnx.shape_inference.infer_shapes(helper.make_model(graph)).graph.output[0]
     symbol = inferred.type.tensor_type.shape.dim[0].dim_param
-    assert symbol == "" or symbol.startswith(axes._MADE_UP), "onnx_lora/exporter/axes.py: _MADE_UP"
+    assert symbol == "" or symbol.startswith(axes._MADE_UP), "onnx_lora/exporter/graph/axes.py: _MADE_UP"
 
 
 def test_the_checker_says_of_operators_of_onnx_runtime_that_they_are_not_registered(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from onnx_lora.exporter import (
     verify,
 )
 from onnx_lora.exporter.frontends import quiet
-from onnx_lora.exporter.frontends.exporters import EXPORTERS, ExportRequest, Refusal
-from onnx_lora.exporter.frontends.model_config import ModelConfig
+from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
+from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS, ExportRequest, Refusal
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource, Original
 from onnx_lora.exporter.request import Progress
 

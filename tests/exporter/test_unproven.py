@@ -20,7 +20,7 @@ from torch import nn
 from onnx_lora import AdapterSession, Package, bind, fold, read_adapter
 from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import attach, export
-from onnx_lora.exporter.verification import verify
+from onnx_lora.exporter.verification.verify import verify
 from onnx_lora.quantized import Scheme, is_rounded, quantize
 from tests.support.numbers import assert_close
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx_lora.runtime.timing import Contender, Limits, take_turns
 from tests.runtime import tiny
 
 A = tiny.adapter("a", 1)
+QUANTIZED = Path(__file__).parent.parent / "golden" / "format-5" / "quantized"
 FEW: dict[str, Any] = {"rounds": 2, "seconds": 20, "threads": 1, "providers": ["CPUExecutionProvider"]}
 
 
@@ -94,6 +96,24 @@ def test_what_cannot_be_folded_is_measured_apart(package: Package, monkeypatch: 
     only_folds(monkeypatch)
     with pytest.raises(BindError, match="can neither be folded into this package nor be kept apart"):
         measure(package, A, **FEW)
+
+
+def test_folding_into_quantized_weights_is_measured_with_its_rounding() -> None:
+    """A package with MatMulNBits in 4 bits and DequantizeLinear in 8, whose weights a fold rounds again."""
+    result = measure(QUANTIZED / "package", QUANTIZED / "lora", allow_unproven=True, **FEW)
+    assert result.why_not_delta is None
+    assert result.why_not_folded is None
+    (graph,) = result.graphs
+    (call,) = graph.calls
+    for seconds in (call.base, call.without_adapter, call.delta, call.folded, graph.fold, graph.load):
+        assert seconds is not None
+        assert 0 < seconds < 60
+    assert result.rounding is not None
+    assert 0 < result.rounding < 1
+    assert graph.folded_bytes
+    assert (result.advice.fixed, result.advice.switching) == ("delta", "delta")
+    assert "folding rounds its weights again" in result.advice.reasons[0]
+    assert f"{result.rounding:.0%}" in result.advice.reasons[0]
 
 
 @pytest.mark.parametrize(

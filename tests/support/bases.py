@@ -16,8 +16,8 @@ from torch import nn
 
 from onnx_lora import Package
 from onnx_lora.exporter import export
-from onnx_lora.exporter.frontends.optimum import load_model
-from onnx_lora.exporter.frontends.optimum import references as onnx_references
+from onnx_lora.exporter.frontends.exporters.optimum import load_model
+from onnx_lora.exporter.frontends.exporters.optimum import references as onnx_references
 from onnx_lora.exporter.frontends.torch_module import reference
 
 __all__ = ["BASES", "Answers", "Base"]

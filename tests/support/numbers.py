@@ -19,10 +19,13 @@ def assert_close(actual: NDArray[np.generic], expected: NDArray[np.generic], *, 
     if actual.size == 0:
         return
     wide, reference = actual.astype(np.float64), expected.astype(np.float64)
-    assert np.array_equal(np.isfinite(wide), np.isfinite(reference)), "infinities and NaN lie elsewhere"
-    difference = np.abs(np.where(np.isfinite(reference), wide - reference, 0.0))
+    finite = np.isfinite(reference)
+    assert np.array_equal(np.isfinite(wide), finite), "infinities and NaN lie elsewhere"
+    assert np.array_equal(wide[~finite], reference[~finite], equal_nan=True), "an infinity has another sign, or is NaN"
+    difference = np.zeros_like(reference)
+    difference[finite] = np.abs(wide[finite] - reference[finite])
     where = np.unravel_index(int(difference.argmax()), difference.shape)
-    scale = max(1.0, float(np.abs(reference[np.isfinite(reference)]).max(initial=0.0)))
+    scale = max(1.0, float(np.abs(reference[finite]).max(initial=0.0)))
     allowed = TOLERANCE[dtype] * scale
     assert difference[where] <= allowed, (
         f"differs by {difference[where]:.3g} at {tuple(map(int, where))} (allowed {allowed:.3g}): "

@@ -10,10 +10,11 @@ from onnx_lora.lazy import lazy_names
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
     from onnx_lora.adapters.adapter import PortableAdapter
-    from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, alpha_of, two_factors
+    from onnx_lora.adapters.formats.builder import AdapterBuilder, alpha_of, two_factors
     from onnx_lora.adapters.formats.files.reading import Reading, TensorFile
     from onnx_lora.adapters.formats.format import AdapterFormat, ReadsInitial, Row, WritesBound, WritesPortable
     from onnx_lora.adapters.formats.place import Place
+    from onnx_lora.adapters.problems import TensorError
     from onnx_lora.adapters.scale import lora_scale
 
 __all__ = [
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy_names(
         "Reading": "onnx_lora.adapters.formats.files.reading",
         "ReadsInitial": "onnx_lora.adapters.formats.format",
         "Row": "onnx_lora.adapters.formats.format",
-        "TensorError": "onnx_lora.adapters.formats.problem",
+        "TensorError": "onnx_lora.adapters.problems",
         "TensorFile": "onnx_lora.adapters.formats.files.reading",
         "WritesBound": "onnx_lora.adapters.formats.format",
         "WritesPortable": "onnx_lora.adapters.formats.format",

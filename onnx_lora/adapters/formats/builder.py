@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, Origin, Replacement
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.problems import TensorError, finite_problem, type_problem
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.kinds import Conv
 from onnx_lora.points import Array
 
-__all__ = ["AdapterBuilder", "TensorError", "alpha_of", "as_matrix", "two_factors"]
+__all__ = ["AdapterBuilder", "alpha_of", "as_matrix", "two_factors"]
 
 
 @dataclass
@@ -42,13 +40,16 @@ class AdapterBuilder:
     # --- what was found --------------------------------------------------------------------------
 
     def put_delta(self, module: str, delta: Delta | MatrixDelta) -> None:
-        """A pair of factors. Its values are checked when it is bound."""
+        """A pair of factors of a module. `bind` checks its values: it holds all of them."""
         self.deltas[module] = delta
         self.methods.add("LoRA" if delta.magnitude is None else "DoRA")
 
     def put_change(self, module: str, change: Change, tensors: Mapping[str, Array]) -> None:
-        """`tensors`: what the change is made of, by name. Their values are checked here: nothing looks into a change
-        later."""
+        """Another change of a module. `tensors`: those of the file that it was made of, by name.
+
+        Their values are checked here, although `bind` checks the change's own: a method may leave numbers out (the
+        vectors of a bank that no module chooses), and those `bind` never sees.
+        """
         self.changes[module] = change
         self.methods.add(change.method)
         for name, values in tensors.items():
@@ -81,25 +82,26 @@ class AdapterBuilder:
             self.problems.append(f"{where}: {error}")
 
     def check_finite(self, name: str, values: Array) -> None:
-        """A problem where the tensor `name` holds NaN or infinity."""
-        if values.dtype.kind != "f":
-            return
-        bad = values.size - int(np.isfinite(values).sum())
-        if bad:
-            self.problems.append(f"{name}: {bad} of {values.size} values are NaN or infinite; train or save it again")
+        """Add a problem where the tensor `name` holds NaN or infinity. Whole numbers are always finite."""
+        problem = finite_problem(name, values)
+        if problem is not None:
+            self.problems.append(problem)
 
     def floats(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """The tensors that are floating point; each of the others is a problem."""
+        """The tensors that are floating point; each of the others becomes a problem."""
         floating: dict[str, Array] = {}
         for name, values in tensors.items():
-            if values.dtype.kind == "f":
+            problem = type_problem(name, values)
+            if problem is None:
                 floating[name] = values
             else:
-                self.problems.append(f"{name}: must be floating point, and is {values.dtype}")
+                self.problems.append(problem)
         return floating
 
     def refuse(self, path: Path, *, unsupported: str, damaged: str) -> None:
-        """End the reading of the file at `path` where anything is wrong, with the message that fits.
+        """End the reading of the file at `path` where anything is wrong.
+
+        `unsupported` heads the message where something is known and refused, `damaged` where nothing is.
 
         Raises UnsupportedAdapterError, AdapterFileError: all problems of the file at once.
         """
@@ -117,8 +119,9 @@ class AdapterBuilder:
 
         Raises UnsupportedAdapterError, AdapterFileError: what is wrong, all of it; or there is nothing.
         """
-        found = self.deltas or self.changes or self.replacements or self.at_base
-        if not (found or self.problems or self.unsupported):
+        holds_something = self.deltas or self.changes or self.replacements or self.at_base
+        is_wrong = self.problems or self.unsupported
+        if not holds_something and not is_wrong:
             self.problems.append("holds no tensor of an adapter")
         self.refuse(
             Path(origin.path),
@@ -153,21 +156,23 @@ def alpha_of(values: Array) -> float:
 
 
 def as_matrix(values: Array) -> Array | None:
-    """`[n, m]` of a tensor whose further axes all have size 1, or None."""
+    """The tensor as a matrix `[n, m]`: its axes behind the second must have size 1. None: they have not, or there is no
+    second."""
     if values.ndim < 2 or math.prod(values.shape[2:]) != 1:
         return None
     return values.reshape(values.shape[:2])
 
 
 def two_factors(down: Array, up: Array, scale: float) -> Delta | MatrixDelta:
-    """`down` `[r, in]` or `[r, channels, *kernel]`, `up` `[out, r]` with axes of size 1 behind.
+    """A pair of factors: `down` `[r, in]` or `[r, channels, *kernel]`, `up` `[out, r]` with axes of size 1 behind.
 
     Without a kernel it fits a linear module as well as a convolution, whichever the package has.
 
     Raises TensorError: other shapes, or two ranks.
     """
     b = as_matrix(up)
-    if down.ndim < 2 or b is None or len(down) != b.shape[1] or not down.size or not b.size:
+    are_factors = b is not None and down.ndim >= 2 and down.size > 0 and b.size > 0
+    if b is None or not are_factors or len(down) != b.shape[1]:
         raise TensorError(
             "the factors must be [rank, in] (with a kernel behind) and [out, rank] of one rank, and have shapes "
             f"{down.shape} and {up.shape}"

@@ -115,7 +115,7 @@ class Place:
 
     @contextmanager
     def open_inside(self, name: str) -> Iterator[Place]:
-        """A file of the folder, which goes by the folder's name. Raises AdapterFileError, as `open`."""
+        """A file of the folder, whose adapter is called as the folder is. Raises AdapterFileError, as `open`."""
         with self._open_file(self.path / name, self.default_name) as place:
             yield place
 

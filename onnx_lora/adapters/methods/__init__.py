@@ -10,11 +10,29 @@ from onnx_lora.lazy import lazy_names
 
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
-    from onnx_lora.adapters.formats.problem import TensorError
-    from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, Refusal, bare_parameters
+    from onnx_lora.adapters.methods.method import (
+        Contribution,
+        DocsRow,
+        Fields,
+        Method,
+        Module,
+        Refusal,
+        bare_parameters,
+    )
     from onnx_lora.adapters.methods.registry import METHODS
+    from onnx_lora.adapters.problems import TensorError
 
-__all__ = ["METHODS", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "TensorError", "bare_parameters"]
+__all__ = [
+    "METHODS",
+    "Contribution",
+    "DocsRow",
+    "Fields",
+    "Method",
+    "Module",
+    "Refusal",
+    "TensorError",
+    "bare_parameters",
+]
 
 _METHOD = "onnx_lora.adapters.methods.method"
 
@@ -26,9 +44,9 @@ __getattr__, __dir__ = lazy_names(
         "Fields": _METHOD,
         "Method": _METHOD,
         "Module": _METHOD,
-        "Part": _METHOD,
+        "Contribution": _METHOD,
         "Refusal": _METHOD,
-        "TensorError": "onnx_lora.adapters.formats.problem",
+        "TensorError": "onnx_lora.adapters.problems",
         "bare_parameters": _METHOD,
     },
 )

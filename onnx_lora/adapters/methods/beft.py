@@ -7,15 +7,15 @@ A module without a bias gets one in PEFT; here the package says that it has none
 from __future__ import annotations
 
 from onnx_lora.adapters.adapter import Replacement
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
 
 __all__ = ["METHOD", "read_beft"]
 
 
-def read_beft(module: Module) -> Part:
+def read_beft(module: Module) -> Contribution:
     """`beft_bias` `[1, out]`. Raises TensorError: it is missing, or no vector."""
     bias = module.vector("beft_bias")
-    return Part(whole={f"{module.name}.bias": Replacement(bias, operation="add")})
+    return Contribution(whole={f"{module.name}.bias": Replacement(bias, operation="add")})
 
 
 METHOD = Method(

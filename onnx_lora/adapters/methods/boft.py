@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import flat, wide
-from onnx_lora.adapters.methods.cayley import cayley, rotated
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.rotations import make_rotations, rotate_inputs
+from onnx_lora.adapters.methods.weights import explain_kind, explain_sizes, flatten_shape, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -24,7 +23,7 @@ __all__ = ["BOFT", "METHOD", "read_boft"]
 
 @dataclass(frozen=True)
 class BOFT:
-    """`blocks` `[factors, blocks, b, b]`, of each of which the skew-symmetric part counts; `scale` `[out]`."""
+    """`blocks` `[factors, blocks, b, b]`, of which only the skew-symmetric parts count; `scale` `[out]`."""
 
     blocks: Array
     scale: Array
@@ -35,26 +34,32 @@ class BOFT:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
-            return not_for("BOFT", "linear modules and convolutions", shape, kind)
+            return explain_kind("BOFT", "linear modules and convolutions", shape, kind)
         factors, blocks, size, _ = self.blocks.shape
-        if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
-            multiple = 2 ** (factors - 1)
+        multiple = 2 ** (factors - 1)
+        are_even = size % 2 == 0 and blocks % multiple == 0
+        if factors > 1 and not are_even:
             return (
                 f"BOFT of {factors} factors must have even blocks in multiples of {multiple}, and has {blocks} of "
                 f"{size}; the weight has shape {shape}"
             )
-        return kernel_unlike("BOFT", (self.scale.size, blocks * size), shape)
+        return explain_sizes("BOFT", (self.scale.size, blocks * size), shape)
 
     def apply_to(self, weight: Array) -> Array:
-        matrix = wide(weight).reshape(flat(weight.shape))
-        halves = wide(self.blocks)
+        matrix = widen(weight).reshape(flatten_shape(weight.shape))
+        halves = widen(self.blocks)
         skew = (halves - halves.swapaxes(2, 3)) / 2
         factors, blocks, size, _ = skew.shape
-        for index, block in enumerate(skew):
-            order = _butterfly(blocks * size, blocks >> index, size // 2) if factors > 1 else np.arange(blocks * size)
-            mixed = rotated(matrix[:, np.argsort(order)], cayley(block))
-            matrix = mixed[:, order]
-        return (matrix * wide(self.scale)[:, None]).reshape(weight.shape)
+        inputs = blocks * size
+        for index, factor in enumerate(skew):
+            order = np.arange(inputs)
+            if factors > 1:
+                order = _butterfly(inputs, groups=blocks >> index, size=size // 2)
+            permuted = matrix[:, np.argsort(order)]
+            rotated = rotate_inputs(permuted, make_rotations(factor))
+            matrix = rotated[:, order]
+        scaled = matrix * widen(self.scale)[:, None]
+        return scaled.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -65,19 +70,23 @@ class BOFT:
 
 
 def _butterfly(inputs: int, groups: int, size: int) -> NDArray[np.intp]:
-    """PEFT's `block_butterfly_perm`: in each of the groups, pieces of `size` with the even ones before the odd."""
+    """PEFT's `block_butterfly_perm`: an order of the inputs. Each of the groups is made of pieces of `size` inputs, and
+    has the even ones of them before the odd ones."""
     pieces = np.arange(inputs).reshape(groups, -1, size)
-    return np.concatenate([pieces[:, ::2], pieces[:, 1::2]], axis=1).reshape(-1)
+    even = pieces[:, ::2]
+    odd = pieces[:, 1::2]
+    return np.concatenate([even, odd], axis=1).reshape(-1)
 
 
-def read_boft(module: Module) -> Part:
+def read_boft(module: Module) -> Contribution:
     """`boft_R` `[factors, blocks, b, b]` and `boft_s` `[out, 1]`.
 
     Raises TensorError: one of them is missing, or the blocks are not square.
     """
-    blocks, scale = module.tensor("boft_R", 4), module.vector("boft_s")
+    blocks = module.tensor("boft_R", 4)
+    scale = module.vector("boft_s")
     module.must(blocks.shape[2] == blocks.shape[3] and blocks.size > 0, "BOFT's blocks must be square")
-    return Part(change=BOFT(blocks, scale))
+    return Contribution(change=BOFT(blocks, scale))
 
 
 METHOD = Method(

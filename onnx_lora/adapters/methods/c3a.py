@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -32,16 +31,16 @@ class C3A:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear):
-            return not_for("C3A", "linear modules", shape, kind)
+            return explain_kind("C3A", "linear modules", shape, kind)
         rows, columns, size = self.kernels.shape
-        return kernel_unlike("C3A", (rows * size, columns * size), shape)
+        return explain_sizes("C3A", (rows * size, columns * size), shape)
 
     def apply_to(self, weight: Array) -> Array:
         rows, columns, size = self.kernels.shape
         steps = np.arange(size)
-        circles = wide(self.kernels)[:, :, (steps[None] - steps[:, None]) % size]
+        circles = widen(self.kernels)[:, :, (steps[None] - steps[:, None]) % size]
         dense: Floats = circles.transpose(0, 2, 1, 3).reshape(rows * size, columns * size)
-        return wide(weight) + dense / np.float32(weight.shape[1])
+        return widen(weight) + dense / np.float32(weight.shape[1])
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -51,11 +50,11 @@ class C3A:
         return None
 
 
-def read_c3a(module: Module) -> Part:
+def read_c3a(module: Module) -> Contribution:
     """`c3a_kernel` `[out / b, in / b, b]`. Raises TensorError: it is missing, or empty."""
     kernels = module.tensor("c3a_kernel", 3)
     module.must(kernels.size > 0, "C3A must have kernels")
-    return Part(change=C3A(kernels))
+    return Contribution(change=C3A(kernels))
 
 
 METHOD = Method(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta
-from onnx_lora.adapters.methods.arrays import wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import widen
 
 __all__ = ["METHOD", "read_delora"]
 
@@ -18,21 +18,24 @@ __all__ = ["METHOD", "read_delora"]
 _LEAST_NORM = 1e-4
 
 
-def read_delora(module: Module) -> Part:
+def read_delora(module: Module) -> Contribution:
     """`delora_A` `[r, in]`, `delora_B` `[out, r]`, `delora_lambda` `[1]` and `delora_w_norm` `[in]`, the norms of the
     base's columns: a pair of factors that needs no scale.
 
     Raises TensorError: one of them is missing, the rank is not the config's, or the shapes do not fit.
     """
-    a, b = wide(module.tensor("delora_A", 2)), wide(module.tensor("delora_B", 2))
-    strength, norms = module.vector("delora_lambda"), wide(module.vector("delora_w_norm"))
-    module.must_have_rank(len(a))
-    fits = strength.size == 1 and norms.size == a.shape[1] and b.shape[1] == len(a)
+    a = widen(module.tensor("delora_A", 2))
+    b = widen(module.tensor("delora_B", 2))
+    strength = widen(module.vector("delora_lambda"))
+    norms = widen(module.vector("delora_w_norm"))
+    rank, inputs = a.shape
+    module.must_have_rank(rank)
+    fits = strength.size == 1 and norms.size == inputs and b.shape[1] == rank
     module.must(fits, "DeLoRA's tensors must fit")
     norms_of_a = np.maximum(np.linalg.norm(a, axis=1), _LEAST_NORM)
     norms_of_b = np.maximum(np.linalg.norm(b, axis=0), _LEAST_NORM)
-    by_rank = wide(strength)[0] / len(a) / (norms_of_a * norms_of_b)
-    return Part(Delta(a * norms, b * by_rank, 1.0))
+    by_rank = strength[0] / rank / (norms_of_a * norms_of_b)
+    return Contribution(Delta(a * norms, b * by_rank, 1.0))
 
 
 METHOD = Method(

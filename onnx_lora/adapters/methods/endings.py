@@ -1,4 +1,4 @@
-"""Names that the names of modules end with. It knows no config."""
+"""Endings of the names of modules, and lookups of many of them at once. It knows no config."""
 
 from __future__ import annotations
 
@@ -28,13 +28,18 @@ class Endings:
         """The number of the first name that `module` ends with, or None."""
         found: list[int] = []
         for length in self._lengths:
-            if length <= len(module):
-                number = self._numbers.get(module[len(module) - length :])
-                if number is not None:
-                    found.append(number)
+            if length > len(module):
+                break
+            ending = module[len(module) - length :]
+            if ending in self._numbers:
+                found.append(self._numbers[ending])
         return min(found, default=None)
 
-    def take(self, module: str) -> bool:
-        """Whether `module`, or a module around it, ends with a name: as `points.matches`, of many names."""
-        parts = module.split(".")
-        return any(self.first(".".join(parts[:end])) is not None for end in range(1, len(parts) + 1))
+    def covers(self, module: str) -> bool:
+        """Whether `module`, or a module around it, ends with a name. As `points.matches`, and faster for many names."""
+        outer, dot = module, "."
+        while dot:
+            if self.first(outer) is not None:
+                return True
+            outer, dot, _ = outer.rpartition(".")
+        return False

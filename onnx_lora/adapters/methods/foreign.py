@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from onnx_lora.adapters.formats.problem import TensorError
-from onnx_lora.adapters.methods.method import Method, Module, Part
+from onnx_lora.adapters.methods.method import Contribution, Method, Module
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.boundary import call_foreign
 from onnx_lora.errors import PluginError
 
@@ -23,10 +23,10 @@ def guard_method(method: Method, distribution: str) -> Method:
     def fault(what: str) -> PluginError:
         return PluginError(f"the method {method.name!r}, brought by {distribution}, {what}; correct or uninstall it")
 
-    def read(module: Module) -> Part:
+    def read(module: Module) -> Contribution:
         part = _call(lambda: method.read(module), fault)
-        if not isinstance(part, Part):
-            raise fault(f"must give a Part, and gives a {type(part).__name__}")
+        if not isinstance(part, Contribution):
+            raise fault(f"must give a Contribution, and gives a {type(part).__name__}")
         return part
 
     of_parameters = method.of_parameters

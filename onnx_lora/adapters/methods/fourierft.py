@@ -1,4 +1,4 @@
-"""FourierFT: a change of which only a few frequencies are trained.
+"""FourierFT: a few frequencies of the change are trained.
 
 FourierFT (Gao et al. 2024), section 3.2: `W = W0 + scaling · Re(IDFT(F))`, with F zero but for n numbers, at places
 that are drawn at random. The reference is PEFT 0.21: `fourierft/layer.py`, `get_delta_weight`.
@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import explain_kind, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -27,7 +26,7 @@ _LARGE = (2**32 - 1) // 20
 
 @dataclass(frozen=True)
 class FourierFT:
-    """`spectrum` `[n]` at places that only `seed` tells, as PyTorch draws them."""
+    """`spectrum` `[n]` at places that PyTorch draws from `seed`."""
 
     spectrum: Array
     scale: float
@@ -39,7 +38,7 @@ class FourierFT:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
-            return not_for("FourierFT", "linear modules", shape, kind)
+            return explain_kind("FourierFT", "linear modules", shape, kind)
         if self.spectrum.size > shape[0] * shape[1]:
             return f"FourierFT has {self.spectrum.size} frequencies, and a weight of shape {shape} has fewer places"
         if shape[0] * shape[1] >= _LARGE:
@@ -47,10 +46,10 @@ class FourierFT:
         return None
 
     def apply_to(self, weight: Array) -> Array:
-        spectrum = wide(self.spectrum)
+        spectrum = widen(self.spectrum)
         dense = np.zeros(weight.shape, spectrum.dtype)
         dense.reshape(-1)[_first_of_permutation(self.seed, weight.size, spectrum.size)] = spectrum
-        return wide(weight) + np.fft.ifft2(dense).real.astype(spectrum.dtype) * np.float32(self.scale)
+        return widen(weight) + np.fft.ifft2(dense).real.astype(spectrum.dtype) * np.float32(self.scale)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -76,7 +75,7 @@ def _first_of_permutation(seed: int, size: int, count: int) -> NDArray[np.int64]
     return first
 
 
-def read_fourierft(module: Module) -> Part:
+def read_fourierft(module: Module) -> Contribution:
     """`fourierft_spectrum` `[n]`, with `scaling` and `random_loc_seed` of the config.
 
     Raises TensorError: one of them is missing.
@@ -84,7 +83,7 @@ def read_fourierft(module: Module) -> Part:
     spectrum, seed = module.tensor("fourierft_spectrum", 1), module.count("random_loc_seed", least=0)
     scale = module.number("scaling", least=-1e30)
     note = "the places of FourierFT's frequencies are not in the file: drawn from random_loc_seed, as PyTorch does"
-    return Part(change=FourierFT(spectrum, scale, seed), note=note)
+    return Contribution(change=FourierFT(spectrum, scale, seed), note=note)
 
 
 METHOD = Method(

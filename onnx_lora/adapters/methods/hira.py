@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import explain_kind, explain_sizes, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -33,13 +32,18 @@ class HiRA:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) != self.on_embedding:
-            return not_for("HiRA of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
-        sizes = (len(self.b), self.a.shape[1])
-        return kernel_unlike("HiRA", sizes[::-1] if self.on_embedding else sizes, shape)
+            kinds = "embeddings" if self.on_embedding else "other modules"
+            return explain_kind("HiRA of this file", kinds, shape, kind)
+        rows, columns = len(self.b), self.a.shape[1]
+        sizes = (columns, rows) if self.on_embedding else (rows, columns)
+        return explain_sizes("HiRA", sizes, shape)
 
     def apply_to(self, weight: Array) -> Array:
-        own, share = wide(weight), wide(self.b) @ wide(self.a)
-        return own + own * (share.T if self.on_embedding else share).reshape(weight.shape)
+        own = widen(weight)
+        share = widen(self.b) @ widen(self.a)
+        if self.on_embedding:
+            share = share.T
+        return own + own * share.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -49,7 +53,7 @@ class HiRA:
         return None
 
 
-def read_hira(module: Module) -> Part:
+def read_hira(module: Module) -> Contribution:
     """`hira_A` `[r, in, *kernel]` and `hira_B` `[out, r]`, with axes of size 1 behind; of an embedding
     `hira_embedding_A` `[r, rows]` and `hira_embedding_B` `[features, r]`.
 
@@ -57,14 +61,14 @@ def read_hira(module: Module) -> Part:
 
     Raises TensorError: one of them is missing, or they are of two ranks.
     """
-    embedding = module.has("hira_embedding_A")
-    prefix = "hira_embedding_" if embedding else "hira_"
-    a, b = module.tensor(f"{prefix}A"), module.tensor(f"{prefix}B")
+    on_embedding = module.has("hira_embedding_A")
+    prefix = "hira_embedding_" if on_embedding else "hira_"
+    a = module.tensor(f"{prefix}A")
+    b = module.tensor(f"{prefix}B")
     are_factors = a.ndim == b.ndim >= 2 and a.size > 0 and b.size > 0
-    module.must(
-        are_factors and len(a) == b.shape[1] and math.prod(b.shape[2:]) == 1, "HiRA's factors must be of one rank"
-    )
-    return Part(change=HiRA(a.reshape(len(a), -1), b.reshape(b.shape[:2]), embedding))
+    has_rank = are_factors and len(a) == b.shape[1] and math.prod(b.shape[2:]) == 1
+    module.must(has_rank, "HiRA's factors must be of one rank")
+    return Contribution(change=HiRA(a.reshape(len(a), -1), b.reshape(b.shape[:2]), on_embedding))
 
 
 METHOD = Method(

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, flat, wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import (
+    Floats,
+    explain_kind,
+    explain_sizes,
+    factors_pay,
+    flatten_shape,
+    make_delta,
+    widen,
+)
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -22,7 +29,7 @@ __all__ = ["HRA", "METHOD", "read_hra"]
 
 @dataclass(frozen=True)
 class HRA:
-    """`columns` `[in, r]`. `orthogonal`: they are made so first, as Gram and Schmidt do it."""
+    """`columns` `[in, r]`. `orthogonal`: they are made orthogonal first, as Gram and Schmidt do it."""
 
     columns: Array
     orthogonal: bool
@@ -33,41 +40,43 @@ class HRA:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
-            return not_for("HRA", "linear modules and convolutions", shape, kind)
-        return kernel_unlike("HRA", (shape[0] if shape else 0, len(self.columns)), shape)
+            return explain_kind("HRA", "linear modules and convolutions", shape, kind)
+        return explain_sizes("HRA", (shape[0] if shape else 0, len(self.columns)), shape)
 
     def apply_to(self, weight: Array) -> Array:
         a, b = self._factors(weight)
-        return wide(weight) + (b @ a).reshape(weight.shape)
+        return widen(weight) + (b @ a).reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        """Each reflection takes twice the part along its column away: r of them are of rank r."""
-        return pair(*self._factors(weight)) if pays(self.columns.shape[1], weight.shape) else None
+        """A reflection takes away twice the part of the weight along its column, which is of rank 1."""
+        return make_delta(*self._factors(weight)) if factors_pay(self.columns.shape[1], weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None
 
     def _factors(self, weight: Array) -> tuple[Floats, Floats]:
+        """`[r, in]`, the directions, and `[out, r]`, what each reflection adds along its own."""
         directions = self._directions()
-        left = wide(weight).reshape(flat(weight.shape)).copy()
-        taken = np.empty((len(left), directions.shape[1]), left.dtype)
-        for index, column in enumerate(directions.T):
-            taken[:, index] = -2 * (left @ column)
-            left += taken[:, index, None] * column
-        return directions.T, taken
+        reflected = widen(weight).reshape(flatten_shape(weight.shape)).copy()
+        added = np.empty((len(reflected), directions.shape[1]), reflected.dtype)
+        for index, direction in enumerate(directions.T):
+            added[:, index] = -2 * (reflected @ direction)
+            reflected += added[:, index, None] * direction
+        return directions.T, added
 
     def _directions(self) -> Floats:
         """The columns with norm 1."""
-        columns = wide(self.columns).copy()
+        columns = widen(self.columns).copy()
         for index in range(columns.shape[1]):
+            column = columns[:, index]  # a view: what changes here changes there
             if self.orthogonal:
                 for earlier in columns[:, :index].T:
-                    columns[:, index] -= (earlier @ columns[:, index]) * earlier
-            columns[:, index] /= np.linalg.norm(columns[:, index])
+                    column -= (earlier @ column) * earlier
+            column /= np.linalg.norm(column)
         return columns
 
 
-def read_hra(module: Module) -> Part:
+def read_hra(module: Module) -> Contribution:
     """`hra_u` `[in, r]`, of a convolution `[channels · kernel, r]`.
 
     Raises TensorError: it is missing, not of the config's `r`, or a column of it is zero.
@@ -76,7 +85,7 @@ def read_hra(module: Module) -> Part:
     has_rank = columns.shape[1] == module.rank and columns.size > 0
     module.must(has_rank, f"HRA must have the config's r, {module.rank} columns")
     module.must(bool(columns.any(axis=0).all()), "a column of zeros has no direction to reflect along")
-    return Part(change=HRA(columns, bool(module.fields.get("apply_GS"))))
+    return Contribution(change=HRA(columns, bool(module.fields.get("apply_GS"))))
 
 
 METHOD = Method(

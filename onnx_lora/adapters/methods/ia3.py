@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta, Replacement
-from onnx_lora.adapters.formats.problem import TensorError, shown
-from onnx_lora.adapters.methods.arrays import wide
 from onnx_lora.adapters.methods.endings import Endings
-from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Fields, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import explain_kind, widen
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.expressions import Expression
 from onnx_lora.kinds import Conv, Embedding, Kind
 from onnx_lora.points import Array
@@ -34,32 +33,43 @@ class IA3:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) or len(shape) < 2:
-            return not_for("IA3", "linear modules and convolutions", shape, kind)
+            return explain_kind("IA3", "linear modules and convolutions", shape, kind)
         size = self.vector.size
-        if not self.feedforward:
-            wanted, fits = "outputs", size == shape[0]
-        else:
-            groups = size // shape[1] if shape[1] and size % shape[1] == 0 else 0
-            wanted, fits = "inputs", groups == 1 or (isinstance(kind, Conv) and groups > 1 and shape[0] % groups == 0)
-        return None if fits else f"IA3 must meet a weight of {size} {wanted}, and this one has shape {shape}"
+        scaled = "inputs" if self.feedforward else "outputs"
+        fits = self._fits_inputs(shape, kind) if self.feedforward else size == shape[0]
+        if fits:
+            return None
+        return f"IA3 must meet a weight of {size} {scaled}, and this one has shape {shape}"
+
+    def _fits_inputs(self, shape: tuple[int, ...], kind: Kind) -> bool:
+        """Whether there is a number for each input. A convolution in groups has more inputs than its weight's axis."""
+        outputs, inputs = shape[:2]
+        if inputs == 0 or self.vector.size % inputs:
+            return False
+        groups = self.vector.size // inputs
+        if groups == 1:
+            return True
+        return isinstance(kind, Conv) and groups > 1 and outputs % groups == 0
 
     def apply_to(self, weight: Array) -> Array:
-        vector, kernel = wide(self.vector), (1,) * (weight.ndim - 2)
+        vector = widen(self.vector)
+        kernel = (1,) * (weight.ndim - 2)
         if not self.feedforward:
-            return wide(weight) * vector.reshape(-1, 1, *kernel)
-        groups = vector.size // weight.shape[1]
-        by_group = vector.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
-        return wide(weight) * by_group.reshape(*weight.shape[:2], *kernel)
+            return widen(weight) * vector.reshape(-1, 1, *kernel)
+        outputs, inputs = weight.shape[:2]
+        groups = vector.size // inputs
+        by_output = vector.reshape(groups, -1).repeat(outputs // groups, axis=0)
+        return widen(weight) * by_output.reshape(outputs, inputs, *kernel)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
         return None
 
     def output_scale(self) -> Array | None:
-        return None if self.feedforward else wide(self.vector)
+        return None if self.feedforward else widen(self.vector)
 
 
-def read_ia3(module: Module) -> Part:
+def read_ia3(module: Module) -> Contribution:
     """`ia3_l` `[out, 1]`, or `[1, in]` in a feed-forward module; of a convolution `[1, n, 1, …]` both times.
 
     Raises TensorError: it is missing or no vector, `feedforward_modules` of the config says another thing than the
@@ -76,8 +86,8 @@ def read_ia3(module: Module) -> Part:
         feedforward = bool(said)
     change = IA3(vector, feedforward)
     if feedforward:
-        return Part(change=change)
-    return Part(change=change, whole={f"{module.name}.bias": Replacement(wide(vector), operation="multiply")})
+        return Contribution(change=change)
+    return Contribution(change=change, whole={f"{module.name}.bias": Replacement(widen(vector), operation="multiply")})
 
 
 def _says_feedforward(module: Module) -> bool | None:
@@ -99,7 +109,7 @@ def _feedforward(fields: Fields) -> Expression | Endings | None:
     if isinstance(names, str):
         return Expression(names)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TensorError(f"feedforward_modules of the config must be names, and is {shown(names)}")
+        raise TensorError(f"feedforward_modules of the config must be names, and is {abbreviate(names)}")
     return Endings(names)
 
 

@@ -6,13 +6,13 @@ before any method is asked. The reference is PEFT 0.21: `ln_tuning/layer.py`.
 
 from __future__ import annotations
 
-from onnx_lora.adapters.formats.problem import TensorError
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module
+from onnx_lora.adapters.problems import TensorError
 
 __all__ = ["METHOD"]
 
 
-def _read_nothing(module: Module) -> Part:
+def _read_nothing(module: Module) -> Contribution:
     """Raises TensorError: LN tuning has no tensors but whole parameters."""
     raise TensorError(f"LN tuning has whole parameters only; has {', '.join(module.tensors)}")
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
 from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, read_product
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for, pair, pays
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -36,29 +35,29 @@ class LoHa:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding):
-            return not_for("LoHa", "linear modules and convolutions", shape, kind)
-        return kernel_unlike("LoHa", (self.left.outputs, self.left.inputs), shape)
+            return explain_kind("LoHa", "linear modules and convolutions", shape, kind)
+        return explain_sizes("LoHa", (self.left.outputs, self.left.inputs), shape)
 
     def apply_to(self, weight: Array) -> Array:
         change: Floats = self.left.matrix() * self.right.matrix() * np.float32(self.scale)
-        return wide(weight) + change.reshape(weight.shape)
+        return widen(weight) + change.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Of the product of both ranks: every column of one with every column of the other."""
         rank = self.left.rank * self.right.rank
-        if not pays(rank, weight.shape):
+        if not factors_pay(rank, weight.shape):
             return None
         b1, a1 = self.left.factors()
         b2, a2 = self.right.factors()
         a = (a1[:, None] * a2[None]).reshape(rank, -1)
         b = (b1[:, :, None] * b2[:, None]).reshape(-1, rank)
-        return pair(a, b * np.float32(self.scale))
+        return make_delta(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None
 
 
-def read_loha(module: Module) -> Part:
+def read_loha(module: Module) -> Contribution:
     """`hada_w1_a` and `hada_w2_a` `[out, r]`, `hada_w1_b` and `hada_w2_b` `[r, in · kernel]`; with the cores `hada_t1`
     and `hada_t2` `[r, r, *kernel]` they are `[r, out]` and `[r, in]`.
 
@@ -69,7 +68,7 @@ def read_loha(module: Module) -> Part:
     module.must(module.has("hada_t1") == module.has("hada_t2"), "LoHa must have hada_t1 and hada_t2, or none of them")
     same_shape = left.outputs == right.outputs and left.inputs == right.inputs
     module.must(same_shape, "the two products of LoHa must have one shape")
-    return Part(change=LoHa(left, right, module.scale))
+    return Contribution(change=LoHa(left, right, module.scale))
 
 
 METHOD = Method(

@@ -1,8 +1,8 @@
 """LoRA, with all that its layers can be in PEFT.
 
 LoRA (Hu et al. 2021), section 4.1: `W = W0 + scale · B · A`, scale alpha / r; rsLoRA (Kalajdzievski 2023): alpha / √r.
-DoRA, BD-LoRA, QA-LoRA, MergedLinear, LoRA of bare parameters and trained tokens have files of their own. The reference
-is PEFT 0.21: `lora/layer.py`, `lora/variants.py`.
+DoRA, BD-LoRA, QA-LoRA, MergedLinear and LoRA of bare parameters have files in `lora_layers/`, trained tokens have
+`tokens.py`. The reference is PEFT 0.21: `lora/layer.py`, `lora/variants.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnx_lora.adapters.adapter import Delta, Replacement
-from onnx_lora.adapters.formats.problem import TensorError
-from onnx_lora.adapters.methods import bdlora, dora, merged_linear, parameters, qalora, tokens
+from onnx_lora.adapters.methods import tokens
 from onnx_lora.adapters.methods.lora_fields import LORA_FIELDS, LORA_REFUSED
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
-from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS
+from onnx_lora.adapters.methods.lora_layers import bdlora, dora, merged_linear, parameters, qalora
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module
+from onnx_lora.adapters.methods.tokens import LORA_TOKENS
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.kinds import EMBEDDING, Conv
 from onnx_lora.points import Array
 
 __all__ = ["METHOD", "read_lora"]
 
+_MOST_AXES = 5  # of a convolution's factor: rank, channels, and a kernel of three axes
 
-def read_lora(module: Module) -> Part:
+
+def read_lora(module: Module) -> Contribution:
     """A pair of factors by the kind of module, shapes as in `Delta`: `lora_A` and `lora_B`, of a table of embeddings
     `lora_embedding_A` and `lora_embedding_B`. With trained tokens, with `use_bdlora` and `use_qalora` it is a change.
 
@@ -40,68 +43,76 @@ def read_lora(module: Module) -> Part:
     bias = _read_bias(module, len(b))
     if module.fields.get("enable_lora") is not None:
         module.must(magnitude is None and not bias, "enable_lora goes with neither use_dora nor lora_bias")
-        return Part(merged_linear.read_merged_linear(module, a, b))
+        return Contribution(merged_linear.read_merged_linear(module, a, b))
     if a.ndim > 2 or b.ndim > 2:
-        return Part(_of_convolution(module, a, b, magnitude), whole=bias)
+        return Contribution(_read_convolution(module, a, b, magnitude), whole=bias)
     if module.fields.get("use_bdlora"):
         in_blocks = bdlora.read_bdlora(module, a, b)
         if in_blocks is not None:
-            return Part(change=in_blocks, whole=bias)
+            return Contribution(change=in_blocks, whole=bias)
     _must_have_rank(module, a, b)
     if module.fields.get("use_qalora"):
-        return Part(change=qalora.read_qalora(module, a, b), whole=bias)
-    return Part(Delta(a, b, module.scale, magnitude=magnitude), whole=bias)
+        return Contribution(change=qalora.read_qalora(module, a, b), whole=bias)
+    return Contribution(Delta(a, b, module.scale, magnitude=magnitude), whole=bias)
 
 
-def _read_embedding(module: Module) -> Part:
+def _read_embedding(module: Module) -> Contribution:
     a, b = _read_factors(module, "lora_embedding_")
     magnitude = dora.read_magnitude(module, len(b))
     _must_have_rank(module, a, b)
-    return Part(Delta(a, b, module.scale, EMBEDDING, magnitude))
+    return Contribution(Delta(a, b, module.scale, EMBEDDING, magnitude))
 
 
-def _of_convolution(module: Module, a: Array, b: Array, magnitude: Array | None) -> Delta:
+def _read_convolution(module: Module, a: Array, b: Array, magnitude: Array | None) -> Delta:
     """`a` `[r, channels / groups, *kernel]`, `b` `[out, r / groups, 1, …]`."""
-    if not (a.ndim == b.ndim <= 5 and math.prod(b.shape[2:]) == 1):
+    has_axes = a.ndim == b.ndim <= _MOST_AXES
+    if not has_axes or math.prod(b.shape[2:]) != 1:
         raise TensorError(
-            f"lora_A and lora_B of a convolution must have as many axes, B's all of size 1 behind the second, and have "
-            f"shapes {a.shape} and {b.shape}"
+            f"lora_A and lora_B of a convolution must have the same number of axes, and those of B behind the second "
+            f"must be of size 1; their shapes are {a.shape} and {b.shape}"
         )
     matrix: Array = b.reshape(b.shape[:2])
-    groups = max(1, len(a) // max(1, matrix.shape[1]))
+    rank_of_group = max(1, matrix.shape[1])
+    groups = max(1, len(a) // rank_of_group)
     _must_have_rank(module, a, matrix, groups=groups)
     return Delta(a, matrix, module.scale, Conv(a.shape[2:], groups), magnitude)
 
 
 def _read_factors(module: Module, prefix: str) -> tuple[Array, Array]:
-    for has, lacks in ("AB", "BA"):
-        if not module.has(f"{prefix}{lacks}"):
-            found = f"{prefix}{has}" if module.has(f"{prefix}{has}") else ", ".join(module.tensors)
-            raise TensorError(f"has {found} and no {prefix}{lacks}; get the whole file")
-    a, b = module.tensor(f"{prefix}A"), module.tensor(f"{prefix}B")
+    """The tensors A and B behind the prefix. Raises TensorError: one is missing, or has too few axes."""
+    name_a, name_b = f"{prefix}A", f"{prefix}B"
+    for name, other in ((name_b, name_a), (name_a, name_b)):
+        if not module.has(name):
+            found = other if module.has(other) else ", ".join(module.tensors)
+            raise TensorError(f"has {found} and no {name}; get the whole file")
+    a = module.tensor(name_a)
+    b = module.tensor(name_b)
     if min(a.ndim, b.ndim) < 2:
         raise TensorError(
-            f"{prefix}A and {prefix}B must have 2 axes or more, and have shapes {a.shape} and {b.shape}: not gathered "
-            "from shards; save it again"
+            f"{name_a} and {name_b} must have 2 axes or more, and have shapes {a.shape} and {b.shape}: they were not "
+            "gathered from shards; save the adapter again"
         )
     return a, b
 
 
 def _must_have_rank(module: Module, a: Array, b: Array, *, groups: int = 1) -> None:
     """Raises TensorError: the ranks of the factors are not the config's, or they are no factors at all."""
-    has_rank = a.shape[0] == module.rank == b.shape[1] * groups
-    are_factors = b.ndim == 2 and a.size > 0 and b.size > 0 and b.shape[0] % groups == 0
+    rank_of_a = a.shape[0]
+    outputs, rank_of_b = b.shape[:2]
+    has_rank = rank_of_a == module.rank == rank_of_b * groups
+    are_factors = b.ndim == 2 and a.size > 0 and b.size > 0 and outputs % groups == 0
     if has_rank and are_factors:
         return
     raise TensorError(
-        f"the rank must be {module.rank} by adapter_config.json, and lora_A {a.shape} has rank {a.shape[0]}, "
-        f"lora_B {b.shape} has {b.shape[1]}; get the config and the weights of one training"
+        f"the rank must be {module.rank} by adapter_config.json, and lora_A {a.shape} has rank {rank_of_a}, "
+        f"lora_B {b.shape} has {rank_of_b}; get the config and the weights of one training"
     )
 
 
 def _read_bias(module: Module, outputs: int) -> Mapping[str, Replacement]:
     """`lora_bias`: a bias `[out]` on B, which adds to the module's own, times the scale."""
-    wanted, found = bool(module.fields.get("lora_bias")), module.has("lora_B.bias")
+    wanted = bool(module.fields.get("lora_bias"))
+    found = module.has("lora_B.bias")
     if wanted and not found:
         raise TensorError("has no bias on lora_B, and the config says lora_bias; get the whole file")
     if found and not wanted:
@@ -116,7 +127,8 @@ def _read_bias(module: Module, outputs: int) -> Mapping[str, Replacement]:
         raise TensorError(f"lora_B's bias must have {outputs} values, and has {bias.size}")
     if module.fields.get("use_dora"):
         raise TensorError("lora_bias does not go with use_dora; PEFT itself refuses it")
-    scaled = (bias.astype(np.float64) * module.scale).astype(np.promote_types(bias.dtype, np.float32))
+    wide = np.promote_types(bias.dtype, np.float32)
+    scaled = (bias.astype(np.float64) * module.scale).astype(wide)
     return {f"{module.name}.bias": Replacement(scaled, operation="add")}
 
 

@@ -11,27 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from onnx_lora.adapters.adapter import Change, Delta, MatrixDelta, Replacement
-from onnx_lora.adapters.formats.problem import TensorError, shown
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.points import Array
 
-__all__ = ["MERGE", "RETRAIN", "DocsRow", "Fields", "Method", "Module", "Part", "Refusal", "bare_parameters"]
+__all__ = ["MERGE", "RETRAIN", "Contribution", "DocsRow", "Fields", "Method", "Module", "Refusal", "bare_parameters"]
 
 T = TypeVar("T")
 
-# Factors A and B of a module's bare parameters, in an order that no file tells.
+# Factors A and B of a module's bare parameters. No file says in which order they come.
 Pairs = tuple[tuple[Array, Array], ...]
 
 # Cures for what is refused.
 MERGE = "merge it into the base with PEFT (merge_and_unload) and export that"
 RETRAIN = "train without it"
 
-# Numbers of a config beyond it are nonsense, and float32 would hold the largest of them as infinity.
+# Larger numbers in a config are nonsense, and float32 holds the largest of them as infinity.
 _MOST = 1e30
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a config, as the file has them, and what a method made of them for all modules."""
+    """The fields of a config as the file has them, and what a method made of them once for all modules."""
 
     values: Mapping[str, Any]
     _made: dict[Callable[[Fields], Any], Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Fields:
         return self.values.get(name, default)
 
     def once(self, make: Callable[[Fields], T]) -> T:
-        """What `make` makes of the fields: made when the first module asks, and kept for the others."""
+        """What `make` makes of the fields. It is made for the first module that asks, and kept for the others."""
         if make not in self._made:
             self._made[make] = make(self)
         made: T = self._made[make]
@@ -53,8 +53,8 @@ class Module:
     """One module of a file: its tensors by the method's names, those that all modules share, and its numbers.
 
     `rank` and `alpha`: the config's for this module; 1 where the method has none. `scale`: alpha / rank, or what
-    `use_rslora` makes of it. `asked`: the names of the tensors that were asked for. A tensor that never was is not
-    applied, and so the file is refused.
+    `use_rslora` makes of it. `asked`: the names of the tensors that the method asked for. Another tensor of the module
+    is not applied, and so the file is refused.
     """
 
     name: str
@@ -75,17 +75,21 @@ class Module:
 
         Raises TensorError: there is none, or it has another number of axes.
         """
-        where = self.tensors if name in self.tensors else self.shared
-        if name not in where:
+        values = self.tensors.get(name)
+        if values is None:
+            values = self.shared.get(name)
+        if values is None:
             raise TensorError(f"has no {name}; get the whole file")
         self.asked.add(name)
-        values = where[name]
         if axes is not None and values.ndim != axes:
             raise TensorError(f"{name} must have {axes} axes, and has shape {values.shape}")
         return values
 
     def vector(self, name: str) -> Array:
-        """A tensor of any number of axes, all but one of them of size 1, as `[n]`. Raises TensorError."""
+        """A tensor as `[n]`, of which all axes but one have size 1.
+
+        Raises TensorError: there is none, or more of its axes are longer.
+        """
         values = self.tensor(name)
         if values.size != max(values.shape, default=0):
             raise TensorError(f"{name} must be a vector, and has shape {values.shape}")
@@ -94,9 +98,11 @@ class Module:
     def number(self, key: str, *, least: float = 0) -> float:
         """A number of the config. Raises TensorError: there is none, or one below `least`."""
         value = self.fields.get(key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < _MOST:
-            return value
-        raise TensorError(f"{key} of the config must be a number of at least {least:g}, and is {shown(value)}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and least <= value < _MOST:
+            number: float = value
+            return number
+        raise TensorError(f"{key} of the config must be a number of at least {least:g}, and is {abbreviate(value)}")
 
     def count(self, key: str, *, least: int = 1) -> int:
         """A whole number of the config. Raises TensorError: there is none, or one below `least`."""
@@ -106,7 +112,7 @@ class Module:
         return int(value)
 
     def must(self, holds: bool, text: str) -> None:
-        """Raises TensorError: `text`, with the shapes of all the module's tensors, unless it holds."""
+        """Raises TensorError: it does not hold. The message is `text`, with the shapes of the module's tensors."""
         if holds:
             return
         shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in sorted(self.tensors.items()))
@@ -118,9 +124,12 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What the tensors of a module do. `whole`: what they do to whole parameters, by name; `note`: what a reader should
-    know of it and cannot see in the tensors."""
+class Contribution:
+    """What one module's tensors contribute to the adapter; nothing where the module stays at the base.
+
+    `whole`: what they do to whole parameters, by name. `note`: what a user should know of the module, and cannot see in
+    the tensors.
+    """
 
     delta: Delta | MatrixDelta | None = None
     change: Change | None = None
@@ -149,24 +158,26 @@ class Method:
     """One method, by what its files hold and what that does.
 
     `peft_type`: its name in a config, and in the registry. `name`: the one that people use.
-    `read`: what a module's tensors do; it raises TensorError where they make no sense.
+    `read`: reads what a module's tensors do; it raises TensorError where they make no sense.
     `docs`: its rows of the table in the documentation.
 
-    `of_parameters`: what pairs of factors, a rank and a scale do to a bare parameter of a module (`target_parameters`).
+    `of_parameters`: makes the change of a bare parameter of a module (`target_parameters`) out of the module's pairs of
+    factors, a rank and a scale. None: the method has no such parameters.
 
-    Tensors. `tensors`: those of a module by name, each with the endings it may have behind an adapter's name: "weight",
-    or none for a bare parameter (`bare_parameters`). `shared`: those that a file has once for all modules. `integers`:
-    those that may hold whole numbers. `unread`: those that no forward pass reads.
+    Tensors. `tensors`: those of a module by name, each with the endings that it may have behind an adapter's name:
+    "weight", or none for a bare parameter (`bare_parameters`). `shared`: those that a file has once for all modules.
+    `integers`: those that may hold whole numbers. `unread`: those that no forward pass reads.
 
     Fields of the config. `fields`: those that are understood, because `read` reads them or because they never change
     what a trained adapter computes. `refused`: those that must be empty. Every other field is refused as unknown.
-    `rank` and `alpha`: the fields that hold them, if any. `patterns`: whether `rank_pattern` and `alpha_pattern` map
-    names of modules to numbers. `variants`: what people call the method when a field is set; the first that is counts.
+    `rank` and `alpha`: the fields that hold the rank and alpha, if any. `patterns`: whether `rank_pattern` and
+    `alpha_pattern` map names of modules to numbers. `variants`: what people call the method where a field is set, by
+    field; the first field that is set counts.
     """
 
     peft_type: str
     name: str
-    read: Callable[[Module], Part]
+    read: Callable[[Module], Contribution]
     docs: tuple[DocsRow, ...]
     tensors: Mapping[str, Collection[str]]
     shared: Collection[str] = ()

@@ -7,16 +7,16 @@ scale. The reference is PEFT 0.21: `miss/layer.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.formats.problem import shown
-from onnx_lora.adapters.methods.arrays import Floats, wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for, pair, pays
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, factors_pay, make_delta, widen
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -36,60 +36,71 @@ class MiSS:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
-            return not_for("MiSS", "linear modules", shape, kind)
-        block, (outputs, inputs) = self.block.shape, shape
+            return explain_kind("MiSS", "linear modules", shape, kind)
+        block = self.block.shape
+        outputs, inputs = shape
         if self.form == "bat":
             fits = inputs % block[-1] == 0 and outputs == block[0] * block[-1]
         elif self.form == "mini":
             fits = outputs % block[1] == 0 and inputs >= block[0]
         else:
             fits = outputs == block[1] and inputs >= block[0]
-        return None if fits else f"MiSS has a block of shape {block} ({self.form}), and the weight has shape {shape}"
+        if fits:
+            return None
+        return f"MiSS has a block of shape {block} ({self.form}), and the weight has shape {shape}"
 
     def apply_to(self, weight: Array) -> Array:
-        own = wide(weight)
+        own = widen(weight)
         if self.form != "bat":
             a, b = self._factors(weight.shape)
             return own + b @ a
-        size = self.block.shape[-1]
-        tiles = own.reshape(len(own) // size, size, -1, size).transpose(2, 0, 1, 3)
-        changed = tiles @ wide(self.block) + wide(self.block)
-        return own + changed.transpose(1, 2, 0, 3).reshape(own.shape)
+        blocks = widen(self.block)
+        size = blocks.shape[-1]
+        by_block = own.reshape(len(own) // size, size, -1, size)  # block of outputs, output, block of inputs, input
+        tiles = by_block.transpose(2, 0, 1, 3)
+        change = tiles @ blocks + blocks
+        return own + change.transpose(1, 2, 0, 3).reshape(own.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        if self.form == "bat" or not pays(len(self.block), weight.shape):
+        if self.form == "bat" or not factors_pay(len(self.block), weight.shape):
             return None
-        return pair(*self._factors(weight.shape))
+        return make_delta(*self._factors(weight.shape))
 
     def output_scale(self) -> Array | None:
         return None
 
     def _factors(self, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
-        """A adds up every r-th input."""
-        block = wide(self.block)
-        rank = len(block)
-        a = np.tile(np.eye(rank, dtype=block.dtype), -(-shape[1] // rank))[:, : shape[1]]
-        return a, np.tile(block, shape[0] // block.shape[1]).T
+        """A `[r, in]` adds up every r-th input; B `[out, r]` is the block, repeated along the outputs."""
+        outputs, inputs = shape
+        block = widen(self.block)
+        rank, repeated = block.shape
+        identity = np.eye(rank, dtype=block.dtype)
+        copies = math.ceil(inputs / rank)
+        a = np.tile(identity, copies)[:, :inputs]
+        b = np.tile(block, outputs // repeated).T
+        return a, b
 
 
-def read_miss(module: Module) -> Part:
+def read_miss(module: Module) -> Contribution:
     """`miss_block` `[r, out]`; of `init_weights` "mini" `[r, mini_r]`, of "bat" `[out / r, r, r]`.
 
     Raises TensorError: it is missing, not of the config's `r` and `mini_r`, or `init_weights` is none of those.
     """
     form = module.fields.get("init_weights", True)
-    module.must(form in (True, False, None, "bat", "mini"), f"init_weights {shown(form)} of MiSS is not known here")
+    module.must(
+        form in (True, False, None, "bat", "mini"), f"init_weights {abbreviate(form)} of MiSS is not known here"
+    )
     rank = module.rank
     if form == "bat":
         block = module.tensor("miss_block", 3)
         module.must(block.shape[1:] == (rank, rank), f"MiSS must have blocks of the config's r, {rank}")
-        return Part(change=MiSS(block, "bat"))
+        return Contribution(change=MiSS(block, "bat"))
     block = module.tensor("miss_block", 2)
     module.must(len(block) == rank and block.size > 0, f"MiSS must have a block of the config's r, {rank}")
     if form != "mini":
-        return Part(change=MiSS(block, "plain"))
+        return Contribution(change=MiSS(block, "plain"))
     module.must(block.shape[1] == module.count("mini_r"), "MiSS must have a block of the config's mini_r")
-    return Part(change=MiSS(block, "mini"))
+    return Contribution(change=MiSS(block, "mini"))
 
 
 METHOD = Method(

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, flat, wide
-from onnx_lora.adapters.methods.cayley import cayley, rotated
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part
-from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module
+from onnx_lora.adapters.methods.rotations import make_rotations, rotate_inputs
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, flatten_shape, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -53,13 +52,13 @@ class OFT:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if isinstance(kind, Embedding) != self.on_embedding:
-            return not_for("OFT of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
+            return explain_kind("OFT of this file", "embeddings" if self.on_embedding else "other modules", shape, kind)
         if math.prod(shape[2:]) != 1:
             return (
                 f"OFT on a weight of shape {shape}: PEFT adds up rotated windows that overlap, and its own merge is "
                 "another thing; train another method on this convolution"
             )
-        inputs = flat(shape)[1] if len(shape) > 1 else 0
+        inputs = flatten_shape(shape)[1] if len(shape) > 1 else 0
         fits = inputs > 0 and inputs % self.block == 0 if self.shared else inputs == self.block * len(self.angles)
         if fits:
             return None
@@ -68,12 +67,12 @@ class OFT:
 
     def apply_to(self, weight: Array) -> Array:
         blocks = self._rotations()
-        matrix = wide(weight).reshape(flat(weight.shape))
+        matrix = widen(weight).reshape(flatten_shape(weight.shape))
         if self.shared:
             blocks = np.broadcast_to(blocks, (matrix.shape[1] // self.block, *blocks.shape[1:]))
         if self.on_embedding:
             blocks = blocks.swapaxes(1, 2)
-        return rotated(matrix, blocks).reshape(weight.shape)
+        return rotate_inputs(matrix, blocks).reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -84,7 +83,7 @@ class OFT:
 
     def _rotations(self) -> Floats:
         """`[blocks, b, b]`."""
-        angles = wide(self.angles)
+        angles = widen(self.angles)
         upper = np.triu_indices(self.block, 1)
         skew = np.zeros((len(angles), self.block, self.block), angles.dtype)
         skew[:, upper[0], upper[1]] = angles
@@ -93,7 +92,7 @@ class OFT:
             norms = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
             bound = self.bound / math.sqrt(len(skew))
             skew = np.where(norms <= bound, skew, skew * (bound / np.maximum(norms, bound))).astype(skew.dtype)
-        return cayley(skew) if self.terms is None else _neumann(skew, self.terms)
+        return make_rotations(skew) if self.terms is None else _neumann(skew, self.terms)
 
 
 def _neumann(skew: Floats, terms: int) -> Floats:
@@ -111,7 +110,7 @@ def _neumann(skew: Floats, terms: int) -> Floats:
     return total
 
 
-def read_oft(module: Module) -> Part:
+def read_oft(module: Module) -> Contribution:
     """`oft_R` `[blocks, b · (b - 1) / 2]`, or `oft_embedding_R` for the features of an embedding.
 
     Raises TensorError: it is missing, its numbers are not those above a diagonal, or the config's `use_cayley_neumann`,
@@ -133,7 +132,7 @@ def read_oft(module: Module) -> Part:
     terms = module.count("num_cayley_neumann_terms") if series else None
     module.must(terms is None or terms <= _MOST_TERMS, f"num_cayley_neumann_terms must be at most {_MOST_TERMS}")
     bound = module.number("eps") if fields.get("coft") else None
-    return Part(change=OFT(angles, shared, terms, bound, embedding))
+    return Contribution(change=OFT(angles, shared, terms, bound, embedding))
 
 
 def _is_since_0_18(version: object) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.weights import widen
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 
@@ -32,7 +32,7 @@ class OutputScale:
 
     def apply_to(self, weight: Array) -> Array:
         """The scaled weight, `[out, ...]`."""
-        return wide(weight) * wide(self.scale).reshape(-1, *(1,) * (weight.ndim - 1))
+        return widen(weight) * widen(self.scale).reshape(-1, *(1,) * (weight.ndim - 1))
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """None: no pair of factors scales outputs."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_lora.adapters.methods.arrays import Floats, flat, wide
+from onnx_lora.adapters.methods.weights import Floats, flatten_shape, widen
 
 if TYPE_CHECKING:
     from onnx_lora.adapters.methods.method import Module
@@ -39,7 +39,7 @@ class Whole:
     @property
     def inputs(self) -> int:
         """Of it as a matrix: the axes of a kernel count as inputs."""
-        return flat(self.values.shape)[1]
+        return flatten_shape(self.values.shape)[1]
 
     @property
     def rank(self) -> int:
@@ -48,7 +48,7 @@ class Whole:
 
     def matrix(self) -> Floats:
         """`[out, in · kernel]`."""
-        return wide(self.values).reshape(self.outputs, -1)
+        return widen(self.values).reshape(self.outputs, -1)
 
     def factors(self) -> tuple[Floats, Floats]:
         """The array and an identity, `[out, rank]` and `[rank, in · kernel]`."""
@@ -81,11 +81,11 @@ class Product:
 
     def matrix(self) -> Floats:
         """`[out, in · kernel]`."""
-        return wide(self.left) @ wide(self.right)
+        return widen(self.left) @ widen(self.right)
 
     def factors(self) -> tuple[Floats, Floats]:
         """`[out, r]` and `[r, in · kernel]`."""
-        return wide(self.left), wide(self.right)
+        return widen(self.left), widen(self.right)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class CoredProduct:
 
     def factors(self) -> tuple[Floats, Floats]:
         """`[out, r]` and `[r, in · kernel]`, the core in the second."""
-        inner = np.einsum("ij...,jr->ir...", wide(self.core), wide(self.by_input))
-        return wide(self.by_output).T, inner.reshape(len(inner), -1)
+        inner = np.einsum("ij...,jr->ir...", widen(self.core), widen(self.by_input))
+        return widen(self.by_output).T, inner.reshape(len(inner), -1)
 
 
 def read_product(module: Module, name: str, core: str | None = None) -> Product | CoredProduct:

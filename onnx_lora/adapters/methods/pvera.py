@@ -6,13 +6,13 @@ half of it, where `sample_at_inference` is not set. The reference is PEFT 0.21: 
 
 from __future__ import annotations
 
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
 from onnx_lora.adapters.methods.vera import VeRA
 
 __all__ = ["METHOD", "read_pvera"]
 
 
-def read_pvera(module: Module) -> Part:
+def read_pvera(module: Module) -> Contribution:
     """The shared `pvera_A` `[2 · r, most inputs]` and `pvera_B` `[most outputs, r]`; the module's own `pvera_lambda_d`
     `[2 · r]` and `pvera_lambda_b` `[out]`.
 
@@ -23,7 +23,7 @@ def read_pvera(module: Module) -> Part:
     by_rank, by_output = module.vector("pvera_lambda_d"), module.vector("pvera_lambda_b")
     rank = b.shape[1]
     module.must(len(a) == by_rank.size == 2 * rank, f"PVeRA's projections {a.shape}, {b.shape} must be of its rank")
-    return Part(change=VeRA(a[:rank], b, by_rank[:rank], by_output, "PVeRA"))
+    return Contribution(change=VeRA(a[:rank], b, by_rank[:rank], by_output, "PVeRA"))
 
 
 METHOD = Method(

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import explain_kind, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -37,7 +36,7 @@ class RandLoRA:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
-            return not_for("RandLoRA", "linear modules", shape, kind)
+            return explain_kind("RandLoRA", "linear modules", shape, kind)
         small, bases = min(shape), self.by_rank.shape[1]
         if self.by_small.shape != (bases, small) or small > self.a.shape[2]:
             wanted = self.by_small.shape[1]
@@ -50,11 +49,11 @@ class RandLoRA:
 
     def apply_to(self, weight: Array) -> Array:
         small, large, bases = min(weight.shape), max(weight.shape), self.by_rank.shape[1]
-        own = wide(self.by_rank)[:, :, None] * wide(self.a[:, :, :small]) * wide(self.by_small)
-        shared = wide(self.b[:large, :bases])
+        own = widen(self.by_rank)[:, :, None] * widen(self.a[:, :, :small]) * widen(self.by_small)
+        shared = widen(self.b[:large, :bases])
         # The one by rank and base, the other by base and rank, as PEFT multiplies them.
-        product = shared.reshape(large, -1) @ own.reshape(-1, small) * wide(self.a).dtype.type(self.scale)
-        return wide(weight) + (product if small == weight.shape[1] else product.T)
+        product = shared.reshape(large, -1) @ own.reshape(-1, small) * widen(self.a).dtype.type(self.scale)
+        return widen(weight) + (product if small == weight.shape[1] else product.T)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """Its rank is the weight's own."""
@@ -65,7 +64,7 @@ class RandLoRA:
         return None
 
 
-def read_randlora(module: Module) -> Part:
+def read_randlora(module: Module) -> Contribution:
     """The shared `randlora_A` `[r, 1, small]` and `randlora_B` `[large, bases, r]`, which PEFT writes once more for
     every module; the module's own `randlora_lambda` `[r, bases]` and `randlora_gamma` `[bases, small]`.
 
@@ -80,7 +79,7 @@ def read_randlora(module: Module) -> Part:
         has_rank and a.shape[1] == 1 and len(by_small) == bases,
         f"RandLoRA's bases {a.shape}, {b.shape} must be of its rank {module.rank}",
     )
-    return Part(change=RandLoRA(a, b, by_rank, by_small, module.scale))
+    return Contribution(change=RandLoRA(a, b, by_rank, by_small, module.scale))
 
 
 def _read_shared(module: Module, name: str) -> Array:

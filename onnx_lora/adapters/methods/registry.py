@@ -6,7 +6,6 @@ A method of ours is one file beside this one and one line here. Others declare a
 
 from __future__ import annotations
 
-from onnx_lora.adapters.methods.foreign import guard_method
 from onnx_lora.adapters.methods.method import Method
 from onnx_lora.adapters.plugins import Plugins
 
@@ -43,5 +42,5 @@ METHODS: Plugins[Method] = Plugins(
         "VBLORA": f"{_HERE}.vblora:METHOD",
         "VERA": f"{_HERE}.vera:METHOD",
     },
-    guard_method,
+    guard=f"{_HERE}.foreign:guard_method",
 )

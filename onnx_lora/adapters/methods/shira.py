@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import explain_kind, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -33,18 +32,24 @@ class SHiRA:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
-            return not_for("SHiRA", "linear modules", shape, kind)
+            return explain_kind("SHiRA", "linear modules", shape, kind)
         places = self.places.astype(np.int64)
-        if places.size and (places.min() < 0 or (places.max(axis=1) >= shape).any()):
-            most = tuple(int(place) for place in places.max(axis=1))
-            return f"SHiRA's places must lie in a weight of shape {shape}, and reach {most} (from {places.min()})"
-        return None
+        if places.size == 0:
+            return None
+        least = int(places.min())
+        most_output, most_input = (int(most) for most in places.max(axis=1))
+        if least >= 0 and most_output < shape[0] and most_input < shape[1]:
+            return None
+        return (
+            f"SHiRA's places must lie in a weight of shape {shape}, and reach {(most_output, most_input)} "
+            f"(from {least})"
+        )
 
     def apply_to(self, weight: Array) -> Array:
-        merged = wide(weight).copy()
+        changed = widen(weight).copy()
         outputs, inputs = self.places.astype(np.int64)
-        np.add.at(merged, (outputs, inputs), wide(self.values))
-        return merged
+        np.add.at(changed, (outputs, inputs), widen(self.values))
+        return changed
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -54,7 +59,7 @@ class SHiRA:
         return None
 
 
-def read_shira(module: Module) -> Part:
+def read_shira(module: Module) -> Contribution:
     """`shira_weight` `[n]` and `shira_indices` `[2, n]`, whole numbers of any type.
 
     Raises TensorError: one of them is missing, or they are not as many, or a place is no whole number.
@@ -64,7 +69,7 @@ def read_shira(module: Module) -> Part:
     numbers = places.astype(np.float64)
     are_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
     module.must(bool(are_whole.all()), "SHiRA's places must be whole")
-    return Part(change=SHiRA(places.astype(np.int64), values))
+    return Contribution(change=SHiRA(places.astype(np.int64), values))
 
 
 METHOD = Method(

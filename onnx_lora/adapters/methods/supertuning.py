@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.methods.arrays import Floats, wide
-from onnx_lora.adapters.methods.method import DocsRow, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.shapes import kernel_unlike, not_for
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, widen
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -37,18 +36,18 @@ class SuperTuning:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         if not isinstance(kind, Linear) or len(shape) != 2:
-            return not_for("Super-Tuning", "linear modules", shape, kind)
+            return explain_kind("Super-Tuning", "linear modules", shape, kind)
         least, most = int(self.places.min()), int(self.places.max())
         if least < 0 or most >= shape[0] * shape[1]:
             return f"Super-Tuning's places must lie in a weight of shape {shape}, and reach from {least} to {most}"
         if self.factors is None:
             return None
         a, b = self.factors
-        return kernel_unlike("Super-Tuning", (len(b), a.shape[1]), shape)
+        return explain_sizes("Super-Tuning", (len(b), a.shape[1]), shape)
 
     def apply_to(self, weight: Array) -> Array:
-        changed = wide(weight).copy()
-        np.add.at(changed.reshape(-1), self.places, wide(self.values))
+        changed = widen(weight).copy()
+        np.add.at(changed.reshape(-1), self.places, widen(self.values))
         if self.factors is None:
             return changed
         a, b = self.factors
@@ -62,7 +61,7 @@ class SuperTuning:
         return None
 
 
-def read_supertuning(module: Module) -> Part:
+def read_supertuning(module: Module) -> Contribution:
     """`supertuning_values` `[n]` and `supertuning_indices` `[n]`, whole numbers; with `r` of the config the factors
     `supertuning_lora_A` `[r, in]` and `supertuning_lora_B` `[out, r]`.
 
@@ -77,7 +76,7 @@ def read_supertuning(module: Module) -> Part:
     numbers = places.astype(np.float64)
     are_whole = np.isfinite(numbers) & (numbers == np.floor(numbers))
     module.must(bool(are_whole.all()), "Super-Tuning's places must be whole")
-    return Part(change=SuperTuning(places.astype(np.int64), values, _read_factors(module)))
+    return Contribution(change=SuperTuning(places.astype(np.int64), values, _read_factors(module)))
 
 
 def _read_factors(module: Module) -> tuple[Floats, Floats] | None:
@@ -87,7 +86,7 @@ def _read_factors(module: Module) -> tuple[Floats, Floats] | None:
     a, b = module.tensor("supertuning_lora_A", 2), module.tensor("supertuning_lora_B", 2)
     fits = len(a) == b.shape[1] == rank and a.size > 0 and b.size > 0
     module.must(fits, f"Super-Tuning must have a pair of factors of the config's r, {rank}")
-    return wide(a), wide(b) * np.float32(lora_scale(alpha, rank))
+    return widen(a), widen(b) * np.float32(lora_scale(alpha, rank))
 
 
 METHOD = Method(

@@ -13,26 +13,27 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.adapters.formats.problem import TensorError, shown
-from onnx_lora.adapters.methods.arrays import Floats, wide
 from onnx_lora.adapters.methods.endings import Endings
-from onnx_lora.adapters.methods.method import DocsRow, Fields, Method, Module, Part, bare_parameters
-from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS, TOKENS
+from onnx_lora.adapters.methods.method import Contribution, DocsRow, Fields, Method, Module, bare_parameters
+from onnx_lora.adapters.methods.weights import Floats, factors_pay, make_delta, widen
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
 from onnx_lora.points import Array
 
-__all__ = ["LORA_DOCS", "METHOD", "TokenRows", "read_lora_tokens", "read_tokens"]
+__all__ = ["LORA_DOCS", "LORA_TOKENS", "METHOD", "TOKENS", "TokenRows", "read_lora_tokens", "read_tokens"]
 
-
-_TOKENS_BEFORE = "trainable_tokens_original"  # the base's own rows
+# Names of tensors: the trained rows of the method of its own, and those beside LoRA; and the base's own rows.
+TOKENS = "trainable_tokens_delta"
+LORA_TOKENS = "token_adapter.trainable_tokens_delta"
+_TOKENS_BEFORE = "trainable_tokens_original"
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """`rows` `[n, features]` in the place of those that `indices` name.
+    """`rows` `[n, features]`, which replace those that `indices` name.
 
-    PEFT puts them into every weight that is tied to this one too (an output head's, whose rows are its outputs): there
-    `of_kind` gives the same change for the other kind.
+    PEFT puts them into every weight that is tied to the table too: an output head's, whose rows are its outputs.
+    `of_kind` gives the same change for such a weight.
     """
 
     indices: tuple[int, ...]
@@ -54,27 +55,28 @@ class TokenRows:
         return None
 
     def apply_to(self, weight: Array) -> Array:
-        merged = wide(weight).copy()
-        merged[list(self.indices)] = wide(self.rows)
-        return merged
+        changed = widen(weight).copy()
+        changed[list(self.indices)] = widen(self.rows)
+        return changed
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        """One column a token, chosen by its row: no larger than the table while there are few of them."""
-        count, (rows, features) = len(self.indices), weight.shape
-        if not count or count * (rows + features) > rows * features:
+        """A rank for each token: one factor chooses the token's row, the other is what the row changes by."""
+        indices = list(self.indices)
+        count = len(indices)
+        if count == 0 or not factors_pay(count, weight.shape):
             return None
-        change: Floats = wide(self.rows) - wide(weight)[list(self.indices)]
-        chosen = np.zeros((count, rows), change.dtype)
-        chosen[np.arange(count), list(self.indices)] = 1
+        change: Floats = widen(self.rows) - widen(weight)[indices]
+        chosen = np.zeros((count, len(weight)), change.dtype)
+        chosen[np.arange(count), indices] = 1
         if isinstance(self.kind, Embedding):
-            return MatrixDelta(chosen, change.T, 1.0)
-        return MatrixDelta(change, chosen.T, 1.0)
+            return make_delta(chosen, change.T)
+        return make_delta(change, chosen.T)
 
     def output_scale(self) -> Array | None:
         return None
 
 
-def read_tokens(module: Module) -> Part:
+def read_tokens(module: Module) -> Contribution:
     """`trainable_tokens_delta` `[n, features]`, the rows themselves, with `token_indices` of the config.
 
     Raises TensorError: the config does not give n tokens, each once.
@@ -82,9 +84,10 @@ def read_tokens(module: Module) -> Part:
     return _read_rows(module, TOKENS, module.fields.get("token_indices"), "token_indices")
 
 
-def read_lora_tokens(module: Module) -> Part:
-    """Those beside LoRA, with `trainable_token_indices` of the config: a list, for the input embedding, or one for each
-    of some modules. As in PEFT, those are named by the end of their names, without a dot before it.
+def read_lora_tokens(module: Module) -> Contribution:
+    """The rows beside LoRA, `token_adapter.trainable_tokens_delta` `[n, features]`, with `trainable_token_indices` of
+    the config: a list for the input embedding, or a list for each of some modules. As in PEFT, the modules are named by
+    the end of their names, without a dot before it.
 
     Raises TensorError: the config does not give as many tokens as there are rows, each once.
     """
@@ -99,13 +102,13 @@ def _modules_with_tokens(fields: Fields) -> Endings:
     return Endings(fields.values["trainable_token_indices"])
 
 
-def _read_rows(module: Module, tensor: str, indices: Any, field: str) -> Part:
+def _read_rows(module: Module, tensor: str, indices: Any, field: str) -> Contribution:
     rows = module.tensor(tensor, 2)
     if not _are_tokens(indices):
-        raise TensorError(f"{field} of the config must give its tokens, each once, and gives {shown(indices)}")
+        raise TensorError(f"{field} of the config must give its tokens, each once, and gives {abbreviate(indices)}")
     if len(indices) != len(rows):
         raise TensorError(f"{tensor} must have a row for each of {len(indices)} tokens, and has shape {rows.shape}")
-    return Part(change=TokenRows(tuple(indices), rows))
+    return Contribution(change=TokenRows(tuple(indices), rows))
 
 
 def _are_tokens(indices: Any) -> bool:

@@ -1,5 +1,5 @@
-"""A checkpoint of transformers as a source of graphs: which exporter makes them is that exporter's and the user's to
-say."""
+"""A checkpoint of transformers as a source of graphs. An exporter makes them: the one that the user names, or the first
+that takes the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_lora.exporter.frontends.exporters import (
+from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
+from onnx_lora.exporter.frontends.exporters.registry import (
     EXPORTERS,
     CheckpointExporter,
     ExportRequest,
     choose_exporter,
     find_exporter,
 )
-from onnx_lora.exporter.frontends.model_config import ModelConfig
 from onnx_lora.exporter.precision import Precision
 
 if TYPE_CHECKING:

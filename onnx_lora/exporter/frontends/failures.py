@@ -17,7 +17,7 @@ from onnx_lora.onnxruntime_errors import native_failures
 
 __all__ = ["library_failures"]
 
-# What they raise where a checkpoint is not what it must be.
+# What these libraries raise where a checkpoint is not what it must be.
 _OF_INPUT = (OSError, KeyError, ValueError, TypeError, SafetensorError)
 
 

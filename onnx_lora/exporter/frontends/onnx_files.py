@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
-from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
 from onnx_lora.exporter.frontends.companion_files import COMPANIONS, companions_of
-from onnx_lora.exporter.frontends.exporters import ExportRequest, find_exporter
-from onnx_lora.exporter.frontends.model_config import ModelConfig
-from onnx_lora.exporter.frontends.names import base_of, name_of
+from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
+from onnx_lora.exporter.frontends.configs.names import base_of, name_of
+from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, find_exporter
 from onnx_lora.exporter.frontends.source import Loaded
-from onnx_lora.exporter.genai_names import GenaiNames
+from onnx_lora.exporter.locating.genai_names import GenaiNames
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
-from onnx_lora.exporter.safetensors_weights import read_folder_weights
+from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
+from onnx_lora.exporter.weights.safetensors_weights import read_folder_weights
 from onnx_lora.manifest import MANIFEST
 
 if TYPE_CHECKING:

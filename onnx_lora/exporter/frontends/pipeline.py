@@ -1,5 +1,5 @@
 """A diffusers pipeline as a source of graphs, exported by Optimum network by network. It knows what a pipeline's folder
-holds; which of its networks take adapters, it does not."""
+holds, and not which of its networks take adapters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
+from onnx_lora.exporter.frontends.configs.names import base_of, name_of
+from onnx_lora.exporter.frontends.configs.newer import open_readable
+from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
+from onnx_lora.exporter.frontends.exporters.optimum_references import reference_of
 from onnx_lora.exporter.frontends.failures import library_failures
-from onnx_lora.exporter.frontends.names import base_of, name_of
-from onnx_lora.exporter.frontends.newer import open_readable
-from onnx_lora.exporter.frontends.optimum_references import reference_of
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
-from onnx_lora.exporter.frontends.whole import LOADING, check_whole
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
-from onnx_lora.exporter.torch_weights import read_module_weights
+from onnx_lora.exporter.weights.torch_weights import read_module_weights
 from onnx_lora.json_file import read_json
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import nn
 
-    from onnx_lora.exporter.checkpoint_weights import CheckpointWeights
-    from onnx_lora.exporter.genai_names import GenaiNames
+    from onnx_lora.exporter.locating.genai_names import GenaiNames
     from onnx_lora.exporter.request import GraphFile, Progress
+    from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 

@@ -1,5 +1,4 @@
-"""The kinds of sources, and which of them made a package. It names them by their modules and imports none before it is
-asked."""
+"""The kinds of sources, and the one that made a given package. A source is imported when it is first asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOURCES", "recorded_source"]
 
-# Asked in this order whether a manifest describes a package of theirs; the last one takes all that are left.
+# In this order they are asked whether a manifest describes a package of theirs; the last one takes all that are left.
 SOURCES = (
     "onnx_lora.exporter.frontends.pipeline:Pipeline",
     "onnx_lora.exporter.frontends.checkpoint:Checkpoint",

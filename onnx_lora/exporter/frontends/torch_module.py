@@ -14,11 +14,11 @@ import onnx
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
 from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.exporter.frontends.calls import count_calls
-from onnx_lora.exporter.frontends.names import short_name
+from onnx_lora.exporter.frontends.configs.names import short_name
 from onnx_lora.exporter.frontends.quiet import quiet
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.request import GraphFile
-from onnx_lora.exporter.torch_weights import read_module_weights
+from onnx_lora.exporter.weights.torch_weights import read_module_weights
 
 if TYPE_CHECKING:
     import torch

@@ -4,16 +4,17 @@ groups."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.branches import BranchInputs, gather_number, number_own_rows
+from onnx_lora.exporter.graph.product import Product, Unfit
+from onnx_lora.exporter.graph.values import axes_of, input_at, unwrap
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind
 from onnx_lora.exporter.graph_kinds.reading import computed_type, is_dequantized, reads_first, unfit_float_type
-from onnx_lora.exporter.product import Product, Unfit
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.values import axes_of, input_at, unwrap
+from onnx_lora.exporter.surgery.branches import BranchInputs, gather_number, number_own_rows
+from onnx_lora.exporter.surgery.surgeon import Surgeon
 from onnx_lora.kinds import Conv
 
 __all__ = ["CONV_IN_GRAPHS"]
@@ -28,21 +29,26 @@ _BIAS = 2
 
 
 def _read(node: ir.Node) -> Product | Unfit | None:
+    """Conv: the input, the kernel, a bias."""
     factor = input_at(node, 1)
     weight, wrappers = unwrap(factor)
     if weight is None:
-        quantized = factor is not None and is_dequantized(factor.producer())
-        return Unfit("its weight is quantized, which gets no point in a convolution") if quantized else None
-    source, axes = input_at(node, 0), axes_of(weight)
+        if factor is not None and is_dequantized(factor.producer()):
+            return Unfit("its weight is quantized, which gets no point in a convolution")
+        return None
+    source = input_at(node, 0)
+    axes = axes_of(weight)
     if source is None or axes is None or axes < 3 or weight.shape is None or 0 in weight.shape.numpy():
         return Unfit("the weight is no convolution's", weight)
     outputs, channels, *kernel = (int(size) for size in weight.shape.numpy())
     groups = node.attributes.get_int("group", 1)
-    reason = _unfit_groups(outputs, groups)
-    if reason is None and any(wrapper.op_type == "Transpose" for wrapper in wrappers):
-        reason = "the weight is transposed on the way"
-    if reason is None:
-        reason = unfit_float_type(weight, wrappers) or _unfit_padding(source) or _unfit_dilation(node, kernel)
+    reason = (
+        _unfit_groups(outputs, groups)
+        or _unfit_wrappers(wrappers)
+        or unfit_float_type(weight, wrappers)
+        or _unfit_padding(source)
+        or _unfit_dilation(node, kernel)
+    )
     if reason is not None:
         return Unfit(reason, weight)
     return Product(
@@ -64,6 +70,14 @@ def _unfit_groups(outputs: int, groups: int) -> str | None:
     """Why so many outputs cannot be cut into groups, or None."""
     if groups < 1 or outputs % groups:
         return f"{outputs} outputs cannot be in {groups} groups"
+    return None
+
+
+def _unfit_wrappers(wrappers: Sequence[ir.Node]) -> str | None:
+    """Why a kernel's axes have another order than torch's, or None."""
+    for wrapper in wrappers:
+        if wrapper.op_type == "Transpose":
+            return "the weight is transposed on the way"
     return None
 
 
@@ -91,6 +105,7 @@ def _unfit_dilation(node: ir.Node, kernel: list[int]) -> str | None:
 
 
 def _refuse(module: Any, plain: type) -> str | None:
+    """Why PEFT's convolution A beside a torch module would read other numbers than the module does, or None."""
     if getattr(type(module), "_conv_forward", None) is not vars(plain).get("_conv_forward"):
         return f"{type(module).__name__} convolves in a way of its own"
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -107,21 +122,26 @@ class _ConvBranch:
 
     def build_delta(self, surgeon: Surgeon, given: BranchInputs) -> ir.Value:
         name = given.name
-        axes = list(range(2, 2 + len(_kernel_of(given.product))))
+        space = list(range(2, 2 + len(_kernel_of(given.product))))  # the axes behind batch and channels
         low = _convolve(surgeon, given)
         if given.per_row:
-            low = surgeon.op("Mul", low, _mask_of_own_channels(surgeon, given, axes), name=f"{name}.own")
-        # Not a Conv: of one with no channels ONNX Runtime leaves what was in the memory; of a MatMul it makes zeros.
-        # Nor a Transpose of three axes before it: the optimiser makes the two a FusedMatMul, which leaves that too.
-        is_line = len(axes) == 1
+            mask = _mask_of_own_channels(surgeon, given, space)
+            low = surgeon.op("Mul", low, mask, name=f"{name}.own")
+        # B is multiplied by a MatMul, not by a Conv: over no channels (rank 0) ONNX Runtime's MatMul makes zeros, and
+        # its Conv leaves whatever was in the memory. No Transpose of three axes may stand before the MatMul: the
+        # optimiser would fuse the two to a FusedMatMul, which behaves as the Conv does.
+        is_line = len(space) == 1
         if is_line:
-            low, axes = surgeon.unsqueeze(low, [3], name=f"{name}.plane"), [2, 3]
-        last = surgeon.op("Transpose", low, name=f"{name}.channels_last", perm=[0, *axes, 1])
+            low = surgeon.unsqueeze(low, [3], name=f"{name}.plane")
+            space = [2, 3]
+        last = surgeon.op("Transpose", low, name=f"{name}.channels_last", perm=[0, *space, 1])
         b = surgeon.op("Flatten", given.b, name=f"{name}.lora_B_flat", axis=2)
         total = surgeon.op("MatMul", last, b, name=f"{name}.lora_B")
-        back = [0, axes[-1], *range(1, axes[-1])]
+        back = [0, space[-1], *range(1, space[-1])]
         first = surgeon.op("Transpose", total, name=f"{name}.channels_first", perm=back)
-        return surgeon.squeeze(first, [3], name=f"{name}.line") if is_line else first
+        if is_line:
+            return surgeon.squeeze(first, [3], name=f"{name}.line")
+        return first
 
     def shape_scale(self, surgeon: Surgeon, scale: ir.Value, product: Product, rank: int, name: str) -> ir.Value:
         """`[rows, out, 1, ...]`."""
@@ -130,34 +150,40 @@ class _ConvBranch:
         axes = len(_kernel_of(product))
         if axes == 1:
             return turned
-        return surgeon.unsqueeze(turned, list(range(3, 2 + axes)), name=f"{name}.dora_space")
+        space = list(range(3, 2 + axes))
+        return surgeon.unsqueeze(turned, space, name=f"{name}.dora_space")
 
     def shape_bias(self, surgeon: Surgeon, bias: ir.Value, product: Product, name: str) -> ir.Value:
         """`[out, 1, ...]`."""
         axes = len(_kernel_of(product))
-        return surgeon.unsqueeze(bias, list(range(1, 1 + axes)), name=f"{name}.bias_channels")
+        space = list(range(1, 1 + axes))
+        return surgeon.unsqueeze(bias, space, name=f"{name}.bias_channels")
 
 
 def _kernel_of(product: Product) -> tuple[int, ...]:
-    assert isinstance(product.kind, Conv)  # its registry's
+    assert isinstance(product.kind, Conv)  # this builder is registered for no other kind
     return product.kind.kernel
 
 
 def _convolve(surgeon: Surgeon, given: BranchInputs) -> ir.Value:
     """x with A as its kernel: `[batch, rows · rank, ...]`."""
-    conv, name = given.product.kind, given.name
-    channels, *kernel = conv.factor_shape(conv.branch_inputs(given.product.inputs))
+    name = given.name
+    conv = given.product.kind
+    inputs = conv.branch_inputs(given.product.inputs)
+    channels, *kernel = conv.factor_shape(inputs)
     by_rank = surgeon.op("Transpose", given.a, name=f"{name}.lora_A_by_rank", perm=[0, 2, 1])
     flat = surgeon.op("Flatten", by_rank, name=f"{name}.lora_A_flat", axis=2)
     shape = surgeon.integers([0, channels, *kernel])  # 0: as it is, even where it is 0
     a = surgeon.op("Reshape", flat, shape, name=f"{name}.lora_A_kernel")
-    attributes = given.product.node.attributes
-    shared = {key: attribute.value for key, attribute in attributes.items() if key in _SHARED}
+    shared: dict[str, Any] = {}
+    for key, attribute in given.product.node.attributes.items():
+        if key in _SHARED:
+            shared[key] = attribute.value
     return surgeon.op("Conv", given.view.value, a, name=f"{name}.lora_A", **shared)
 
 
-def _mask_of_own_channels(surgeon: Surgeon, given: BranchInputs, axes: list[int]) -> ir.Value:
-    """`[batch, rows · rank, 1, ...]`: one where a channel is of the row's own A, else zero."""
+def _mask_of_own_channels(surgeon: Surgeon, given: BranchInputs, space: list[int]) -> ir.Value:
+    """`[batch, rows · rank, 1, ...]`: one where a channel is of the row's own A, else zero. `space`: the axes of 1."""
     a, name = given.a, given.name
     shape = surgeon.op("Shape", given.view.value, name=f"{name}.shape")
     own = number_own_rows(surgeon, shape, a, name)
@@ -172,7 +198,7 @@ def _mask_of_own_channels(surgeon: Surgeon, given: BranchInputs, axes: list[int]
     wide = surgeon.unsqueeze(ones, [2], name=f"{name}.ones_by_rank")
     spread = surgeon.op("Expand", wide, target, name=f"{name}.ones_of_each")
     flat = surgeon.op("Flatten", spread, name=f"{name}.ones_flat", axis=1)
-    return surgeon.unsqueeze(flat, axes, name=f"{name}.mask")
+    return surgeon.unsqueeze(flat, space, name=f"{name}.mask")
 
 
 CONV_IN_GRAPHS = GraphKind(

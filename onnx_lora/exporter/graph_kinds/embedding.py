@@ -6,7 +6,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.branches import BranchInputs, broadcast, number_own_rows
+from onnx_lora.exporter.graph.product import Operand, Product, Unfit
+from onnx_lora.exporter.graph.values import (
+    axes_of,
+    input_at,
+    is_constant,
+    numpy_type_of,
+    producer_of,
+    rows_and_columns,
+    shape_of,
+    unwrap,
+)
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind
 from onnx_lora.exporter.graph_kinds.reading import (
     FLOATS,
@@ -18,18 +28,8 @@ from onnx_lora.exporter.graph_kinds.reading import (
     unfit_scheme,
     with_zero_point,
 )
-from onnx_lora.exporter.product import Operand, Product, Unfit
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.values import (
-    axes_of,
-    input_at,
-    is_constant,
-    numpy_type_of,
-    producer_of,
-    rows_and_columns,
-    shape_of,
-    unwrap,
-)
+from onnx_lora.exporter.surgery.branches import BranchInputs, broadcast, number_own_rows
+from onnx_lora.exporter.surgery.surgeon import Surgeon
 from onnx_lora.kinds import EMBEDDING, Embedding
 from onnx_lora.quantized import Scheme
 

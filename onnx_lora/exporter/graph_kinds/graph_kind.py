@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnx_lora.kinds import Kind
 
 if TYPE_CHECKING:
-    from onnx_lora.exporter.branches import BranchBuilder
-    from onnx_lora.exporter.product import Product, Unfit
+    from onnx_lora.exporter.graph.product import Product, Unfit
+    from onnx_lora.exporter.surgery.branches import BranchBuilder
 
 __all__ = [
     "Form",

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.branches import BranchInputs, broadcast
+from onnx_lora.exporter.graph.product import Operand, Product, Quantized, Unfit
+from onnx_lora.exporter.graph.values import (
+    axes_of,
+    count_of,
+    initializer_behind,
+    input_at,
+    is_constant,
+    numpy_type_of,
+    only_user,
+    producer_of,
+    rows_and_columns,
+    unwrap,
+)
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind
 from onnx_lora.exporter.graph_kinds.reading import (
     BYTES,
@@ -18,20 +30,8 @@ from onnx_lora.exporter.graph_kinds.reading import (
     unfit_scheme,
     with_zero_point,
 )
-from onnx_lora.exporter.product import Operand, Product, Quantized, Unfit
-from onnx_lora.exporter.surgery import Surgeon
-from onnx_lora.exporter.values import (
-    axes_of,
-    count_of,
-    initializer_behind,
-    input_at,
-    is_constant,
-    numpy_type_of,
-    only_user,
-    producer_of,
-    rows_and_columns,
-    unwrap,
-)
+from onnx_lora.exporter.surgery.branches import BranchInputs, broadcast
+from onnx_lora.exporter.surgery.surgeon import Surgeon
 from onnx_lora.kinds import Linear
 from onnx_lora.quantized import Scheme
 

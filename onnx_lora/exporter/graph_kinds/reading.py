@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from onnx_lora.exporter.product import Operand, Quantized
-from onnx_lora.exporter.values import axes_of, is_constant, numpy_type_of, shape_of
+from onnx_lora.exporter.graph.product import Operand, Quantized
+from onnx_lora.exporter.graph.values import axes_of, is_constant, numpy_type_of, shape_of
 from onnx_lora.points import FLOAT_TYPES
 from onnx_lora.quantized import Scheme
 

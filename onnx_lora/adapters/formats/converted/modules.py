@@ -1,4 +1,5 @@
-"""The tensors of a bound adapter, by the names of graph inputs, as the modules that they are of. It knows no file."""
+"""The tensors of a bound adapter, by the names of graph inputs, sorted into the modules to which they belong. It knows
+no file."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import MatrixDelta, Replacement
-from onnx_lora.adapters.formats.problem import TensorError
 from onnx_lora.adapters.methods.output_scale import OutputScale
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -24,8 +25,8 @@ _ENDS = (_A, _B, _SCALE, MAGNITUDE)
 
 @dataclass(frozen=True)
 class BoundModules:
-    """`deltas`: factors, with DoRA's scale and magnitude where they are. `scales`: what has a scale and no factors.
-    `replacements`: whole weights, by parameter."""
+    """`deltas`: factors, with DoRA's scale and magnitude where the file has them. `scales`: the scales of modules that
+    have no factors. `replacements`: whole weights, by parameter."""
 
     deltas: Mapping[str, MatrixDelta]
     scales: Mapping[str, OutputScale]
@@ -51,20 +52,20 @@ def split_modules(tensors: Mapping[str, Array], path: Path) -> BoundModules:
     problems: list[str] = []
     for module, own in modules.items():
         try:
-            made = _make(own)
+            change = _read_module(own)
         except TensorError as error:
             problems.append(f"{module}: {error}")
             continue
-        if isinstance(made, OutputScale):
-            scales[module] = made
+        if isinstance(change, OutputScale):
+            scales[module] = change
         else:
-            deltas[module] = made
+            deltas[module] = change
     if problems:
         raise AdapterFileError("is no adapter that onnx-lora wrote", path=path, problems=problems)
     return BoundModules(deltas, scales, replacements)
 
 
-def _make(tensors: Mapping[str, Array]) -> MatrixDelta | OutputScale:
+def _read_module(tensors: Mapping[str, Array]) -> MatrixDelta | OutputScale:
     """A pair of factors, or a scale that comes alone. Raises TensorError."""
     a, b, scale = tensors.get(_A), tensors.get(_B), tensors.get(_SCALE)
     if (a is None) != (b is None):

@@ -1,5 +1,5 @@
-"""Bound adapters as ONNX Runtime's `.onnx_adapter` files, which hold what a graph is fed and nothing else; Olive's as
-well."""
+"""Bound adapters as ONNX Runtime's `.onnx_adapter` files, which hold inputs of graphs and nothing else. Olive's files
+are read too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["FORMAT"]
 # Bytes 4 to 8 of a flatbuffer; ONNX Runtime's lora/adapter_format schema.
 _MARK = b"TORT"
 
-# What the number for the base is called among what an `.onnx_adapter` says of itself.
+# Where an `.onnx_adapter` keeps our number for the base.
 _NUMBER = "model_version"
 
 _OF_ONE_PRECISION = (
@@ -92,7 +92,8 @@ def _read_file(file: Reading) -> TensorFile:
         except OSError as error:
             raise unwritten(error, copy) from error
         tensors, number = _parameters(runtime, copy, file.path)
-    if problems := name_problems(tensors):
+    problems = name_problems(tensors)
+    if problems:
         raise AdapterFileError("is damaged; convert the adapter again", path=file.path, problems=problems)
     return TensorFile(tensors, {_NUMBER: str(number)}, file.sha256())
 

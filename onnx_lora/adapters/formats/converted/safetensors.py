@@ -65,12 +65,12 @@ def _metadata(bound: BoundAdapter) -> dict[str, str]:
 def _kept_tensors(bound: BoundAdapter) -> dict[str, Array]:
     """The tensors, and DoRA's magnitudes. Its scales are those of float weights: a quantized weight has norms of its
     own, and its package computes them again."""
-    again: set[str] = set()
+    recomputed: set[str] = set()
     for graph in bound.graphs:
         for point in graph.points:
             if point.module in bound.magnitudes and point.is_quantized:
-                again.add(point.dora_scale)
-    tensors = {name: tensor for name, tensor in bound.tensors.items() if name not in again}
+                recomputed.add(point.dora_scale)
+    tensors = {name: tensor for name, tensor in bound.tensors.items() if name not in recomputed}
     magnitudes = {f"{module}{MAGNITUDE}": values for module, values in bound.magnitudes.items()}
     return tensors | magnitudes
 
@@ -86,7 +86,7 @@ def _read(file: TensorFile, path: Path, name: str | None) -> Adapter:
         raise AdapterFileError(
             f"format version {metadata[_MARK]!r}, and this onnx-lora reads {_VERSION!r}; upgrade onnx-lora", path=path
         )
-    said = _Said.parse(metadata, path)
+    known = _Metadata.parse(metadata, path)
     modules = split_modules(file.tensors, path)
     origin = Origin(str(path), file.sha256, "safetensors", metadata.get("method", ""), metadata.get("base_model", ""))
     return Adapter(
@@ -94,15 +94,15 @@ def _read(file: TensorFile, path: Path, name: str | None) -> Adapter:
         modules.deltas,
         modules.replacements,
         origin,
-        said.base_digests,
-        notes=said.notes,
+        known.base_digests,
+        notes=known.notes,
         changes=modules.scales,
-        made_of=said.made_of,
+        made_of=known.made_of,
     )
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Metadata:
     """What the metadata holds as JSON."""
 
     notes: tuple[str, ...]
@@ -110,13 +110,14 @@ class _Said:
     made_of: Mapping[str, str]
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, str], path: Path) -> _Said:
+    def parse(cls, metadata: Mapping[str, str], path: Path) -> _Metadata:
         """Raises AdapterFileError: damaged."""
         coverage = parse_json(metadata.get("coverage", "{}").encode(), path, what="coverage")
         digests = parse_json(metadata.get("base_digests", "{}").encode(), path, what="base_digests")
         made_of = parse_json(metadata.get("made_of", "{}").encode(), path, what="made_of")
         notes = coverage.get("notes", [])
-        texts = [*digests.values(), *made_of.values(), *(notes if isinstance(notes, list) else [None])]
-        if not all(isinstance(text, str) for text in texts):
+        are_notes = isinstance(notes, list) and all(isinstance(note, str) for note in notes)
+        are_marks = all(isinstance(text, str) for text in [*digests.values(), *made_of.values()])
+        if not are_notes or not are_marks:
             raise AdapterFileError("its metadata is damaged; convert the adapter again", path=path)
         return cls(tuple(notes), digests, made_of)

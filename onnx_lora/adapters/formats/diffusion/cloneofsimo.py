@@ -1,5 +1,5 @@
-"""The first LoRA files of Stable Diffusion, of cloneofsimo's `lora_diffusion`: their tensors are numbered, in the order
-in which PyTorch walks through the model. That order is known here for Stable Diffusion 1 and 2, and for nothing else.
+"""The first LoRA files of Stable Diffusion, by cloneofsimo's `lora_diffusion`: their tensors are numbered, in the order
+in which PyTorch walks through the model. That order is known here for Stable Diffusion 1 and 2 alone.
 
 The reference is `lora_diffusion/lora.py`: `save_safeloras`, `_find_modules_v2`."""
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from onnx_lora.adapters.adapter import Adapter, Origin
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, two_factors
+from onnx_lora.adapters.formats.builder import AdapterBuilder, two_factors
 from onnx_lora.adapters.formats.files.reading import TensorFile
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.points import Array
 
 __all__ = ["FORMAT"]
@@ -32,7 +33,8 @@ _UNET_PARTS = (
     ("mid_block", 1),
 )
 
-# Of a transformer block when these files were written: the feed-forward before the second attention.
+# The modules of a transformer block, in the order that they had when these files were written: the feed-forward comes
+# before the second attention.
 _UNET_MODULES = (
     "attn1.to_q",
     "attn1.to_k",
@@ -48,7 +50,7 @@ _TEXT_MODULES = ("k_proj", "v_proj", "q_proj", "out_proj")
 _TEXT_LAYERS = (12, 23)  # of Stable Diffusion 1, and of 2
 
 
-# How many times the first block's width the others have; what is not named has four times.
+# The widths of blocks, as multiples of the first block's. Blocks that are not named have the largest.
 _WIDTHS = {"down_blocks.0": 1, "up_blocks.3": 1, "down_blocks.1": 2, "up_blocks.2": 2}
 _WIDEST = 4
 
@@ -101,7 +103,7 @@ def _read(file: TensorFile, path: Path, name: str) -> Adapter:
 
 
 def _take(builder: AdapterBuilder, component: str, numbered: _Numbered) -> None:
-    modules = _modules(component, numbered)
+    modules = _find_modules(component, numbered)
     if modules is None:
         builder.unsupported.append(
             f"{component}: {len(numbered)} numbered modules of a model that is not known here (known are the UNet and "
@@ -110,26 +112,29 @@ def _take(builder: AdapterBuilder, component: str, numbered: _Numbered) -> None:
         return
     for index, module in enumerate(modules):
         where = f"{component}:{index}"
-        pair = builder.floats({f"{where}:{side}": values for side, values in numbered[index].items()})
-        if len(pair) < len(numbered[index]):
+        tensors = {f"{where}:{side}": values for side, values in numbered[index].items()}
+        floats = builder.floats(tensors)
+        if len(floats) < len(tensors):
             continue
         with builder.reading(where):
-            if len(pair) < 2:
+            if len(floats) < 2:
                 raise TensorError("must have up and down, and has one of them")
-            delta = two_factors(pair[f"{where}:down"], pair[f"{where}:up"], 1.0)
+            delta = two_factors(floats[f"{where}:down"], floats[f"{where}:up"], 1.0)
             builder.put_delta(f"{component}.{module}", delta)
 
 
-def _modules(component: str, numbered: _Numbered) -> Sequence[str] | None:
-    """The modules that the numbers mean, or None."""
+def _find_modules(component: str, numbered: _Numbered) -> Sequence[str] | None:
+    """The modules that the numbers mean; None: those of a model that is not known here."""
     count = len(numbered)
     if sorted(numbered) != list(range(count)):
         return None
     if component == "text_encoder":
         layers, rest = divmod(count, len(_TEXT_MODULES))
-        return _text_modules(layers) if layers in _TEXT_LAYERS and not rest else None
-    if component == "unet" and count == len(_unet_modules()) and _widths_fit(numbered):
-        return _unet_modules()
+        is_known = rest == 0 and layers in _TEXT_LAYERS
+        return _text_modules(layers) if is_known else None
+    if component == "unet":
+        modules = _unet_modules()
+        return modules if count == len(modules) and _widths_fit(numbered) else None
     return None
 
 

@@ -1,5 +1,5 @@
-"""What diffusers calls the files of adapters, the parts of a pipeline, and the tensors of LoRA, in all spellings since
-the first. It knows no tensor's values.
+"""What diffusers calls the files of adapters, the parts of a pipeline, and the tensors of LoRA, in every spelling that
+it ever had. It knows no tensor's values.
 
 The reference is diffusers 0.35: `loaders/lora_base.py`, `utils/state_dict_utils.py`."""
 
@@ -11,16 +11,13 @@ from dataclasses import dataclass
 
 from onnx_lora.adapters.module_names import PIPELINE_PARTS
 
-__all__ = ["COMPONENTS", "FILE", "METADATA", "PICKLE", "TensorName", "has_own_names", "parse_name"]
+__all__ = ["FILE", "METADATA", "PICKLE", "TensorName", "has_own_names", "parse_name"]
 
 FILE = "pytorch_lora_weights.safetensors"
 PICKLE = "pytorch_lora_weights.bin"
 
 # Of the header: the PEFT configs of all parts in one JSON object, their fields behind the part's name.
 METADATA = "lora_adapter_metadata"
-
-# A file may also be of one part, and name none.
-COMPONENTS = PIPELINE_PARTS
 
 # Ends of names, by what they are in PEFT's words; the first that matches counts. `processor` stands where attention
 # had its factors apart from the modules.
@@ -44,7 +41,8 @@ _OLD_UNET = {".to_out": ".to_out.0"}
 
 @dataclass(frozen=True)
 class TensorName:
-    """`component`: the part of the pipeline, or nothing. `module`: within it. `tensor`: in PEFT's words."""
+    """`component`: the part of the pipeline; empty where the file is of one part and names none. `module`: its name
+    within the part. `tensor`: its name in PEFT's words."""
 
     component: str
     module: str
@@ -54,23 +52,27 @@ class TensorName:
 def parse_name(key: str) -> TensorName | None:
     """What a tensor's name says; None: it is no tensor of LoRA."""
     first, _, rest = key.partition(".")
-    component, name = (first, rest) if first in COMPONENTS and rest else ("", key)
+    component, name = (first, rest) if first in PIPELINE_PARTS and rest else ("", key)
     dotted = f".{name}"  # the patterns begin with the dot behind the module
     for pattern, tensor in _TENSORS:
         found = pattern.search(dotted)
         if found is None:
             continue
         module = dotted[: found.start()].replace(".processor.", ".")
-        is_of_attention = found[0].startswith("_lora") or (tensor == "lora_magnitude_vector" and ".to_" in module)
-        if is_of_attention:
+        is_old = found[0].startswith("_lora")
+        is_magnitude_of_attention = tensor == "lora_magnitude_vector" and ".to_" in module
+        if is_old or is_magnitude_of_attention:
             module = _rename_old(component, module)
-        return TensorName(component, module.removeprefix("."), tensor) if len(module) > 1 else None
+        module = module.removeprefix(".")
+        return TensorName(component, module, tensor) if module else None
     return None
 
 
 def _rename_old(component: str, module: str) -> str:
+    """The module of attention by today's name."""
     is_text = component.startswith("text_encoder") or ".self_attn." in module
-    for old, new in (_OLD_TEXT if is_text else _OLD_UNET).items():
+    names = _OLD_TEXT if is_text else _OLD_UNET
+    for old, new in names.items():
         if module.endswith(old):
             module = module.removesuffix(old) + new
     return module
@@ -93,4 +95,4 @@ def _is_own(name: str) -> bool:
         return True
     part = name.partition(".")[0]
     # GPT-2's modules begin with `transformer` too.
-    return part in COMPONENTS and (part != "transformer" or "transformer_blocks." in name)
+    return part in PIPELINE_PARTS and (part != "transformer" or "transformer_blocks." in name)

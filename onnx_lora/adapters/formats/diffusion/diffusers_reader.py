@@ -1,20 +1,22 @@
-"""Diffusers' LoRA files: what their tensors come to, and what scale is meant.
+"""Diffusers' LoRA files: what their tensors come to, and which scale is meant.
 
 The reference is diffusers 0.35: `loaders/lora_base.py`, `utils/peft_utils.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from onnx_lora.adapters.adapter import Adapter, Origin
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, alpha_of, two_factors
-from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA, parse_name
+from onnx_lora.adapters.formats.builder import AdapterBuilder, alpha_of, two_factors
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA, parse_name
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
 from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import parse_config
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
 
@@ -36,8 +38,9 @@ def read_diffusers(file: TensorFile, path: Path, name: str) -> Adapter:
     parts = _parts(builder, file.tensors)
     configs = _configs(file.metadata, path)
     for component, modules in parts.items():
-        if configs and not component and not configs.get(""):
-            # Of a part that is named diffusers takes the alpha for the rank; here it would not find the config.
+        if configs and component == "" and "" not in configs:
+            # Where a part is named and has no config, diffusers takes the rank for the alpha. Where none is named it
+            # would look for a config that is not there.
             builder.problems.append(
                 f"the header has configs of {', '.join(configs)}, and the tensors' names no part; put it in front"
             )
@@ -65,41 +68,46 @@ def _parts(builder: AdapterBuilder, tensors: Mapping[str, Array]) -> dict[str, _
 
 def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
     """The PEFT config of each part that the header has one of; a network saved alone has one without a part's name."""
+    text = metadata.get(METADATA, "{}")
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in parse_json(metadata.get(METADATA, "{}").encode(), path, what=METADATA).items():
-        component, dot, own = key.partition(".")
-        part, name = (component, own) if dot and component in COMPONENTS else ("", key)
-        configs.setdefault(part, {"peft_type": "LORA"})[name] = value
+    for key, value in parse_json(text.encode(), path, what=METADATA).items():
+        part, dot, field = key.partition(".")
+        if not dot or part not in PIPELINE_PARTS:
+            part, field = "", key
+        config = configs.setdefault(part, {"peft_type": "LORA"})
+        config[field] = value
     return configs
 
 
 def _take_with_config(
     builder: AdapterBuilder, component: str, modules: _Modules, fields: dict[str, Any], path: Path
 ) -> None:
-    """As PEFT reads them with this config."""
+    """Put in what PEFT reads of the tensors with this config."""
     config = parse_config(fields, path)
     tensors: dict[str, Array] = {}
     for module, own in modules.items():
         for tensor, values in own.items():
             end = "" if "." in tensor else ".weight"
             tensors[f"{module}.{tensor}{end}"] = values
-    builder.absorb(build_adapter(tensors, config), prefix=_join(component, ""))
+    of_part = build_adapter(tensors, config)
+    builder.absorb(of_part, prefix=_join(component, ""))
 
 
 def _take_alone(builder: AdapterBuilder, component: str, modules: _Modules) -> None:
-    """Without a config: an alpha for each module, or none and one rank for all, which is then the alpha too."""
+    """Put in a part that has no config: each module has an alpha, or none has and all have one rank."""
     scales = _scales(builder, component, modules)
     for module, tensors in modules.items():
         name = _join(component, module)
-        alone = {key: values for key, values in tensors.items() if key != "alpha"}
-        floats = builder.floats({f"{name}.{key}": values for key, values in alone.items()})
-        if len(floats) < len(alone):
+        factors = {key: values for key, values in tensors.items() if key != "alpha"}
+        floats = builder.floats({f"{name}.{key}": values for key, values in factors.items()})
+        if len(floats) < len(factors):
             continue
-        if "lora_B.bias" in alone and {"lora_A", "lora_B"} <= set(alone):
+        is_pair = "lora_A" in factors and "lora_B" in factors
+        if is_pair and "lora_B.bias" in factors:
             builder.unsupported.append(f"{name}: a bias on lora_B is only read where the header has {METADATA}")
             continue
         with builder.reading(name):
-            _put(builder, name, alone, scales.get(module, 1.0))
+            _put(builder, name, factors, scales.get(module, 1.0))
 
 
 def _put(builder: AdapterBuilder, name: str, tensors: Mapping[str, Array], scale: float) -> None:
@@ -128,8 +136,9 @@ def _scales(builder: AdapterBuilder, component: str, modules: _Modules) -> dict[
         if "alpha" in tensors:
             alphas[module] = tensors["alpha"]
     if not alphas:
-        if len(set(ranks.values())) > 1:
-            builder.problems.append(_untold_scale(component, sorted(set(ranks.values()))))
+        sizes = sorted(set(ranks.values()))
+        if len(sizes) > 1:
+            builder.problems.append(_explain_unknown_scale(component, sizes))
         return {}
     scales: dict[str, float] = {}
     for module, rank in ranks.items():
@@ -142,9 +151,9 @@ def _scales(builder: AdapterBuilder, component: str, modules: _Modules) -> dict[
     return scales
 
 
-def _untold_scale(component: str, ranks: list[int]) -> str:
+def _explain_unknown_scale(component: str, ranks: Sequence[int]) -> str:
     where = f" of {component}" if component else ""
-    sizes = ", ".join(map(str, ranks))
+    sizes = ", ".join(str(rank) for rank in ranks)
     return (
         f"the modules{where} have ranks {sizes} and no alpha, so the file does not tell their scale: "
         f"save the file again with diffusers 0.34 or newer, which writes {METADATA}, or add an alpha to each module"

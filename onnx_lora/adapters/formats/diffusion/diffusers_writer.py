@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-
-import safetensors.numpy
+from typing import Any
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
-from onnx_lora.adapters.formats.diffusion.diffusers_names import COMPONENTS, METADATA
-from onnx_lora.adapters.formats.peft.writer import (
-    contiguous,
-    dora_problems,
-    lora_config,
-    lora_tensors,
-    refuse,
-    with_alpha,
-)
+from onnx_lora.adapters.formats.diffusion.diffusers_names import METADATA
+from onnx_lora.adapters.formats.peft.writer import ensure_alpha, lora_config, lora_tensors
+from onnx_lora.adapters.formats.writing import dora_problems, refuse_writing, save_safetensors
+from onnx_lora.adapters.module_names import PIPELINE_PARTS
 from onnx_lora.kinds import Embedding
+from onnx_lora.points import Array
 
 __all__ = ["write_diffusers"]
 
@@ -28,18 +23,20 @@ def write_diffusers(adapter: PortableAdapter, file: Path) -> None:
     problems = [f"{name}: is a whole weight" for name in adapter.replacements]
     for module, delta in adapter.deltas.items():
         part, _, own = module.partition(".")
-        if part not in COMPONENTS:
-            problems.append(f"{module}: must be of a part of a pipeline ({', '.join(COMPONENTS)})")
+        if part not in PIPELINE_PARTS:
+            problems.append(f"{module}: must be of a part of a pipeline ({', '.join(PIPELINE_PARTS)})")
         elif isinstance(delta.kind, Embedding):
             problems.append(f"{module}: is an embedding")
         else:
-            parts.setdefault(part, {})[own] = with_alpha(delta)
+            parts.setdefault(part, {})[own] = ensure_alpha(delta)
+    tensors: dict[str, Array] = {}
+    configs: dict[str, Any] = {}
     for part, deltas in parts.items():
-        problems += [f"{part}.{problem}" for problem in dora_problems(deltas)]
-    refuse(adapter, "a LoRA file of diffusers", problems)
-    tensors = {
-        f"{part}.{name}": values for part, deltas in parts.items() for name, values in lora_tensors(deltas).items()
-    }
-    configs = {f"{part}.{key}": value for part, deltas in parts.items() for key, value in lora_config(deltas).items()}
+        problems.extend(f"{part}.{problem}" for problem in dora_problems(deltas))
+        for name, values in lora_tensors(deltas).items():
+            tensors[f"{part}.{name}"] = values
+        for key, value in lora_config(deltas).items():
+            configs[f"{part}.{key}"] = value
+    refuse_writing(adapter, "a LoRA file of diffusers", problems)
     metadata = {"format": "pt", METADATA: json.dumps(configs, indent=2, sort_keys=True)}
-    file.write_bytes(safetensors.numpy.save(contiguous(tensors), metadata))
+    save_safetensors(file, tensors, metadata)

@@ -1,5 +1,5 @@
-"""Kohya's single files (A1111, ComfyUI) and LyCORIS': which tensor of which module each name means, and what the
-tensors of a module come to.
+"""Kohya's single files (A1111, ComfyUI) and LyCORIS': which module each tensor's name means, and what the tensors of a
+module come to.
 
 The reference is sd-scripts' `networks/lora.py`, and LyCORIS 4.1."""
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Change, Origin, PortableAdapter, Replacement
-from onnx_lora.adapters.formats.builder import AdapterBuilder, TensorError, alpha_of, as_matrix, two_factors
+from onnx_lora.adapters.formats.builder import AdapterBuilder, alpha_of, as_matrix, two_factors
 from onnx_lora.adapters.formats.diffusion.kohya_names import PREFIXES, module_of
 from onnx_lora.adapters.formats.diffusion.kohya_writer import write_kohya
 from onnx_lora.adapters.formats.diffusion.lycoris import build_loha, build_lokr, decompose
@@ -23,6 +23,7 @@ from onnx_lora.adapters.formats.files.reading import TensorFile
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.adapters.module_names import KnownModules
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.package import Package
 from onnx_lora.points import Array
@@ -133,31 +134,41 @@ def _take(builder: AdapterBuilder, name: str, tensors: Mapping[str, Array]) -> N
             builder.unsupported.append(f"{name}, {tensor}: {_REFUSED[tensor]} is not applied; {_CURE}")
         return
     module = _sort(builder, name, tensors)
-    methods = [method for method in (_LORA, _LOHA, _LOKR) if not method.isdisjoint(module.factors)]
-    known = frozenset().union(*methods)
-    is_unknown = any(tensor not in known for tensor in module.factors)
-    if is_unknown or len(methods) > 1 or (not methods and not module.whole):
+    method = _find_method(module)
+    holds_something = method is not None or module.whole
+    if not holds_something or not module.factors.keys() <= (method or frozenset()):
         raise TensorError(
             f"its tensors {', '.join(sorted(tensors))} are none of a method known here; upgrade onnx-lora"
         )
     for tensor, values in module.whole.items():
-        _put_whole(builder, name, tensor, values, has_factors=bool(methods))
-    if not methods:
-        if module.dora is not None:
-            raise TensorError("has dora_scale, and no factors")
-    elif methods[0] is _LORA:
+        _put_whole(builder, name, tensor, values, has_factors=method is not None)
+    if method is _LORA:
         _put_lora(builder, module)
-    elif methods[0] is _LOHA:
+    elif method is _LOHA:
         _put_change(builder, module, build_loha(module.factors, module.alpha))
-    else:
+    elif method is _LOKR:
         _put_change(builder, module, build_lokr(module.factors, module.alpha))
+    elif module.dora is not None:
+        raise TensorError("has dora_scale, and no factors")
+
+
+def _find_method(module: _Module) -> frozenset[str] | None:
+    """The names of the tensors of the first method that the module has a tensor of; None: it has factors of none."""
+    for method in (_LORA, _LOHA, _LOKR):
+        if not method.isdisjoint(module.factors):
+            return method
+    return None
 
 
 def _sort(builder: AdapterBuilder, name: str, tensors: Mapping[str, Array]) -> _Module:
     """Raises TensorError: an alpha that is no number."""
     alpha = alpha_of(tensors["alpha"]) if "alpha" in tensors else None
-    factors = builder.floats({tensor: values for tensor, values in tensors.items() if tensor != "alpha"})
-    whole = {tensor: factors.pop(tensor) for tensor in _WHOLE if tensor in factors}
+    others = {tensor: values for tensor, values in tensors.items() if tensor != "alpha"}
+    factors = builder.floats(others)
+    whole: dict[str, Array] = {}
+    for tensor in _WHOLE:
+        if tensor in factors:
+            whole[tensor] = factors.pop(tensor)
     dora = factors.pop("dora_scale", None)
     return _Module(name, factors, whole, alpha, dora)
 
@@ -198,12 +209,15 @@ def _put_lora(builder: AdapterBuilder, module: _Module) -> None:
     if "lora_mid.weight" in module.factors:
         down = _with_core(down, module.factors["lora_mid.weight"])
     rank = len(down) if down.ndim else 0
-    scale = lora_scale(module.alpha, rank) if module.alpha is not None and rank else 1.0
+    scale = 1.0
+    if module.alpha is not None and rank > 0:
+        scale = lora_scale(module.alpha, rank)
     delta = two_factors(down, up, scale)
     if module.dora is None:
         builder.put_delta(module.name, delta)
         return
-    change = decompose(Product(delta.a.reshape(rank, -1), delta.b, delta.scale), module.dora)
+    product = Product(delta.a.reshape(rank, -1), delta.b, delta.scale)
+    change = decompose(product, module.dora)
     if change.by_input:
         builder.put_change(module.name, change, {**module.factors, "dora_scale": module.dora})
     else:
@@ -211,14 +225,16 @@ def _put_lora(builder: AdapterBuilder, module: _Module) -> None:
 
 
 def _with_core(down: Array, core: Array) -> Array:
-    """LoCon's CP decomposition: `up · core · down`, the core `[r, r, *kernel]`, as a kernel `[r, in, *kernel]`.
+    """The product of a core `[r, r, *kernel]` and of `lora_down` `[r, in]`, a kernel `[r, in, *kernel]`, which is A in
+    LoCon's CP decomposition `up · core · down`.
 
-    LyCORIS (Yeh et al. 2023), section 3.1. Raises TensorError.
+    LyCORIS (Yeh et al. 2023), section 3.1. Raises TensorError: the two do not fit, or the kernel is too large.
     """
     matrix = as_matrix(down)
-    if matrix is None or core.ndim < 3 or core.shape[1] != len(matrix) or not core.size:
+    is_core = core.ndim >= 3 and core.size > 0
+    if matrix is None or not is_core or core.shape[1] != len(matrix):
         raise TensorError(f"lora_mid {core.shape} must have a kernel, and fit lora_down {down.shape}")
-    wide = np.promote_types(np.promote_types(core.dtype, matrix.dtype), np.float32)
+    wide = np.result_type(core.dtype, matrix.dtype, np.float32)
     if math.prod(core.shape[2:]) * matrix.size > _LARGEST:
         raise TensorError(f"lora_mid {core.shape} and lora_down {down.shape} make a kernel that no convolution has")
     kernel: Array = np.einsum("mn...,ni->mi...", core.astype(wide), matrix.astype(wide))

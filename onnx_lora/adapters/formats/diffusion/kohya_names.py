@@ -1,5 +1,5 @@
-"""Names of modules in kohya's files: flat, `_` for `.`, behind a prefix for the part of the pipeline. Which module of a
-package a flat name means, only the package tells."""
+"""Names of modules in kohya's files: flat, with `_` for `.`, behind a prefix for the part of the pipeline. Only a
+package can tell which of its modules a flat name means."""
 
 from __future__ import annotations
 

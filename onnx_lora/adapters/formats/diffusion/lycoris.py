@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnx_lora.adapters.adapter import Change
-from onnx_lora.adapters.formats.builder import TensorError, as_matrix
+from onnx_lora.adapters.formats.builder import as_matrix
 from onnx_lora.adapters.formats.diffusion.lycoris_changes import Decomposed
 from onnx_lora.adapters.methods.loha import LoHa
 from onnx_lora.adapters.methods.lokr import LoKr
 from onnx_lora.adapters.methods.products import CoredProduct, Product, Whole
+from onnx_lora.adapters.problems import TensorError
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.points import Array
 
@@ -19,19 +20,21 @@ __all__ = ["build_loha", "build_lokr", "decompose"]
 
 
 def decompose(change: Change, dora_scale: Array) -> Decomposed:
-    """DoRA on a change. `dora_scale` is `[out, 1, …]` or, of `wd_on_output=False`, `[1, in, 1, …]`.
+    """The change with DoRA on top. `dora_scale` is `[out, 1, …]` or, of `wd_on_output=False`, `[1, in, 1, …]`.
 
     Raises TensorError: another shape.
     """
     matrix = as_matrix(dora_scale)
-    if matrix is None or 1 not in matrix.shape or not matrix.size:
+    is_vector = matrix is not None and matrix.size > 0 and 1 in matrix.shape
+    if matrix is None or not is_vector:
         raise TensorError(f"dora_scale must have shape [out, 1] or [1, in], and has {dora_scale.shape}")
     return Decomposed(change, matrix.reshape(-1), by_input=matrix.shape[1] != 1)
 
 
 def build_loha(tensors: Mapping[str, Array], alpha: float | None) -> LoHa:
     """alpha / r times the elementwise product of two products, `hada_w1_a` `[out, r]` · `hada_w1_b` `[r, in · kernel]`
-    and the same of `hada_w2`; or of two cores `hada_t1`, `hada_t2` `[r, r, *kernel]` with a factor for each mode.
+    and the same of `hada_w2`. Both may have a core, `hada_t1` and `hada_t2` `[r, r, *kernel]`; then their factors are
+    `[r, out]` and `[r, in]`.
 
     LyCORIS (Yeh et al. 2023), section 3.2. Without an alpha the scale is 1.
 
@@ -58,7 +61,9 @@ def build_lokr(tensors: Mapping[str, Array], alpha: float | None) -> LoKr:
     ranks = {part.rank for part in (first, second) if not isinstance(part, Whole)}
     if len(ranks) > 1:
         raise TensorError(f"the factors of LoKr must have one rank, and have {sorted(ranks)}")
-    scale = 1.0 if alpha is None or not ranks else lora_scale(alpha, ranks.pop())
+    scale = 1.0
+    if ranks and alpha is not None:
+        scale = lora_scale(alpha, ranks.pop())
     return LoKr(first, second, scale)
 
 
@@ -67,31 +72,41 @@ def _whole(tensors: Mapping[str, Array], name: str) -> Whole | None:
     values = tensors.get(name)
     if values is None:
         return None
-    if f"{name}_a" in tensors or f"{name}_b" in tensors or values.ndim < 2 or not values.size:
+    has_factors = f"{name}_a" in tensors or f"{name}_b" in tensors
+    is_whole = values.ndim >= 2 and values.size > 0
+    if has_factors or not is_whole:
         raise TensorError(f"{name} must be whole, with 2 axes or more, or made of factors")
     return Whole(values)
 
 
 def _product(tensors: Mapping[str, Array], name: str, core: str | None = None) -> Product | CoredProduct:
-    """A pair, `[out, r]` and `[r, in · kernel]`; or a core with a factor for each mode, `[r, out]` and `[r, in]`.
+    """The pair of factors `NAME_a` `[out, r]` and `NAME_b` `[r, in · kernel]`; or, where there is the tensor `core`
+    `[r, r, *kernel]`, that with `NAME_a` `[r, out]` and `NAME_b` `[r, in]`.
 
     Raises TensorError: a factor is missing, or they do not fit each other.
     """
-    missing = [f"{name}_{side}" for side in "ab" if f"{name}_{side}" not in tensors]
+    names = [f"{name}_a", f"{name}_b"]
+    missing = [factor for factor in names if factor not in tensors]
     if missing:
         raise TensorError(f"has no {' and no '.join(missing)}; get the whole file")
-    w_a, w_b = tensors[f"{name}_a"], tensors[f"{name}_b"]
-    if w_a.ndim < 2 or w_b.ndim < 2 or not w_a.size or not w_b.size:
-        raise TensorError(
-            f"the factors of {name} must have 2 axes or more, and have shapes {w_a.shape} and {w_b.shape}"
-        )
-    if core is None or core not in tensors:
-        a, b = w_a.reshape(len(w_a), -1), w_b.reshape(len(w_b), -1)
-        if a.shape[1] != len(b):
-            raise TensorError(f"the factors of {name} must have one rank, and have shapes {w_a.shape} and {w_b.shape}")
-        return Product(a, b)
-    values = tensors[core]
-    are_square = len(w_a) == len(w_b) and w_a.ndim == w_b.ndim == 2
-    if values.ndim < 3 or values.shape[:2] != (len(w_a), len(w_b)) or not are_square:
-        raise TensorError(f"{core} {values.shape} must fit the factors {w_a.shape} and {w_b.shape}")
-    return CoredProduct(values, w_a, w_b)
+    first, second = (tensors[factor] for factor in names)
+    shapes = f"{first.shape} and {second.shape}"
+    if min(first.ndim, second.ndim) < 2 or first.size == 0 or second.size == 0:
+        raise TensorError(f"the factors of {name} must have 2 axes or more, and have shapes {shapes}")
+    if core is not None and core in tensors:
+        return _cored_product(core, tensors[core], first, second)
+    left = first.reshape(len(first), -1)
+    right = second.reshape(len(second), -1)
+    if left.shape[1] != len(right):
+        raise TensorError(f"the factors of {name} must have one rank, and have shapes {shapes}")
+    return Product(left, right)
+
+
+def _cored_product(name: str, core: Array, by_output: Array, by_input: Array) -> CoredProduct:
+    """`core` `[r, r, *kernel]`, `by_output` `[r, out]`, `by_input` `[r, in]`. Raises TensorError: other shapes."""
+    rank = len(by_output)
+    are_factors = by_output.ndim == 2 and by_input.ndim == 2 and len(by_input) == rank
+    is_core = core.ndim >= 3 and core.shape[:2] == (rank, rank)
+    if not are_factors or not is_core:
+        raise TensorError(f"{name} {core.shape} must fit the factors {by_output.shape} and {by_input.shape}")
+    return CoredProduct(core, by_output, by_input)

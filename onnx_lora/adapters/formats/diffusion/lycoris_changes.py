@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, HasTensors, MatrixDelta
-from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.weights import flatten_shape, widen
 from onnx_lora.kinds import Kind
 from onnx_lora.points import Array
 
@@ -34,7 +34,7 @@ class Difference:
         return f"the difference must have the weight's shape {shape}, and has {self.diff.shape}"
 
     def apply_to(self, weight: Array) -> Array:
-        return wide(weight) + wide(self.diff)
+        return widen(weight) + widen(self.diff)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -61,12 +61,13 @@ class Product:
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
         del kind
-        if shape[0] == len(self.b) and int(np.prod(shape[1:])) == self.a.shape[1]:
+        if flatten_shape(shape) == (len(self.b), self.a.shape[1]):
             return None
         return f"the factors {self.a.shape} and {self.b.shape} must fit the weight's shape {shape}"
 
     def apply_to(self, weight: Array) -> Array:
-        return wide(weight) + (wide(self.b) @ wide(self.a) * np.float32(self.scale)).reshape(weight.shape)
+        change = widen(self.b) @ widen(self.a) * np.float32(self.scale)
+        return widen(weight) + change.reshape(weight.shape)
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight
@@ -95,21 +96,26 @@ class Decomposed:
         return f"DoRA by inputs of {self.inner.method}" if self.by_input else f"DoRA of {self.inner.method}"
 
     def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
-        if wrong := self.inner.explain_misfit(shape, kind):
-            return wrong
-        wanted, what = (shape[1], "inputs") if self.by_input else (shape[0], "outputs")
+        misfit = self.inner.explain_misfit(shape, kind)
+        if misfit is not None:
+            return misfit
+        if self.by_input:
+            wanted, what = shape[1], "inputs"
+        else:
+            wanted, what = shape[0], "outputs"
         if self.magnitude.size == wanted:
             return None
         return f"dora_scale must have one value for each of the weight's {wanted} {what}, and has {self.magnitude.size}"
 
     def apply_to(self, weight: Array) -> Array:
-        total = wide(self.inner.apply_to(weight))
+        total = widen(self.inner.apply_to(weight))
         axis = 1 if self.by_input else 0
         others = tuple(index for index in range(total.ndim) if index != axis)
-        norms = np.sqrt(np.square(total, dtype=np.float64).sum(axis=others, keepdims=True)) + np.finfo(np.float32).eps
-        shape = tuple(-1 if index == axis else 1 for index in range(total.ndim))
-        merged: Array = (total * (wide(self.magnitude).reshape(shape) / norms)).astype(total.dtype)
-        return merged
+        squares = np.square(total, dtype=np.float64).sum(axis=others, keepdims=True)
+        norms = np.sqrt(squares) + np.finfo(np.float32).eps
+        scale = widen(self.magnitude).reshape(norms.shape) / norms
+        changed: Array = (total * scale).astype(total.dtype)
+        return changed
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         del weight

@@ -82,9 +82,10 @@ def from_sgm(flat: str) -> str | None:
     """`input_blocks_4_1_proj_in` as `down_blocks.1.attentions.0.proj_in`, the end still flat; None: no such name."""
     if flat in _modules():
         return _modules()[flat]
-    block, rest = "_".join(flat.split("_")[:4]), "_".join(flat.split("_")[4:])
-    if flat.startswith("middle_block_1_"):
-        block, rest = "middle_block_1", flat.removeprefix("middle_block_1_")
+    pieces = flat.split("_")
+    count = 3 if flat.startswith("middle_block_") else 4  # as `middle_block_1`, `input_blocks_4_1`
+    block = "_".join(pieces[:count])
+    rest = "_".join(pieces[count:])
     ours = _attentions().get(block)
     return f"{ours}.{rest}" if ours and rest else None
 
@@ -95,5 +96,6 @@ def to_sgm(module: str) -> str | None:
         return _backwards()[module]
     for theirs, ours in _attentions().items():
         if module.startswith(f"{ours}."):
-            return f"{theirs}_{module.removeprefix(f'{ours}.').replace('.', '_')}"
+            rest = module.removeprefix(f"{ours}.")
+            return f"{theirs}_{rest.replace('.', '_')}"
     return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.reading import Reading, name_problems, widen_bfloat16
-from onnx_lora.adapters.formats.problem import TensorError, shown
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.errors import AdapterFileError, MissingDependencyError
 from onnx_lora.points import Array
 
@@ -93,18 +93,23 @@ class _Header:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
             raise TensorError(f"values of type {kind} are not known here")
-        inner, length = self.number("<I"), self.number("<Q")
+        inner = self.number("<I")
+        length = self.number("<Q")
         if inner not in _SCALARS and inner != _STRING:
             raise TensorError(f"arrays of type {inner} are not known here")
         smallest = 8 if inner == _STRING else struct.calcsize(_SCALARS[inner])
-        return tuple(self.value(inner) for _ in range(self.count(length, "values in an array", smallest=smallest)))
+        count = self.count(length, "values in an array", smallest=smallest)
+        return tuple(self.value(inner) for _ in range(count))
 
     def entry(self) -> _Entry:
-        name, axes = self.text(), self.number("<I")
+        name = self.text()
+        axes = self.number("<I")
         if axes > _AXES:
             raise TensorError(f"{name}: {axes} axes are too many")
-        shape = tuple(self.number("<Q") for _ in range(axes))
-        return _Entry(name, shape[::-1], self.number("<I"), self.number("<Q"))
+        shape = [self.number("<Q") for _ in range(axes)]
+        kind = self.number("<I")
+        offset = self.number("<Q")
+        return _Entry(name, tuple(reversed(shape)), kind, offset)
 
 
 def read_gguf_file(file: Reading) -> GgufFile:
@@ -138,29 +143,33 @@ def _header(header: _Header) -> tuple[dict[str, Any], list[_Entry], int]:
     for _ in range(count):
         key = header.text()
         if key in fields:
-            raise TensorError(f"{shown(key)} comes twice")
+            raise TensorError(f"{abbreviate(key)} comes twice")
         fields[key] = header.value(header.number("<I"))
     entries = [header.entry() for _ in range(tensors)]
     alignment = fields.get("general.alignment", _ALIGNMENT)
-    if type(alignment) is not int or not 0 < alignment <= _LIMIT or alignment & (alignment - 1):
+    is_size = type(alignment) is int and 0 < alignment <= _LIMIT
+    if not is_size or alignment.bit_count() != 1:
         raise TensorError(f"general.alignment must be a power of two, and is {alignment!r}")
     return fields, entries, alignment
 
 
 def _sized(entries: list[_Entry], available: int, path: Path) -> list[_Entry]:
     """The entries with their sizes, in file order. Raises AdapterFileError: they do not fit the file, or each other."""
-    problems, sized = name_problems(entry.name for entry in entries), []
+    problems = name_problems(entry.name for entry in entries)
+    sized: list[_Entry] = []
     for entry in entries:
         unit = _unit(entry.kind, path)
         if unit is None:
             problems.append(f"{entry.name}: type {entry.kind} is not known here")
             continue
         count, length = unit
-        size, rest = divmod(math.prod(entry.shape), count)
-        if rest or (entry.shape and entry.shape[-1] % count) or entry.offset + size * length > max(available, 0):
-            problems.append(f"{entry.name}: shape {entry.shape} at byte {entry.offset} does not fit the file")
+        units, rest = divmod(math.prod(entry.shape), count)
+        size = units * length
+        are_whole_units = rest == 0 and (not entry.shape or entry.shape[-1] % count == 0)
+        if are_whole_units and entry.offset + size <= max(available, 0):
+            sized.append(replace(entry, size=size))
         else:
-            sized.append(_Entry(entry.name, entry.shape, entry.kind, entry.offset, size * length))
+            problems.append(f"{entry.name}: shape {entry.shape} at byte {entry.offset} does not fit the file")
     sized.sort(key=lambda entry: entry.offset)
     for before, entry in pairwise(sized):
         if before.offset + before.size > entry.offset:
@@ -178,8 +187,10 @@ def _unit(kind: int, path: Path) -> tuple[int, int] | None:
         return 1, _PLAIN[kind].itemsize
     if kind == _BFLOAT16:
         return 1, 2
-    known = {int(own): (int(count), int(length)) for own, (count, length) in _gguf(path).GGML_QUANT_SIZES.items()}
-    return known.get(kind)
+    for known, (count, length) in _gguf(path).GGML_QUANT_SIZES.items():
+        if int(known) == kind:
+            return int(count), int(length)
+    return None
 
 
 def _gguf(path: Path) -> Any:

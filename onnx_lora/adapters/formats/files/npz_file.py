@@ -9,7 +9,7 @@ checked before the data is read. A test holds that whatever `numpy.load` refuses
 from __future__ import annotations
 
 import math
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -31,21 +31,29 @@ def read_npz(file: Reading) -> TensorFile:
         for entry in archive.infolist():
             with archive.open(entry) as stream:
                 arrays[entry.filename.removesuffix(".npy")] = _array(stream, entry.file_size)
-    if problems := name_problems(arrays):
+    problems = name_problems(arrays)
+    if problems:
         raise AdapterFileError("is damaged; get it again", path=file.path, problems=problems)
     return TensorFile(arrays, {}, file.sha256())
 
 
 def _array(stream: IO[bytes], size: int) -> Array:
-    """The header says how much memory there must be, and so it is compared with the entry's size before."""
+    """The array of an entry of `size` bytes. Its header says how much memory there must be, and is compared with that
+    size before anything is made. Raises ValueError: it is no array of plain numbers, or of another size."""
     version = npy.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
+    if version == (1, 0):
+        header = npy.read_array_header_1_0(stream)
+    elif version == (2, 0):
+        header = npy.read_array_header_2_0(stream)
+    else:
         raise ValueError(f"version {version} of .npy is not known here")
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, by_columns, dtype = read(stream)
-    if dtype.kind not in "fiub" or dtype.itemsize > _WIDEST or any(length < 0 for length in shape):
+    shape, by_columns, dtype = header
+    are_numbers = dtype.kind in "fiub" and dtype.itemsize <= _WIDEST
+    if not are_numbers or any(length < 0 for length in shape):
         raise ValueError(f"an array of {dtype} and shape {shape} is not known here")
-    if math.prod(shape) * dtype.itemsize != size - stream.tell():
-        raise ValueError(f"an array of {dtype} and shape {shape} does not fit its {size - stream.tell()} bytes")
-    values: Array = np.frombuffer(stream.read(), dtype).reshape(shape, order="F" if by_columns else "C")
+    available = size - stream.tell()
+    if math.prod(shape) * dtype.itemsize != available:
+        raise ValueError(f"an array of {dtype} and shape {shape} does not fit its {available} bytes")
+    order: Literal["F", "C"] = "F" if by_columns else "C"
+    values: Array = np.frombuffer(stream.read(), dtype).reshape(shape, order=order)
     return values

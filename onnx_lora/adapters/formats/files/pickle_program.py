@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from onnx_lora.adapters.formats.problem import TensorError
+from onnx_lora.adapters.problems import TensorError
 
 __all__ = ["STORAGES", "Storage", "Tensor", "read_program"]
 
@@ -61,9 +61,9 @@ class _Name:
 
 
 # Instructions that put a value on the stack: their argument, or one of their own.
-_PUSHES = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}) | {
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
-}
+_NUMBERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"})
+_TEXTS = frozenset({"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"})
+_PUSHES = _NUMBERS | _TEXTS
 _BYTES = frozenset({"STRING", "BINSTRING", "SHORT_BINSTRING"})  # of Python 2, where text was that
 _MAKES: Mapping[str, Callable[[], Any]] = {
     "NONE": lambda: None,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from onnx_lora import json_text
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError
 
 if TYPE_CHECKING:
@@ -156,9 +156,11 @@ def name_problems(names: Iterable[str]) -> list[str]:
     problems = []
     for name in names:
         if len(name) > _LONGEST_NAME:
-            problems.append(f"{shown(name)}: a name must have at most {_LONGEST_NAME} characters, and has {len(name)}")
+            problems.append(
+                f"{abbreviate(name)}: a name must have at most {_LONGEST_NAME} characters, and has {len(name)}"
+            )
         elif not name.isprintable():
-            problems.append(f"{shown(name)}: a name must have printable characters only")
+            problems.append(f"{abbreviate(name)}: a name must have printable characters only")
     return problems
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems, parse_json, widen_bfloat16
-from onnx_lora.adapters.formats.problem import shown
+from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -25,6 +25,9 @@ __all__ = ["Header", "read_behind", "read_header", "read_safetensors"]
 
 # A pair for each of 384 experts in 60 layers has 25 MB. The safetensors library itself stops at 100.
 _HEADER_LIMIT = 64 * 2**20  # bytes
+
+_MOST_AXES = 32  # as many as numpy has in every version
+_LARGEST_SIZE = 2**62
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -87,8 +90,9 @@ def read_header(file: Reading) -> Header:
         raise AdapterFileError("the header must be a JSON object; this is no safetensors file", path=file.path)
     header = parse_json(text, file.path, what="the header", names_once=True)
     metadata = header.pop("__metadata__", None) or {}
-    entries, problems = _entries(header, file.left)
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    entries, problems = _read_entries(header, file.left)
+    are_texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if not are_texts:
         problems.append("__metadata__ must map names to strings")
     if problems:
         raise AdapterFileError("is damaged, or no safetensors file; get it again", path=file.path, problems=problems)
@@ -97,20 +101,22 @@ def read_header(file: Reading) -> Header:
 
 def read_behind(file: Reading, header: Header) -> TensorFile:
     """The tensors behind a header, which lie there in its order and without gaps. Raises AdapterFileError: cut off."""
-    tensors = {entry.name: _tensor(file.take(entry.end - entry.start), entry) for entry in header.entries}
+    tensors: dict[str, Array] = {}
+    for entry in header.entries:
+        data = file.take(entry.end - entry.start)
+        tensors[entry.name] = _tensor(data, entry)
     return TensorFile(tensors, header.metadata, file.sha256())
 
 
-def _entries(header: dict[str, Any], available: int) -> tuple[list[_Entry], list[str]]:
+def _read_entries(header: dict[str, Any], available: int) -> tuple[list[_Entry], list[str]]:
     """The header's entries in file order, and what is wrong with them."""
     entries: list[_Entry] = []
     problems = name_problems(header)
     for name, info in header.items():
-        entry = _entry(name, info)
-        if isinstance(entry, str):
-            problems.append(f"{shown(name)}: {entry}")
-        else:
-            entries.append(entry)
+        try:
+            entries.append(_read_entry(name, info))
+        except TensorError as error:
+            problems.append(f"{abbreviate(name)}: {error}")
     entries.sort(key=lambda entry: (entry.start, entry.end))
     end = 0
     for entry in entries:
@@ -122,25 +128,29 @@ def _entries(header: dict[str, Any], available: int) -> tuple[list[_Entry], list
     return entries, problems
 
 
-def _entry(name: str, info: object) -> _Entry | str:
-    """One entry, or what is wrong with it."""
+def _read_entry(name: str, info: object) -> _Entry:
+    """One entry of the header. Raises TensorError: it is damaged, or of a type that is not known here."""
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= set(info):
-        return "must have dtype, shape and data_offsets"
-    kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        raise TensorError("must have dtype, shape and data_offsets")
+    kind = info["dtype"]
+    shape = info["shape"]
+    offsets = info["data_offsets"]
     if not isinstance(kind, str) or kind not in _DTYPES:
-        return f"type {shown(kind)} is not known here; known are {', '.join(_DTYPES)}"
-    if not _is_sizes(shape) or len(shape) > 32:
-        return f"impossible shape {shown(shape)}"
-    if not _is_sizes(offsets) or len(offsets) != 2:
-        return f"impossible data_offsets {shown(offsets)}"
+        raise TensorError(f"type {abbreviate(kind)} is not known here; known are {', '.join(_DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
+        raise TensorError(f"impossible shape {abbreviate(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise TensorError(f"impossible data_offsets {abbreviate(offsets)}")
     start, end = offsets
-    if end - start != math.prod(shape) * _DTYPES[kind].itemsize:
-        return f"shape {shape} of {kind} does not fit {end - start} bytes"
+    size = math.prod(shape) * _DTYPES[kind].itemsize
+    if end - start != size:
+        raise TensorError(f"shape {shape} of {kind} does not fit {end - start} bytes")
     return _Entry(name, kind, tuple(shape), start, end)
 
 
-def _is_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**62 for item in value)
+def _are_sizes(value: object) -> bool:
+    """Whether it is a list of whole numbers that fit 64 bits as sizes do."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _LARGEST_SIZE for item in value)
 
 
 def _tensor(data: bytes, entry: _Entry) -> Array:

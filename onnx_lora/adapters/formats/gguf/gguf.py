@@ -7,8 +7,8 @@ from pathlib import Path
 from onnx_lora.adapters.adapter import Adapter, PortableAdapter
 from onnx_lora.adapters.formats.files.gguf_file import MAGIC, read_gguf_file
 from onnx_lora.adapters.formats.format import Row
-from onnx_lora.adapters.formats.gguf.gguf_reader import read_gguf
-from onnx_lora.adapters.formats.gguf.gguf_writer import write_gguf
+from onnx_lora.adapters.formats.gguf.reader import read_gguf
+from onnx_lora.adapters.formats.gguf.writer import write_gguf
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.package import Package

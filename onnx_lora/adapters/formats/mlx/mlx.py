@@ -6,9 +6,9 @@ from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, PortableAdapter
 from onnx_lora.adapters.formats.format import Row
-from onnx_lora.adapters.formats.mlx.mlx_names import CONFIG, CONFIG_FIELDS, NPZ, WEIGHTS
-from onnx_lora.adapters.formats.mlx.mlx_reader import read_mlx
-from onnx_lora.adapters.formats.mlx.mlx_writer import write_mlx
+from onnx_lora.adapters.formats.mlx.names import CONFIG, CONFIG_FIELDS, NPZ, WEIGHTS
+from onnx_lora.adapters.formats.mlx.reader import read_mlx
+from onnx_lora.adapters.formats.mlx.writer import write_mlx
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.package import Package
 

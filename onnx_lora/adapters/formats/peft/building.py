@@ -11,12 +11,14 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Replacement
 from onnx_lora.adapters.formats.builder import AdapterBuilder
+from onnx_lora.adapters.formats.peft.keys import Names
 from onnx_lora.adapters.formats.peft.parameters import find_parameter_pairs
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.formats.peft.tensors import FileTensors, sort_tensors
 from onnx_lora.adapters.formats.peft.ties import Ties
-from onnx_lora.adapters.methods.method import Module, Part
-from onnx_lora.adapters.methods.tensor_names import LORA_TOKENS
+from onnx_lora.adapters.methods.method import Contribution, Module
+from onnx_lora.adapters.methods.registry import METHODS
+from onnx_lora.adapters.methods.tokens import LORA_TOKENS
 from onnx_lora.expressions import ExpressionError
 from onnx_lora.points import Array, matches
 
@@ -24,10 +26,11 @@ __all__ = ["build_adapter"]
 
 
 def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBuilder:
-    """What the tensors of a file come to, by the keys that PEFT writes; everything that is wrong is in the builder's
-    `problems` and `unsupported`."""
+    """What the tensors of a file come to. `tensors`: by the keys that PEFT writes. Everything that is wrong is in the
+    builder's `problems` and `unsupported`."""
     builder = AdapterBuilder()
-    building = _Building(config, sort_tensors(tensors, config.method, builder), builder)
+    names = Names(config.method, METHODS)
+    building = _Building(config, sort_tensors(tensors, names, builder), builder)
     try:
         building.run()
     except ExpressionError as error:
@@ -40,7 +43,8 @@ def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBu
 
 @dataclass
 class _Building:
-    """The steps from the tensors of a file to what the builder holds. `added`: what modules do to whole parameters."""
+    """The steps from the tensors of a file to what the builder holds. `added`: what the methods' tensors do to whole
+    parameters, by parameter."""
 
     config: PeftConfig
     found: FileTensors
@@ -93,7 +97,7 @@ class _Building:
                 f"{module}: an adapter on a head that PEFT saves whole; read as the PEFT that wrote it did"
             )
         whole = self.found.parameters.get(f"{module}.weight")
-        if whole is not None and not whole.base_layer:
+        if whole is not None and not whole.is_in_base_layer:
             self.builder.problems.append(
                 f"{module}: has both {self.config.method.name} and a whole weight, and versions of PEFT differ in "
                 "which counts; save it again with a current PEFT"
@@ -114,7 +118,8 @@ class _Building:
         with self.builder.reading(name):
             self._take(module, self.config.method.read(module))
 
-    def _take(self, module: Module, part: Part) -> None:
+    def _take(self, module: Module, read: Contribution) -> None:
+        """Put in what the method read. A tensor that it did not ask for is a problem."""
         unread = sorted(module.tensors.keys() - module.asked - self.config.method.unread)
         if unread:
             applied = sorted(module.asked & module.tensors.keys())
@@ -122,18 +127,19 @@ class _Building:
                 f"{module.name}: has {', '.join(unread)} beside {', '.join(applied)}, and PEFT would ignore it; save "
                 "it again with a current PEFT"
             )
-        if part.delta is not None:
-            self.builder.put_delta(module.name, part.delta)
-        if part.change is not None:
+        if read.delta is not None:
+            self.builder.put_delta(module.name, read.delta)
+        if read.change is not None:
             own = {tensor: values for tensor, values in module.tensors.items() if tensor not in self.found.shared}
-            self.builder.put_change(module.name, part.change, own)
-        if part.delta is None and part.change is None and not part.whole:
+            self.builder.put_change(module.name, read.change, own)
+        if read.delta is None and read.change is None and not read.whole:
             self.builder.at_base.add(module.name)
-        if part.note:
-            self.builder.notes.append(part.note)
-        self.added.update(part.whole)
+        if read.note:
+            self.builder.notes.append(read.note)
+        self.added.update(read.whole)
 
     def _check_added_shapes(self) -> None:
+        """Whether whole parameters have the shapes of what is added to them."""
         for name, addition in self.added.items():
             whole = self.found.parameters.get(name)
             if whole is not None and whole.value.shape != addition.value.shape:
@@ -143,7 +149,7 @@ class _Building:
                 )
 
     def _check_promises(self) -> None:
-        """What the config says that the file holds."""
+        """Whether the file holds what the config says that it holds."""
         has_tokens = any(LORA_TOKENS in tensors for tensors in self.found.modules.values())
         if self.config.fields.get("trainable_token_indices") and not has_tokens:
             self.builder.problems.append(
@@ -156,21 +162,23 @@ class _Building:
             )
 
     def replacements(self) -> dict[str, Replacement]:
-        """Whole parameters by name, and what modules do to them."""
+        """The whole parameters of the file, together with what the methods' tensors do to them."""
         found: dict[str, Replacement] = {}
         for name, parameter in self.found.parameters.items():
-            has_own_storage = parameter.saved or self.config.saved_whole.take(name.rpartition(".")[0])
+            has_own_storage = parameter.is_of_copy or self.config.saved_whole.covers(name.rpartition(".")[0])
             found[name] = Replacement(parameter.value, in_place=not has_own_storage)
-        found = self.ties.untied(found)
+        found = self.ties.mark_copies(found)
         for name, addition in self.added.items():
             found[name] = _combine(found[name], addition) if name in found else addition
         return found
 
 
 def _combine(whole: Replacement, addition: Replacement) -> Replacement:
-    """A whole parameter, with what a module does to it. Both have one shape, or are refused."""
+    """A whole parameter, with what a method's tensors do to it. Where the shapes differ a problem says so already."""
     if whole.value.shape != addition.value.shape:
         return whole
-    own, other = whole.value.astype(np.float64), addition.value.astype(np.float64)
+    own = whole.value.astype(np.float64)
+    other = addition.value.astype(np.float64)
     value = own + other if addition.operation == "add" else own * other
-    return replace(whole, value=value.astype(np.promote_types(whole.value.dtype, np.float32)))
+    wide = np.promote_types(whole.value.dtype, np.float32)
+    return replace(whole, value=value.astype(wide))

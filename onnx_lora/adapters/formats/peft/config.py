@@ -21,9 +21,9 @@ from onnx_lora.adapters.formats.peft.rules import (
     Ranks,
     Targets,
 )
-from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.method import Fields, Method
 from onnx_lora.adapters.methods.registry import METHODS
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError, UnsupportedAdapterError
 from onnx_lora.expressions import Expression, ExpressionError, Work
 from onnx_lora.heads import TASK_HEADS
@@ -86,9 +86,13 @@ class _Reader:
         return method.name
 
     def targets(self) -> Targets:
+        chosen: Choice | None = None
+        named: frozenset[str] = frozenset()
         target: str | tuple[str, ...] | None = None
         if self.config.get("target_modules") is not None:
             target = self.names("target_modules")
+            chosen = self.choice("target_modules", target)
+            named = frozenset(target) if isinstance(target, tuple) else named
         layers = self.layers()
         saved = self.name_list("modules_to_save")
         if isinstance(target, str) and self.config.get("layers_to_transform") is not None:
@@ -96,12 +100,12 @@ class _Reader:
         if self.config.get("layers_pattern") and layers is None:
             self.problems.append("layers_pattern needs layers_to_transform")
         return Targets(
-            chosen=None if target is None else self.choice("target_modules", target),
+            chosen=chosen,
             excluded=self.choice("exclude_modules", self.names("exclude_modules") or ()),
-            saved=self.made("modules_to_save", lambda: Patterns(saved, "around", self.work), Patterns((), "around")),
+            saved=self.compile("modules_to_save", lambda: Patterns(saved, "around", self.work), Patterns((), "around")),
             saved_names=saved,
-            named=frozenset(target) if isinstance(target, tuple) else frozenset(),
-            layers=self.in_layers(layers or ()),
+            named=named,
+            layers=self.layers_rule(layers or ()),
         )
 
     def choice(self, key: str, names: str | tuple[str, ...]) -> Choice:
@@ -111,12 +115,13 @@ class _Reader:
         if key == "target_modules" and names.lower() == "all-linear":
             return Everything()
         everything: Choice = Everything()
-        return self.made(key, lambda: Matching(Expression(names, self.work)), everything)
+        return self.compile(key, lambda: Matching(Expression(names, self.work)), everything)
 
-    def in_layers(self, numbers: tuple[int, ...]) -> Layers | None:
+    def layers_rule(self, numbers: tuple[int, ...]) -> Layers | None:
+        """The rule of layers_to_transform and layers_pattern; None: every layer counts."""
         patterns = self.name_list("layers_pattern", one=True)
-        made = self.made("layers_pattern", lambda: Layers.of(numbers, patterns, self.work), Layers(frozenset()))
-        return made if numbers else None
+        rule = self.compile("layers_pattern", lambda: Layers.of(numbers, patterns, self.work), Layers(frozenset()))
+        return rule if numbers else None
 
     def ranks(self, method: Method) -> Ranks:
         ranks: dict[str, int] = {}
@@ -125,17 +130,23 @@ class _Reader:
         alphas: dict[str, float] = {}
         for key, value in self.table("alpha_pattern", method):
             alphas[key] = self.number(f"alpha_pattern[{key!r}]", value)
+        rank = 1
+        if method.rank is not None:
+            rank = self.rank(method.rank, self.config.get(method.rank))
+        alpha = 1.0
+        if method.alpha is not None:
+            alpha = self.number(method.alpha, self.config.get(method.alpha))
         return Ranks(
-            rank=1 if method.rank is None else self.rank(method.rank, self.config.get(method.rank)),
-            alpha=1.0 if method.alpha is None else self.number(method.alpha, self.config.get(method.alpha)),
+            rank=rank,
+            alpha=alpha,
             rslora=bool(self.config.get("use_rslora")),
-            rank_pattern=self.made("rank_pattern", lambda: PatternTable(ranks, self.work), PatternTable({})),
-            alpha_pattern=self.made("alpha_pattern", lambda: PatternTable(alphas, self.work), PatternTable({})),
+            rank_pattern=self.compile("rank_pattern", lambda: PatternTable(ranks, self.work), PatternTable({})),
+            alpha_pattern=self.compile("alpha_pattern", lambda: PatternTable(alphas, self.work), PatternTable({})),
         )
 
-    def made(self, key: str, make: Callable[[], T], otherwise: T) -> T:
-        """What `make` gives, which reads expressions. `otherwise`, and a problem of the field `key`, where one of them
-        is no expression."""
+    def compile(self, key: str, make: Callable[[], T], otherwise: T) -> T:
+        """The rule that `make` makes of the expressions of the field `key`. Where one of them is no expression, a
+        problem says so and the rule is `otherwise`."""
         try:
             return make()
         except ExpressionError as error:
@@ -145,21 +156,22 @@ class _Reader:
     def rank(self, key: str, value: object) -> int:
         if type(value) is int and value > 0:
             return value
-        self.problems.append(f"{key} must be a rank of at least 1, and is {shown(value)}")
+        self.problems.append(f"{key} must be a rank of at least 1, and is {abbreviate(value)}")
         return 1
 
     def number(self, key: str, value: object) -> float:
-        # No default for a missing alpha: PEFT's own was none once, and is 8 now.
+        # A missing alpha gets no default: PEFT had none once, and has 8 now.
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30:
             return float(value)
-        self.problems.append(f"{key} must be a finite number, and is {shown(value)}")
+        self.problems.append(f"{key} must be a finite number, and is {abbreviate(value)}")
         return 0.0
 
     def bias(self) -> str:
         value = self.config.get("bias") or "none"
-        # Each method has an own word for its modules only: lora_only, MiSS_only.
-        if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
-            self.problems.append(f"bias must be none, all or lora_only, and is {shown(value)}")
+        # Each method has its own word for the biases of its modules: lora_only, MiSS_only.
+        is_known = isinstance(value, str) and (value in ("none", "all") or value.endswith("_only"))
+        if not is_known:
+            self.problems.append(f"bias must be none, all or lora_only, and is {abbreviate(value)}")
             return "none"
         return str(value)
 
@@ -167,13 +179,16 @@ class _Reader:
         value = self.config.get("base_model_name_or_path") or ""
         if isinstance(value, str):
             return value
-        self.problems.append(f"base_model_name_or_path must be a name, and is {shown(value)}")
+        self.problems.append(f"base_model_name_or_path must be a name, and is {abbreviate(value)}")
         return ""
 
     def table(self, key: str, method: Method) -> list[tuple[str, object]]:
-        value = (self.config.get(key) or {}) if method.patterns else {}
+        """The entries of a field that maps modules to numbers, of a method that has such fields."""
+        value: object = {}
+        if method.patterns:
+            value = self.config.get(key) or {}
         if not isinstance(value, dict):
-            self.problems.append(f"{key} must map module names to numbers, and is {shown(value)}")
+            self.problems.append(f"{key} must map module names to numbers, and is {abbreviate(value)}")
             return []
         return list(value.items())
 
@@ -184,7 +199,7 @@ class _Reader:
             return value
         if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             return tuple(value or ())
-        self.problems.append(f"{key} must be a list of module names or one string, and is {shown(value)}")
+        self.problems.append(f"{key} must be a list of module names or one string, and is {abbreviate(value)}")
         return ()
 
     def name_list(self, key: str, *, one: bool = False) -> tuple[str, ...]:
@@ -193,7 +208,7 @@ class _Reader:
         if not isinstance(value, str):
             return value
         if not one:
-            self.problems.append(f"{key} must be a list of module names, and is {shown(value)}")
+            self.problems.append(f"{key} must be a list of module names, and is {abbreviate(value)}")
             return ()
         return (value,) if value else ()
 
@@ -204,5 +219,5 @@ class _Reader:
         layers = value if isinstance(value, list) else [value]
         if all(type(layer) is int for layer in layers):
             return tuple(layers)
-        self.problems.append(f"layers_to_transform must be layer numbers, and is {shown(value)}")
+        self.problems.append(f"layers_to_transform must be layer numbers, and is {abbreviate(value)}")
         return None

@@ -1,4 +1,5 @@
-"""Adapters of which the initial state was taken out of the base's weights: exact on the base as it was published.
+"""Adapters whose initial state was taken out of the base's weights before training. With the initial state taken out of
+the adapter too, it is exact on the base as that was published.
 
 PiSSA (Meng et al. 2024), OLoRA, CorDA, LoRA-GA; PEFT's `LoraModel.subtract_mutated_init`."""
 
@@ -9,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Delta
-from onnx_lora.adapters.methods.arrays import wide
+from onnx_lora.adapters.methods.weights import widen
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.kinds import Conv
 
@@ -27,7 +28,7 @@ def without_initial(trained: Adapter, initial: Adapter) -> Adapter:
     after = _plain_lora(trained, problems)
     before = _plain_lora(initial, problems)
     for module in after.keys() & before.keys():
-        problems += _differences(module, after[module], before[module])
+        problems.extend(_differences(module, after[module], before[module]))
     if problems:
         raise AdapterFileError(
             f"must be the adapter that began as {initial.origin.path}: of the same modules, ranks and scales; "
@@ -38,7 +39,7 @@ def without_initial(trained: Adapter, initial: Adapter) -> Adapter:
     note = f"the base was changed before training; the initial adapter {initial.name!r} was taken out again"
     return replace(
         trained,
-        deltas={module: _difference(delta, before[module]) for module, delta in after.items()},
+        deltas={module: _subtract(delta, before[module]) for module, delta in after.items()},
         notes=(*trained.notes, note),
     )
 
@@ -55,19 +56,21 @@ def _plain_lora(adapter: Adapter, problems: list[str]) -> dict[str, Delta]:
 
 
 def _differences(module: str, trained: Delta, initial: Delta) -> list[str]:
-    problems = []
-    if (trained.kind, trained.a.shape, trained.b.shape) != (initial.kind, initial.a.shape, initial.b.shape):
-        problems.append(
-            f"{module}: shapes {trained.a.shape}, {trained.b.shape} and, of the initial adapter, {initial.a.shape}, "
-            f"{initial.b.shape}"
-        )
+    """Why the initial factors cannot be taken out of the trained ones."""
+    problems: list[str] = []
+    shapes = f"{trained.a.shape}, {trained.b.shape}"
+    initial_shapes = f"{initial.a.shape}, {initial.b.shape}"
+    if trained.kind != initial.kind or shapes != initial_shapes:
+        problems.append(f"{module}: has shapes {shapes}, and those of the initial adapter are {initial_shapes}")
     if trained.scale != initial.scale:
-        problems.append(f"{module}: scale {trained.scale}, and {initial.scale} of the initial adapter")
-    if isinstance(trained.kind, Conv) and len(trained.a) != trained.b.shape[1]:
-        problems.append(f"{module}: a convolution in groups, of which PEFT changes no weight before training")
+        problems.append(f"{module}: has scale {trained.scale}, and that of the initial adapter is {initial.scale}")
+    if isinstance(trained.kind, Conv) and trained.rank != trained.b.shape[1]:
+        problems.append(f"{module}: is a convolution in groups, whose weight PEFT does not change before training")
     return problems
 
 
-def _difference(trained: Delta, initial: Delta) -> Delta:
+def _subtract(trained: Delta, initial: Delta) -> Delta:
+    """The pair of factors whose product is `B · A - B0 · A0`."""
     a = np.concatenate([trained.a, initial.a])
-    return replace(trained, a=a, b=np.concatenate([trained.b, -wide(initial.b)], axis=1))
+    b = np.concatenate([trained.b, -widen(initial.b)], axis=1)
+    return replace(trained, a=a, b=b)

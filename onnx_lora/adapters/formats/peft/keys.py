@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from onnx_lora.adapters.methods.method import Method
+    from onnx_lora.adapters.plugins import Plugins
 
 __all__ = ["Key", "Names"]
 
 # What PEFT and torch.compile put around a model; PEFT within PEFT does it twice.
 _PREFIX = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
 
-# Modules of which a whole copy is trained: modules_to_save, and LN tuning's.
+# What stands before a trained copy of a whole module: of modules_to_save, and of LN tuning.
 _COPIES = (".modules_to_save.", ".ln_tuning_layers.")
 
+# The layers that PEFT puts between a module's name and its tensors.
 _LAYERS = re.compile(r"(?:\.base_layer|\.token_adapter)++(?=\.)")
 
-# The beginnings of other methods' names of tensors. A name with none of them counts as a whole parameter's, and `bind`
-# refuses that where the base has none.
-_OTHERS = (
-    "hada_",
-    "lokr_",
-    "oft_",
-    "boft_",
-    "ia3_l",
-    "p?vera_",
-    "hra_",
-    "hira_",
-    "shira_",
-    "fourierft_",
-    "c3a_",
-    "vblora_",
-    "randlora_",
-    "miss_",
-    "delora_",
-    "gralora_",
-    "road_",
-    "waveft_",
-)
-
-# Why a key that is none of the method's is refused; the first match counts. Others are whole parameters.
+# Why a key that is none of the method's is refused; the first match counts. What none of them matches, and what is no
+# tensor of another method, is a whole parameter: `bind` refuses one that the base does not have.
 _REFUSED = (
     (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA's, and the config is another method's"),
     (re.compile(r"\.lora_diag(\.|$)"), "KaSA's diagonal is not applied"),
     (re.compile(r"\.oft_r(\.|$)"), "OFT's of PEFT before 0.14, which no later PEFT reads; train it again"),
     (re.compile(r"\.lora_[^.]*(\.|$)"), "a tensor of LoRA that is not known here; upgrade onnx-lora"),
     (re.compile(r"\.(token_adapter|trainable_tokens_\w+)(\.|$)"), "single trained tokens, which this method has not"),
-    (re.compile(rf"\.({'|'.join(_OTHERS)})"), "a tensor of another method than the config's"),
 )
+_OF_ANOTHER_METHOD = "a tensor of another method than the config's"
+
+# The beginnings of the tensors' names of methods that are not read.
+_METHODS_NOT_READ = frozenset({"road", "waveft"})
+
+# Methods whose names of tensors `_REFUSED` knows, with reasons of their own.
+_WITH_OWN_REASON = frozenset({"LORA", "ADALORA", "TRAINABLE_TOKENS"})
 
 
 @dataclass(frozen=True)
@@ -68,33 +57,46 @@ class Key:
     name: str
     tensor: str = ""  # by PEFT's name, "lora_A" or "lora_B.bias"
     adapter: str = ""  # the adapter's name, where the key holds it
-    saved: bool = False  # from a module of which a copy was trained
-    base_layer: bool = False  # below a layer of the method
+    is_of_copy: bool = False  # of a module of which a copy was trained
+    is_in_base_layer: bool = False  # below a layer of the method
 
 
 @dataclass(frozen=True)
 class Names:
-    """The tensors of one method: of each module, with what may stand behind an adapter's name ("weight", or nothing),
-    and those of the whole file."""
+    """The names of the tensors in files of one method. `methods`: all that there are, whose tensors are refused."""
 
-    tensors: Mapping[str, Collection[str]]
-    shared: Collection[str] = ()
+    method: Method
+    methods: Plugins[Method]
 
     @cached_property
     def _of_modules(self) -> re.Pattern[str]:
-        names = "|".join(re.escape(name) for name in sorted(self.tensors, key=len, reverse=True))
-        return re.compile(rf"^(?P<module>.+)\.(?P<tensor>{names or '(?!)'})(?P<rest>(?:\.[^.]+){{0,2}})$")
+        longest_first = sorted(self.method.tensors, key=len, reverse=True)
+        tensor = _any_of(longest_first)
+        return re.compile(rf"^(?P<module>.+)\.(?P<tensor>{tensor})(?P<rest>(?:\.[^.]+){{0,2}})$")
 
     @cached_property
     def _of_files(self) -> re.Pattern[str]:
-        names = "|".join(map(re.escape, self.shared))
-        return re.compile(rf"^(?:base_model\.)*(?P<tensor>{names or '(?!)'})(?:\.(?P<adapter>[^.]+))?$")
+        tensor = _any_of(self.method.shared)
+        return re.compile(rf"^(?:base_model\.)*(?P<tensor>{tensor})(?:\.(?P<adapter>[^.]+))?$")
+
+    @cached_property
+    def _of_other_methods(self) -> re.Pattern[str]:
+        """The beginnings of the methods' names of tensors: `.hada_` of LoHa's. Other distributions' methods are left
+        out, so that a broken one does not break the reading of other files."""
+        words = set(_METHODS_NOT_READ)
+        for peft_type in self.methods.own:
+            if peft_type in _WITH_OWN_REASON:
+                continue
+            method = self.methods[peft_type]
+            for name in (*method.tensors, *method.shared):
+                words.add(name.partition("_")[0])
+        return re.compile(rf"\.(?:{_any_of(sorted(words))})_")
 
     def adapters(self, keys: Iterable[str]) -> frozenset[str]:
         """The adapter names left in the keys of the method's own tensors."""
         names: set[str] = set()
         for key in keys:
-            own = self._own(_PREFIX.sub("", key), saved=False)
+            own = self._parse_own(_PREFIX.sub("", key), is_of_copy=False)
             if own is not None and own.adapter:
                 names.add(own.adapter)
         return frozenset(names)
@@ -104,43 +106,56 @@ class Names:
         name = _PREFIX.sub("", key)
         if ".original_module." in name:
             return Key("base copy", name)
-        saved = False
-        for copies in _COPIES:
-            module, wrapped, rest = name.partition(copies)
-            if wrapped:
-                first, _, below = rest.partition(".")
-                is_adapter = below != "" and first in adapters | {"default"}
-                name = f"{module}.{below if is_adapter else rest}"
-                saved = True
-        own = self._own(name, saved=saved)
+        is_of_copy = False
+        for marker in _COPIES:
+            module, found, rest = name.partition(marker)
+            if not found:
+                continue
+            first, _, below = rest.partition(".")
+            is_adapter = below != "" and (first == "default" or first in adapters)
+            name = f"{module}.{below if is_adapter else rest}"
+            is_of_copy = True
+        own = self._parse_own(name, is_of_copy=is_of_copy)
         if own is not None:
             return own
-        for pattern, reason in _REFUSED:
-            if pattern.search(f".{name}"):
-                return Key("refused", reason)
-        return Key("parameter", _without_layers(name), saved=saved, base_layer=".base_layer." in name)
+        reason = self._explain_refusal(f".{name}")
+        if reason is not None:
+            return Key("refused", reason)
+        parameter = _LAYERS.sub("", name)
+        return Key("parameter", parameter, is_of_copy=is_of_copy, is_in_base_layer=".base_layer." in name)
 
-    def _own(self, name: str, *, saved: bool) -> Key | None:
-        """The key of one of the method's tensors, or None."""
+    def _parse_own(self, name: str, *, is_of_copy: bool) -> Key | None:
+        """The key of one of the method's tensors; None: it is none of them."""
         shared = self._of_files.match(name)
         if shared:
             return Key("shared", shared["tensor"], shared["tensor"], shared["adapter"] or "")
         found = self._of_modules.match(name)
         if not found:
             return None
-        tensor, endings = found["tensor"], self.tensors[found["tensor"]]
+        tensor = found["tensor"]
+        endings = self.method.tensors[tensor]
         pieces = found["rest"].split(".")[1:]
         ending = ""
         if pieces and pieces[-1] in endings:
             ending = pieces.pop()
         if ending not in endings or len(pieces) > 1:
             return None
-        full = tensor if ending in ("", "weight") else f"{tensor}.{ending}"
-        module = _without_layers(found["module"])
-        return Key("module", module, full, "".join(pieces), saved, base_layer=module != found["module"])
+        if ending not in ("", "weight"):
+            tensor = f"{tensor}.{ending}"
+        # Layers at the end of a module's name stay: pairs for several parameters of one module lie in each other's
+        # `base_layer`.
+        module = _LAYERS.sub("", found["module"])
+        is_inside = module != found["module"]
+        return Key("module", module, tensor, "".join(pieces), is_of_copy, is_in_base_layer=is_inside)
+
+    def _explain_refusal(self, dotted: str) -> str | None:
+        """Why a key that is none of the method's is refused; None: it is not. `dotted`: the key with a dot in front."""
+        for pattern, reason in _REFUSED:
+            if pattern.search(dotted):
+                return reason
+        return _OF_ANOTHER_METHOD if self._of_other_methods.search(dotted) else None
 
 
-def _without_layers(name: str) -> str:
-    """Without PEFT's layers on the way. Those at the end of a module's name stay: pairs for several parameters of one
-    module lie in each other's `base_layer`."""
-    return _LAYERS.sub("", name)
+def _any_of(names: Iterable[str]) -> str:
+    """A regular expression for one of the names; where there are none, one that matches nothing."""
+    return "|".join(re.escape(name) for name in names) or "(?!)"

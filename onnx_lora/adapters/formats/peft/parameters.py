@@ -1,4 +1,4 @@
-"""`target_parameters` of PEFT's LoRA: which of a file's pairs are of bare parameters.
+"""`target_parameters` of PEFT's LoRA: which of a file's pairs of factors are of bare parameters.
 
 The reference is PEFT 0.21: `BaseTuner._inject_parameters` and `ParamWrapper`. Pairs for several parameters of one
 module lie in each other's `base_layer`, in the order in which the model's class made the parameters. No file says which
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from onnx_lora.adapters.adapter import Change
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
-from onnx_lora.adapters.formats.problem import shown
 from onnx_lora.adapters.methods.endings import tails
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.points import Array
 
 __all__ = ["ParameterPairs", "find_parameter_pairs"]
@@ -22,8 +22,8 @@ _BELOW = ".base_layer"
 
 @dataclass
 class ParameterPairs:
-    """The pairs of bare parameters. `changes`: by module, where the parameter is its weight, or else by parameter;
-    `taken`: the modules of the file that they took."""
+    """The changes of bare parameters. `changes`: by module where the parameter is the module's weight, and else by
+    parameter. `taken`: the modules of the file whose tensors went into them."""
 
     changes: dict[str, Change] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -38,26 +38,33 @@ def find_parameter_pairs(modules: Mapping[str, Mapping[str, Array]], config: Pef
     if targets is None or make_change is None:
         return found
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        found.problems.append(f"target_parameters must be a list of names, and is {shown(targets)}")
+        found.problems.append(f"target_parameters must be a list of names, and is {abbreviate(targets)}")
         return found
-    by_module: dict[str, list[str]] = {}
-    for name in modules:
-        by_module.setdefault(_without_layers(name), []).append(name)
     by_owner = _by_owner(targets)
-    for module, names in by_module.items():
-        parameters = _parameters(by_owner, module, len(names))
-        is_target = names == [module] and config.targets.rejects(module) is None
-        if not parameters or is_target:
+    for module, layers in _layers_by_module(modules).items():
+        parameters = _parameters(by_owner, module, len(layers))
+        is_plain = list(layers) == [module] and config.targets.rejects(module) is None
+        if not parameters or is_plain:
             continue
-        found.taken.update(names)
-        pairs = _pairs({name: modules[name] for name in names})
+        found.taken.update(layers)
+        pairs = _pairs(layers)
         if pairs is None or len(pairs) != len(parameters):
-            found.problems.append(_problem(module, parameters, {name: modules[name] for name in names}))
+            found.problems.append(_problem(module, parameters, layers))
             continue
         for parameter in parameters:
-            path = f"{module}.{parameter}"
-            change = make_change(pairs, config.ranks.rank_of(path), config.ranks.scale_of(path))
-            found.changes[module if parameter == "weight" else path] = change
+            name = f"{module}.{parameter}"
+            rank = config.ranks.rank_of(name)
+            scale = config.ranks.scale_of(name)
+            changed = module if parameter == "weight" else name
+            found.changes[changed] = make_change(pairs, rank, scale)
+    return found
+
+
+def _layers_by_module(modules: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Mapping[str, Array]]]:
+    """The file's modules by the model's module that they are layers of, which may be themselves."""
+    found: dict[str, dict[str, Mapping[str, Array]]] = {}
+    for name, tensors in modules.items():
+        found.setdefault(_without_layers(name), {})[name] = tensors
     return found
 
 
@@ -66,13 +73,17 @@ def _pairs(layers: Mapping[str, Mapping[str, Array]]) -> tuple[tuple[Array, Arra
     pairs: list[tuple[Array, Array]] = []
     for name in sorted(layers, key=len):
         tensors = layers[name]
-        if set(tensors) != {"lora_A", "lora_B"} or any(values.ndim != 2 for values in tensors.values()):
+        if set(tensors) != {"lora_A", "lora_B"}:
             return None
-        pairs.append((tensors["lora_A"], tensors["lora_B"]))
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        if a.ndim != 2 or b.ndim != 2:
+            return None
+        pairs.append((a, b))
     return tuple(pairs)
 
 
 def _problem(module: str, parameters: Sequence[str], layers: Mapping[str, Mapping[str, Array]]) -> str:
+    """What a module's layers should hold, and what they hold."""
     found: list[str] = []
     for name, tensors in layers.items():
         found += [f"{name}.{tensor}" for tensor in tensors]

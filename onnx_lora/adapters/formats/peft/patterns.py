@@ -29,19 +29,22 @@ _ANY = "\0"
 
 @dataclass(frozen=True)
 class _Form:
-    """What plain names of one length have in common. `any`: where they have any character."""
+    """What plain names of one length have in common.
 
-    begin: bool  # only at the beginning of a module's name
-    end: bool
-    any: tuple[int, ...]
+    `at_begin`, `at_end`: they match at the beginning, at the end of a module's name only. `wildcards`: the places at
+    which they have a `.`, which is any character.
+    """
 
-    def of(self, name: str) -> str:
-        """`name` as the table of this form has it."""
-        pieces, done = [], 0
-        for place in self.any:
-            pieces.append(name[done:place])
-            done = place + 1
-        return _ANY.join([*pieces, name[done:]])
+    at_begin: bool
+    at_end: bool
+    wildcards: tuple[int, ...]
+
+    def mask(self, name: str) -> str:
+        """The name with `_ANY` at the places of the wildcards, as the table of this form has it."""
+        characters = list(name)
+        for place in self.wildcards:
+            characters[place] = _ANY
+        return "".join(characters)
 
 
 class Patterns:
@@ -56,19 +59,22 @@ class Patterns:
         for number, text in enumerate(texts):
             plain = _NAME.fullmatch(text)
             if plain:
-                self._put(number, plain)
-            else:
-                self._expressions.append((number, Expression(_WRAPPERS[where].replace("{}", text), self._work)))
+                self._put_name(number, plain)
+                continue
+            wrapped = _WRAPPERS[where].replace("{}", text)
+            self._expressions.append((number, Expression(wrapped, self._work)))
             if len(self._expressions) > _MOST:
                 raise ExpressionError(f"has more than {_MOST} expressions; write the modules' names")
 
-    def _put(self, number: int, plain: re.Match[str]) -> None:
+    def _put_name(self, number: int, plain: re.Match[str]) -> None:
+        """Put a plain name, a match of `_NAME`, into the table of its length and form."""
         letters: list[str] = re.findall(r"\\.|.", plain["name"], re.DOTALL)
-        any_character = [place for place, letter in enumerate(letters) if letter == "."]
-        form = _Form(plain["begin"] != "", plain["end"] != "", tuple(any_character))
-        name = form.of("".join(letter[-1] for letter in letters))
+        wildcards = [place for place, letter in enumerate(letters) if letter == "."]
+        form = _Form(plain["begin"] != "", plain["end"] != "", tuple(wildcards))
+        name = form.mask("".join(letter[-1] for letter in letters))  # `\.` without its `\`
         forms = self._names.setdefault(len(letters), {})
-        forms.setdefault(form, {}).setdefault(name, []).append(number)
+        numbers = forms.setdefault(form, {}).setdefault(name, [])
+        numbers.append(number)
 
     def first(self, module: str) -> int | None:
         """The number of the first that matches, or None. Raises ExpressionError: too much work."""
@@ -93,9 +99,12 @@ class Patterns:
         for start, end in self._pieces(module):
             for form, names in self._names.get(end - start, {}).items():
                 self._work.spend(1)
-                is_outside = (start > 0 and form.begin) or (end < len(module) and form.end)
-                if not is_outside:
-                    yield from names.get(form.of(module[start:end]), ())
+                is_too_late = form.at_begin and start > 0
+                is_too_early = form.at_end and end < len(module)
+                if is_too_late or is_too_early:
+                    continue
+                name = form.mask(module[start:end])
+                yield from names.get(name, ())
 
     def _pieces(self, module: str) -> Iterator[tuple[int, int]]:
         """Where a plain name may stand: at the end, behind a dot; or between any two."""

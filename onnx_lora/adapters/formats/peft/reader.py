@@ -1,5 +1,5 @@
-"""A PEFT folder as an adapter: `adapter_config.json` and one weight file. What PEFT would load is
-read, what it would ignore or read otherwise is refused by name. It knows no package."""
+"""A PEFT folder as an adapter: `adapter_config.json` and one weight file. Tensors and fields that PEFT would load are
+read; those that it would ignore or read otherwise are refused by name. It knows no package."""
 
 from __future__ import annotations
 
@@ -20,32 +20,35 @@ __all__ = ["read_peft"]
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
+_MOST_FILES = 12  # of a folder, in a message
+
 
 def read_peft(folder: Path, name: str, initial: Path | None = None) -> Adapter:
     """Read a PEFT folder.
 
-    `initial`: the folder of the same adapter before its training, saved with `init_lora_weights=True`. What PiSSA,
-    OLoRA, CorDA and LoRA-GA took out of the base's weights before training is known from it.
+    `initial`: the folder of the same adapter before its training, saved with `init_lora_weights=True`. It says what
+    PiSSA, OLoRA, CorDA and LoRA-GA took out of the base's weights before training.
 
     Raises AdapterFileError: a file is missing or damaged, its tensors and its config disagree, or the two adapters do.
     UnsupportedAdapterError: a method, or a tensor of one, that is refused.
     """
-    trained = _read(folder, name, with_initial=initial is not None)
-    return trained if initial is None else without_initial(trained, _read(initial, initial.name, with_initial=True))
+    trained = _read_folder(folder, name, with_initial=initial is not None)
+    if initial is None:
+        return trained
+    before = _read_folder(initial, initial.name, with_initial=True)
+    return without_initial(trained, before)
 
 
-def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
-    present = _list(folder)
+def _read_folder(folder: Path, name: str, *, with_initial: bool) -> Adapter:
+    present = _list_files(folder)
     if CONFIG not in present:
-        raise AdapterFileError(
-            f"must hold {CONFIG} and does not; found {_without_config(folder, present)}", path=folder
-        )
+        found = _explain_missing_config(folder, present)
+        raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
     config = read_config(folder / CONFIG, with_initial=with_initial)
     weights = [folder / name for name in (_SAFETENSORS, _PICKLE) if name in present]
     if not weights:
-        raise AdapterFileError(
-            f"must hold {_SAFETENSORS} (or {_PICKLE}); found {_without_weights(present)}", path=folder
-        )
+        found = _explain_missing_weights(present)
+        raise AdapterFileError(f"must hold {_SAFETENSORS} (or {_PICKLE}); found {found}", path=folder)
     with open_reading(weights[0]) as file:
         content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
     builder = build_adapter(content.tensors, config)
@@ -61,16 +64,16 @@ def _read(folder: Path, name: str, *, with_initial: bool) -> Adapter:
     return builder.adapter(name, origin, saved_modules=saved_modules)
 
 
-def _list(folder: Path) -> list[str]:
+def _list_files(folder: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise AdapterFileError(f"cannot be read: {error}", path=folder) from error
 
 
-def _without_config(folder: Path, present: list[str]) -> str:
+def _explain_missing_config(folder: Path, present: list[str]) -> str:
     """What there is instead of a config, and what to do."""
-    found = ", ".join(present[:12]) or "nothing"
+    found = ", ".join(present[:_MOST_FILES]) or "nothing"
     below = [entry for entry in present if (folder / entry / CONFIG).is_file()]
     if below:
         return f"{found}; {', '.join(below[:5])} has one: give that folder"
@@ -81,7 +84,10 @@ def _without_config(folder: Path, present: list[str]) -> str:
     return f"{found}; give the folder that PEFT's save_pretrained wrote"
 
 
-def _without_weights(present: list[str]) -> str:
+def _explain_missing_weights(present: list[str]) -> str:
+    """What there is instead of weights, and what to do."""
+    found = ", ".join(present[:_MOST_FILES])
     likely = [name for name in present if name.endswith((".safetensors", ".bin"))]
-    cure = f"; if {likely[0]!r} holds the adapter, rename it to {_SAFETENSORS}" if len(likely) == 1 else ""
-    return ", ".join(present[:12]) + (cure or "; get the whole folder")
+    if len(likely) == 1:
+        return f"{found}; if {likely[0]!r} holds the adapter, rename it to {_SAFETENSORS}"
+    return f"{found}; get the whole folder"

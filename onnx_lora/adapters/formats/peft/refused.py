@@ -4,16 +4,16 @@ What a method refuses of its own fields stands in its file. The reference is PEF
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.adapters.formats.problem import shown
-from onnx_lora.adapters.methods.method import MERGE, Method
+from onnx_lora.adapters.methods.method import MERGE, Method, Refusal
 from onnx_lora.adapters.plugins import Plugins
+from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
-__all__ = ["NEEDS_INITIAL", "check_method", "refusals"]
+__all__ = ["NEEDS_INITIAL", "NOT_READ", "check_method", "list_refused", "refusals"]
 
 # Fields of every method that never change what a trained adapter computes: they steer training, the start of it, or
 # are read for all methods alike.
@@ -49,35 +49,53 @@ NEEDS_INITIAL = (
     "path_initial_model_for_weight_conversion=...)`, which makes it a plain LoRA"
 )
 
-_PROMPT = "it changes the prompt, not the weights; train a LoRA instead"
-_ROUTER = "it routes among adapters; convert those one by one"
-_BY_INPUT = "it computes another thing for every input, which no weight does; train a LoRA instead"
+_PROMPT = Refusal("it changes the prompt, not the weights", "train a LoRA instead")
+_ROUTER = Refusal("it routes among adapters", "convert those one by one")
+_BY_INPUT = Refusal("it computes another thing for every input, which no weight does", "train a LoRA instead")
 
-# Methods of PEFT that are not read, and what can be done with an adapter of theirs. Of all others merging is the cure.
-_CURES = {
-    "ADAPTION_PROMPT": _PROMPT,
-    "CARTRIDGE": _PROMPT,
-    "CPT": _PROMPT,
-    "LILY": _BY_INPUT,
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "PEANUT": _BY_INPUT,
-    "POLY": _ROUTER,
+# Methods of PEFT that are not read, and why. An adapter of any other method that is not read can be merged by PEFT.
+NOT_READ: Mapping[str, Refusal] = {
     "PREFIX_TUNING": _PROMPT,
     "PROMPT_TUNING": _PROMPT,
     "P_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "ADAPTION_PROMPT": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
     "XLORA": _ROUTER,
+    "POLY": _ROUTER,
+    "LILY": _BY_INPUT,
+    "PEANUT": _BY_INPUT,
 }
 
+_MOST_FIELDS = 8  # of a foreign config, in a message
 
-def _not_peft(config: Mapping[str, Any]) -> str:
+
+def list_refused(methods: Iterable[Method]) -> dict[Refusal, list[str]]:
+    """Every reason for which something of PEFT's is refused, with the names that it is of: methods that are not read,
+    and fields that `methods` refuse. The table of docs/adapters.md is made of it."""
+    names: dict[Refusal, list[str]] = {}
+    for peft_type, refusal in NOT_READ.items():
+        names.setdefault(refusal, []).append(peft_type)
+    for method in methods:
+        for field, refusal in method.refused.items():
+            of_reason = names.setdefault(refusal, [])
+            if field not in of_reason:
+                of_reason.append(field)
+    return names
+
+
+def _explain_foreign(config: Mapping[str, Any]) -> str:
+    """Whose config it is, where it is not PEFT's."""
     if "fine_tune_type" in config or "lora_parameters" in config:
         return (
             "must hold peft_type, as PEFT writes it, and this is MLX's; give the folder with adapters.safetensors too"
         )
-    elif "config" in config or "model_class" in config:
+    if "config" in config or "model_class" in config:
         found = "this looks like AdapterHub's"
     else:
-        found = f"this one holds {', '.join(sorted(map(str, config))[:8]) or 'nothing'}"
+        fields = sorted(str(field) for field in config)
+        found = f"this one holds {', '.join(fields[:_MOST_FIELDS]) or 'nothing'}"
     return f"must hold peft_type, as PEFT writes it, and {found}; convert the adapter to PEFT's format"
 
 
@@ -88,19 +106,22 @@ def check_method(config: Mapping[str, Any], known: Plugins[Method], path: Path) 
     distribution brings the method, and is broken.
     """
     if "peft_type" not in config:
-        raise AdapterFileError(_not_peft(config), path=path)
+        raise AdapterFileError(_explain_foreign(config), path=path)
     method = config["peft_type"]
     if isinstance(method, str) and method in known:
         found = known[method]
         if found.peft_type != method:
             raise PluginError(
                 f"the method {method!r} of another package must have that peft_type, and has "
-                f"{shown(found.peft_type)}; correct the package"
+                f"{abbreviate(found.peft_type)}; correct the package"
             )
         return found
-    cure = _CURES.get(method, MERGE) if isinstance(method, str) else MERGE
+    cure = MERGE
+    if isinstance(method, str) and method in NOT_READ:
+        refusal = NOT_READ[method]
+        cure = f"{refusal.reason}; {refusal.cure}"
     raise UnsupportedAdapterError(
-        f"peft_type must be one of {', '.join(known)}, and is {shown(method)}: {cure}",
+        f"peft_type must be one of {', '.join(known)}, and is {abbreviate(method)}: {cure}",
         path=path,
         problems=known.refused,
     )
@@ -113,7 +134,7 @@ def refusals(config: Mapping[str, Any], method: Method, *, with_initial: bool) -
     for key, refusal in method.refused.items():
         if config.get(key):
             problems.append(f"{key}: {refusal.reason}; {refusal.cure}")
-    problems += _init_problems(config.get("init_lora_weights"), with_initial=with_initial)
+    problems.extend(_init_problems(config.get("init_lora_weights"), with_initial=with_initial))
     known = _HARMLESS | method.fields | set(method.refused)
     for key in sorted(config):
         if config[key] and key not in known:
@@ -133,4 +154,4 @@ def _init_problems(init: object, *, with_initial: bool) -> list[str]:
     if is_restored and with_initial:
         return []
     cure = NEEDS_INITIAL if is_restored else MERGE
-    return [f"init_lora_weights {shown(name)}: the base's weights were changed before training; {cure}"]
+    return [f"init_lora_weights {abbreviate(name)}: the base's weights were changed before training; {cure}"]

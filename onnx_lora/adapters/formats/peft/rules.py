@@ -27,7 +27,7 @@ _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 
 
 class Choice(Protocol):
-    """Some modules of all."""
+    """A choice of modules."""
 
     def takes(self, module: str) -> bool:
         """Whether `module` is one of them. Raises ExpressionError: too much work."""
@@ -35,7 +35,7 @@ class Choice(Protocol):
 
 @dataclass(frozen=True)
 class Everything:
-    """`all-linear`: every module that has tensors was one of them."""
+    """`all-linear`: every module. A module that has tensors in the file was linear."""
 
     def takes(self, module: str) -> bool:
         """True."""
@@ -67,8 +67,8 @@ class Matching:
 
 @dataclass(frozen=True)
 class Layers:
-    """`layers_to_transform`: the numbers of layers. `patterns`: what the lists of layers are called, of
-    `layers_pattern`; empty: by any name."""
+    """The modules in some layers. `numbers`: `layers_to_transform`. `patterns`: `layers_pattern`, the names that lists
+    of layers may have, `layers_pattern`; empty: any name."""
 
     numbers: frozenset[int]
     patterns: tuple[Expression, ...] = ()
@@ -186,8 +186,8 @@ class Ranks:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """A config that was checked. `method_name`: what people call the method, "rsLoRA". `fields`: as the file has them,
-    for what only one method reads."""
+    """A config that was checked. `method_name`: what people call the method, "rsLoRA". `fields`: the fields as the file
+    has them, for the methods, which read those of their own."""
 
     method: Method
     method_name: str
@@ -200,5 +200,5 @@ class PeftConfig:
 
     @cached_property
     def saved_whole(self) -> Endings:
-        """What PEFT saves whole: modules_to_save, and the heads of the task."""
+        """The modules that PEFT saves whole: modules_to_save, and the heads of the task."""
         return Endings((*self.targets.saved_names, *self.task_heads))

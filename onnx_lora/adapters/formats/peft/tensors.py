@@ -11,6 +11,7 @@ import numpy as np
 from onnx_lora.adapters.formats.builder import AdapterBuilder
 from onnx_lora.adapters.formats.peft.keys import Key, Names
 from onnx_lora.adapters.methods.method import Method
+from onnx_lora.adapters.problems import type_problem
 from onnx_lora.points import Array
 
 __all__ = ["FileTensors", "Parameter", "sort_tensors"]
@@ -21,12 +22,12 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole parameter. `saved`: of a module of which PEFT trained a copy; `base_layer`: of one that has an
-    adapter."""
+    """A whole parameter. `is_of_copy`: of a module of which PEFT trained a copy. `is_in_base_layer`: of a module that
+    has an adapter too."""
 
     value: Array
-    saved: bool
-    base_layer: bool
+    is_of_copy: bool
+    is_in_base_layer: bool
 
 
 @dataclass
@@ -39,55 +40,78 @@ class FileTensors:
     parameters: dict[str, Parameter] = field(default_factory=dict)
 
 
-def sort_tensors(tensors: Mapping[str, Array], method: Method, builder: AdapterBuilder) -> FileTensors:
+def sort_tensors(tensors: Mapping[str, Array], names: Names, builder: AdapterBuilder) -> FileTensors:
     """The tensors of a file by their keys. What has no place is a problem of `builder`, or refused there."""
     found = FileTensors()
-    names = Names(method.tensors, method.shared)
     adapters = names.adapters(tensors)
     if len(adapters) > 1:
         builder.problems.append(
             f"holds more than one adapter: {', '.join(sorted(adapters))}; save each of them in a folder of its own"
         )
+    sorter = _Sorter(names.method, builder, found)
     for key, values in tensors.items():
-        _put(key, names.parse(key, adapters), values, found, method, builder)
-    if not (found.modules or found.parameters or builder.problems or builder.unsupported):
+        sorter.put(key, names.parse(key, adapters), values)
+    holds_something = found.modules or found.parameters
+    is_wrong = builder.problems or builder.unsupported
+    if not holds_something and not is_wrong:
         builder.problems.append("holds no tensor of an adapter")
     return found
 
 
-def _put(key: str, parsed: Key, values: Array, found: FileTensors, method: Method, builder: AdapterBuilder) -> None:
-    if parsed.kind == "refused":
-        builder.unsupported.append(f"{key}: {parsed.name}")
-    elif parsed.kind == "module" and parsed.base_layer:
-        builder.unsupported.append(f"{key}: of torch's MultiheadAttention, of which no part is applied")
-    elif parsed.kind == "base copy":
-        builder.notes.append(f"{key}: the base's own copy beside a saved module, which PEFT does not use")
-    elif _is_counter(parsed, values):
-        builder.notes.append(f"{key}: counts the batches of a training, and changes no answer")
-    elif not _has_numbers(parsed, values, method):
-        builder.problems.append(f"{key}: must be floating point, and is {values.dtype.name}")
-    elif parsed.kind == "parameter":
-        known = found.parameters.get(parsed.name)
-        if known is not None and not _are_same(known.value, values):
-            builder.problems.append(f"{key}: there are two different tensors for {parsed.name}")
-        found.parameters[parsed.name] = Parameter(values, parsed.saved, parsed.base_layer)
-    else:
-        place = found.shared if parsed.kind == "shared" else found.modules.setdefault(parsed.name, {})
+@dataclass(frozen=True)
+class _Sorter:
+    """Puts the tensors of a file, one by one, where they belong: into `found`, or as words into the builder."""
+
+    method: Method
+    builder: AdapterBuilder
+    found: FileTensors
+
+    def put(self, key: str, parsed: Key, values: Array) -> None:
+        """`key`: the tensor's in the file. `parsed`: what that says."""
+        if parsed.kind == "refused":
+            self.builder.unsupported.append(f"{key}: {parsed.name}")
+        elif parsed.kind == "module" and parsed.is_in_base_layer:
+            self.builder.unsupported.append(f"{key}: is of torch's MultiheadAttention, no part of which is applied")
+        elif parsed.kind == "base copy":
+            self.builder.notes.append(f"{key}: the base's own copy beside a saved module, which PEFT does not use")
+        elif _is_counter(parsed, values):
+            self.builder.notes.append(f"{key}: counts the batches of a training, and changes no answer")
+        elif _may_be_whole_numbers(parsed, values, self.method) or self._is_floating(key, values):
+            self._put_numbers(key, parsed, values)
+
+    def _is_floating(self, key: str, values: Array) -> bool:
+        """Whether the tensor is floating point; a problem says that it must be."""
+        problem = type_problem(key, values)
+        if problem is not None:
+            self.builder.problems.append(problem)
+        return problem is None
+
+    def _put_numbers(self, key: str, parsed: Key, values: Array) -> None:
+        if parsed.kind == "parameter":
+            known = self.found.parameters.get(parsed.name)
+            if known is not None and not _are_same(known.value, values):
+                self.builder.problems.append(f"{key}: there are two different tensors for {parsed.name}")
+            self.found.parameters[parsed.name] = Parameter(values, parsed.is_of_copy, parsed.is_in_base_layer)
+            return
+        if parsed.kind == "shared":
+            place = self.found.shared
+        else:
+            place = self.found.modules.setdefault(parsed.name, {})
         if parsed.tensor in place and not _are_same(place[parsed.tensor], values):
-            builder.problems.append(f"{key}: there are two different tensors for {parsed.tensor} of {parsed.name}")
+            self.builder.problems.append(f"{key}: there are two different tensors for {parsed.tensor} of {parsed.name}")
         place[parsed.tensor] = values
 
 
-def _has_numbers(parsed: Key, values: Array, method: Method) -> bool:
-    """Whether its numbers are of a type that the tensor may have."""
-    if values.dtype.kind == "f":
-        return True
+def _may_be_whole_numbers(parsed: Key, values: Array, method: Method) -> bool:
+    """Whether the values are whole numbers, and of a tensor that the method lets be."""
     return parsed.tensor in method.integers and values.dtype.kind in "iu"
 
 
 def _is_counter(parsed: Key, values: Array) -> bool:
-    is_named_so = parsed.kind == "parameter" and parsed.name.rpartition(".")[2] == _COUNTER
-    return is_named_so and values.dtype.kind in "iu" and values.size == 1
+    """Whether it is a batch norm's count."""
+    if parsed.kind != "parameter" or parsed.name.rpartition(".")[2] != _COUNTER:
+        return False
+    return values.dtype.kind in "iu" and values.size == 1
 
 
 def _are_same(one: Array, other: Array) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Replacement
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
-from onnx_lora.adapters.methods.tensor_names import TOKENS
+from onnx_lora.adapters.methods.tokens import TOKENS
 from onnx_lora.points import Array
 
 __all__ = ["Ties"]
@@ -34,33 +34,37 @@ class Ties:
         return bool(self.config.fields.get("ensure_weight_tying"))
 
     def twins(self, module: str) -> list[str]:
-        """The embeddings that `module` is tied to, by its tensors: PEFT gave it their trained tokens; or, with
-        `ensure_weight_tying`, their factors, the other way round. Raises ExpressionError: too much work."""
+        """The embeddings to which `module` is tied. Its tensors show it: PEFT gave it their trained tokens or, with
+        `ensure_weight_tying`, their factors, A as B and B as A. Raises ExpressionError: too much work."""
         own = self.modules[module]
         if TOKENS in own:
-            return [name for name in self._with_tokens.get(_identity(own[TOKENS]), []) if name != module]
-        if not self.is_ensured or not {"lora_A", "lora_B"} <= set(own):
+            same_tokens = self._with_tokens.get(_identity(own[TOKENS]), [])
+            return [name for name in same_tokens if name != module]
+        if not self.is_ensured or "lora_A" not in own or "lora_B" not in own:
             return []
-        return self._with_factors.get((_identity(own["lora_A"]), _identity(own["lora_B"])), [])
+        factors = _identity(own["lora_A"]), _identity(own["lora_B"])
+        return self._with_factors.get(factors, [])
 
     def problems(self) -> list[str]:
-        """Embeddings that are tied to something by the config, and of which the file holds no twin. Raises
+        """Embeddings that are tied to a module by the config, and for which the file holds no such module. Raises
         ExpressionError: too much work."""
         if not self.is_ensured:
             return []
         tied: set[str] = set()
         for module in self.modules:
             tied.update(self.twins(module))
-        return [
-            f"{module}: the config says ensure_weight_tying, and the file holds no factors of a module that is "
-            "tied to it; save it again with a current PEFT, or train without ensure_weight_tying"
-            for module, tensors in self.modules.items()
-            if "lora_embedding_A" in tensors and module not in tied
-        ]
+        problems: list[str] = []
+        for module, tensors in self.modules.items():
+            if "lora_embedding_A" in tensors and module not in tied:
+                problems.append(
+                    f"{module}: the config says ensure_weight_tying, and the file holds no factors of a module that is "
+                    "tied to it; save it again with a current PEFT, or train without ensure_weight_tying"
+                )
+        return problems
 
-    def untied(self, replacements: Mapping[str, Replacement]) -> dict[str, Replacement]:
-        """Whole weights with those among them that are copies of a saved module's: they have storage of their own,
-        too."""
+    def mark_copies(self, replacements: Mapping[str, Replacement]) -> dict[str, Replacement]:
+        """The whole weights, with storage of their own (`in_place=False`) for those that are copies of a saved
+        module's: a saved module has storage of its own, and so have the modules that are tied to it."""
         found = dict(replacements)
         if not self.is_ensured:
             return found
@@ -84,13 +88,15 @@ class Ties:
         """Embeddings with factors, by the identity of what those are in a linear module that is tied to them."""
         found: dict[tuple[str, str], list[str]] = {}
         for name, tensors in self.modules.items():
-            if {"lora_embedding_A", "lora_embedding_B"} <= set(tensors):
-                turned = _identity(tensors["lora_embedding_B"].T), _identity(tensors["lora_embedding_A"].T)
-                found.setdefault(turned, []).append(name)
+            if "lora_embedding_A" not in tensors or "lora_embedding_B" not in tensors:
+                continue
+            linear_a = tensors["lora_embedding_B"].T
+            linear_b = tensors["lora_embedding_A"].T
+            found.setdefault((_identity(linear_a), _identity(linear_b)), []).append(name)
         return found
 
 
 def _identity(array: Array) -> str:
-    """The same for arrays of the same shape and numbers, whatever their types."""
+    """A text that is the same for arrays of the same shape and numbers, whatever their types."""
     exact = np.ascontiguousarray(array, dtype=np.float64) + 0.0  # makes -0 the 0 that it equals
     return f"{array.shape} {sha256(exact.data).hexdigest()}"

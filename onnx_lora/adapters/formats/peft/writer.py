@@ -10,22 +10,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import safetensors.numpy
+from typing import Any, TypeVar
 
 from onnx_lora.adapters.adapter import Delta, PortableAdapter
+from onnx_lora.adapters.formats.peft.config import CONFIG
+from onnx_lora.adapters.formats.writing import dora_problems, refuse_writing, rescale, save_safetensors
 from onnx_lora.adapters.scale import lora_scale
-from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.kinds import Conv, Embedding
 from onnx_lora.points import Array
 
-__all__ = ["alpha_for", "contiguous", "lora_config", "lora_tensors", "multiplied_in", "refuse", "write_peft"]
+__all__ = ["ensure_alpha", "lora_config", "lora_tensors", "write_peft"]
+
+T = TypeVar("T")
 
 # PEFT's word for a config whose adapter has whole weights and nothing else.
 _NO_TARGETS = "dummy-target-modules"
 _PREFIX = "base_model.model."
+
+# The defaults of LoraConfig, for an adapter without factors.
+_DEFAULT_RANK = 8
+_DEFAULT_ALPHA = 8
 
 
 def write_peft(adapter: PortableAdapter, folder: Path) -> None:
@@ -33,8 +37,9 @@ def write_peft(adapter: PortableAdapter, folder: Path) -> None:
 
     Raises UnsupportedAdapterError: what one config of PEFT cannot say.
     """
-    refuse(adapter, "PEFT's LoRA", dora_problems(adapter.deltas) + _whole_problems(adapter))
-    deltas = {module: with_alpha(delta) for module, delta in adapter.deltas.items()}
+    problems = [*dora_problems(adapter.deltas), *_whole_weight_problems(adapter)]
+    refuse_writing(adapter, "PEFT's LoRA", problems)
+    deltas = {module: ensure_alpha(delta) for module, delta in adapter.deltas.items()}
     tensors: dict[str, Array] = {}
     for name, values in lora_tensors(deltas).items():
         tensors[f"{_PREFIX}{name}"] = values
@@ -56,11 +61,11 @@ def write_peft(adapter: PortableAdapter, folder: Path) -> None:
         "task_type": None,
     }
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    (folder / "adapter_model.safetensors").write_bytes(safetensors.numpy.save(contiguous(tensors), {"format": "pt"}))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    save_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
-def _whole_problems(adapter: PortableAdapter) -> list[str]:
+def _whole_weight_problems(adapter: PortableAdapter) -> list[str]:
     """Whole weights that a PEFT folder cannot hold."""
     problems: list[str] = []
     for name, replacement in adapter.replacements.items():
@@ -68,44 +73,27 @@ def _whole_problems(adapter: PortableAdapter) -> list[str]:
             done = "added to" if replacement.operation == "add" else "multiplied with"
             problems.append(f"{name}: is {done} the base's own, and PEFT only replaces; merge it")
     for name, replacement in adapter.replacements.items():
-        if name.rpartition(".")[0] in adapter.deltas and not replacement.in_place:
+        module = name.rpartition(".")[0]
+        if module in adapter.deltas and not replacement.in_place:
             problems.append(f"{name}: its module has factors too, and PEFT keeps one or the other")
     return problems
 
 
-def refuse(adapter: PortableAdapter, format: str, problems: list[str]) -> None:
-    """Raises UnsupportedAdapterError: there are problems, or nothing to write."""
-    if not problems and not adapter.deltas and not adapter.replacements:
-        problems = ["it holds nothing"]
-    if problems:
-        raise UnsupportedAdapterError(
-            f"{format} cannot hold adapter {adapter.name!r}", path=adapter.origin.path, problems=problems
-        )
-
-
-def dora_problems(deltas: Mapping[str, Delta]) -> list[str]:
-    """Why one config cannot say which modules have DoRA: it is for all of them or for none."""
-    with_dora = [module for module, delta in deltas.items() if delta.magnitude is not None]
-    without = [module for module, delta in deltas.items() if delta.magnitude is None]
-    if not with_dora or not without:
-        return []
-    return [
-        f"{without[0]} (and {len(without) - 1} more): has no DoRA, and {with_dora[0]} has; one config says it for all"
-    ]
+# --- the config --------------------------------------------------------------------------------
 
 
 def lora_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     """The fields of `LoraConfig` that say ranks, alphas and targets; names in patterns are anchored and exact."""
     ranks = {module: delta.rank for module, delta in deltas.items()}
-    alphas = {module: alpha_for(delta) for module, delta in deltas.items()}
-    rank = _most_common(ranks, 8)
-    alpha = _most_common(alphas, 8)
+    alphas = {module: _choose_alpha(delta) for module, delta in deltas.items()}
+    rank = _most_common(ranks, _DEFAULT_RANK)
+    alpha = _most_common(alphas, _DEFAULT_ALPHA)
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _pattern(ranks, rank),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": _pattern_of_others(ranks, rank),
+        "alpha_pattern": _pattern_of_others(alphas, alpha),
         "target_modules": sorted(deltas) or _NO_TARGETS,
         "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
         "use_rslora": False,
@@ -115,21 +103,21 @@ def lora_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
     }
 
 
-def _pattern(numbers: Mapping[str, float], default: float) -> dict[str, float]:
-    """The modules whose number is another than the config's."""
-    return {_anchored(module): number for module, number in numbers.items() if number != default}
+def _most_common(values: Mapping[str, T], default: T) -> T:
+    """The value that most modules have; `default` where there is no module."""
+    if not values:
+        return default
+    [(value, _)] = Counter(values.values()).most_common(1)
+    return value
 
 
-def _anchored(module: str) -> str:
-    return f"^{re.escape(module)}"
+def _pattern_of_others(numbers: Mapping[str, float], common: float) -> dict[str, float]:
+    """The numbers other than `common`, each by an expression that matches its module alone."""
+    return {f"^{re.escape(module)}": number for module, number in numbers.items() if number != common}
 
 
-def _most_common(values: Mapping[str, Any], default: Any) -> Any:
-    return Counter(values.values()).most_common(1)[0][0] if values else default
-
-
-def alpha_for(delta: Delta) -> float:
-    """alpha with alpha / r equal to the scale, as near as it comes; whole where it is that."""
+def _choose_alpha(delta: Delta) -> float:
+    """The alpha for which alpha / r is the scale, or comes nearest to it; an int where it is whole."""
     near = delta.scale * delta.rank
     alpha = near
     for candidate in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
@@ -139,37 +127,28 @@ def alpha_for(delta: Delta) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def with_alpha(delta: Delta) -> Delta:
-    """The delta itself, or with the scale in B where no alpha gives that scale exactly."""
-    has_alpha = lora_scale(alpha_for(delta), delta.rank) == delta.scale
-    return delta if has_alpha else multiplied_in(delta, 1.0)
+def ensure_alpha(delta: Delta) -> Delta:
+    """The delta with a scale that some alpha gives exactly: its own, or else 1, with the old scale in B."""
+    scale = lora_scale(_choose_alpha(delta), delta.rank)
+    return delta if scale == delta.scale else rescale(delta, 1.0)
 
 
-def multiplied_in(delta: Delta, scale: float) -> Delta:
-    """The same change at another scale: what is left of the old one goes into B, rounded once."""
-    if delta.scale == scale:
-        return delta
-    wide = np.promote_types(delta.b.dtype, np.float32)
-    b = (delta.b.astype(np.float64) * (delta.scale / scale)).astype(wide)
-    return Delta(delta.a, b, scale, delta.kind, delta.magnitude)
+# --- the tensors -------------------------------------------------------------------------------
 
 
 def lora_tensors(deltas: Mapping[str, Delta]) -> dict[str, Array]:
-    """PEFT's tensors by PEFT's names, as its checkpoints have them."""
+    """PEFT's tensors by PEFT's names, as its checkpoints have them. Shapes as in `Delta`, with axes of size 1 behind
+    those of a convolution's B and around those of its magnitude."""
     tensors: dict[str, Array] = {}
     for module, delta in deltas.items():
+        kernel = (1,) * (delta.a.ndim - 2)
         if isinstance(delta.kind, Embedding):
-            tensors[f"{module}.lora_embedding_A"], tensors[f"{module}.lora_embedding_B"] = delta.a, delta.b
+            tensors[f"{module}.lora_embedding_A"] = delta.a
+            tensors[f"{module}.lora_embedding_B"] = delta.b
         else:
-            kernel = (1,) * (delta.a.ndim - 2)
             tensors[f"{module}.lora_A.weight"] = delta.a
             tensors[f"{module}.lora_B.weight"] = delta.b.reshape(*delta.b.shape, *kernel)
         if delta.magnitude is not None:
-            shape = (1, -1, *(1,) * (delta.a.ndim - 2)) if isinstance(delta.kind, Conv) else (-1,)
+            shape = (1, -1, *kernel) if isinstance(delta.kind, Conv) else (-1,)
             tensors[f"{module}.lora_magnitude_vector"] = delta.magnitude.reshape(shape)
     return tensors
-
-
-def contiguous(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """What safetensors takes: C order, little-endian."""
-    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}

@@ -1,0 +1,269 @@
+"""A causal language model's checkpoint, made a graph by ONNX Runtime GenAI's model builder: GroupQueryAttention,
+packed q/k/v, weights of 4 or 8 bits; it runs in `onnxruntime_genai` too."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_lora.errors import ExportError
+from onnx_lora.exporter.frontends.calls import count_calls
+from onnx_lora.exporter.frontends.companion_files import companions_of
+from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
+from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
+from onnx_lora.exporter.frontends.exporters.genai_builder import NoTokenizer, Wish, build_graph, builder_version
+from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
+from onnx_lora.exporter.frontends.failures import library_failures
+from onnx_lora.exporter.frontends.huggingface import heads_of
+from onnx_lora.exporter.frontends.quiet import quiet, without_bars
+from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.request import GraphFile
+from onnx_lora.exporter.weights.torch_weights import read_module_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from onnx_lora.exporter.request import Progress
+    from onnx_lora.package import Package
+    from onnx_lora.points import Array
+
+__all__ = ["EXPORTER", "MEASURED", "GenaiExporter", "load_causal_model", "references"]
+
+logger = logging.getLogger(__name__)
+
+# The architectures of onnxruntime-genai 0.15 whose fp32 graph was found equal to PyTorch's numbers on the CPU. The
+# builder takes more, and is asked when told to; of OLMo it takes the wrong norm, of Phi and Nemotron a wrong epsilon.
+MEASURED = frozenset(
+    {
+        "Ernie4_5ForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "GptOssForCausalLM",
+        "GraniteForCausalLM",
+        "HunYuanDenseV1ForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+
+# What the builder exports for, by Optimum's names; None: what the config says.
+_TASKS = (None, "text-generation", "text-generation-with-past", "causal-lm", "causal-lm-with-past")
+
+# What a package's manifest calls its task: the builder's graphs always have a cache.
+_TASK = "text-generation-with-past"
+
+# GroupQueryAttention's kernels rotate and multiply this many numbers at once.
+_LANES = 16
+
+_INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
+_INSTEAD = "export it with via='optimum', in fp32 or fp16"
+
+# One of these is in every folder with a tokenizer.
+_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")
+
+# What a graph is compared on: rows of equal length, because GroupQueryAttention knows no padding on the left.
+_ROWS, _LENGTH = 2, 6
+
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+class GenaiExporter:
+    """ONNX Runtime GenAI's model builder."""
+
+    name = "genai"
+
+    def accepts(self, request: ExportRequest) -> Refusal | None:
+        """Why it does not take the request, or None. Unless it is asked for, or for quantized weights, which nobody
+        else writes, it takes the architectures alone whose numbers were measured.
+
+        Raises ModelError: the config says what the installed transformers does not understand.
+        """
+        is_needed = request.via == self.name or request.precision.quantized
+        if request.task not in _TASKS:
+            task = f"the task is {request.task!r}"
+            return Refusal(f"{_wanted(request)} is for text generation, and {task}; {_INSTEAD}")
+        if not _is_installed():
+            return Refusal(f"{_wanted(request)} needs onnxruntime-genai", install=_INSTALL)
+        fields = request.config.translated
+        if not is_needed and request.config.architecture not in MEASURED:
+            return Refusal(f"its graph of {request.config.architecture or 'this model'} was not measured")
+        if not is_needed and "quantization_config" in fields:
+            # The builder unpacks weights that are quantized already, and nobody here does, to compare with.
+            return Refusal("its weights are quantized already, and there is nothing to compare them with")
+        problem = _unfit_heads(fields)
+        if problem is not None:
+            return Refusal(f"{_wanted(request)}: {problem}; {_INSTEAD}")
+        return None
+
+    def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
+        """Let the builder write the graph into `folder`; the torch model beside it.
+
+        Weights of 4 and 8 bits are symmetric, in blocks of `block_size` along the inputs. `accuracy_level` 4
+        multiplies them in int8: activations are quantized as well, block by block, as they come.
+
+        Raises ModelError: no such checkpoint, or the builder does not know its architecture. ExportError: the
+        builder failed. StorageError, MissingDependencyError.
+        """
+        config, precision = request.config, request.precision
+        built = folder / "built"
+        with config.open_readable() as read:
+            self._build(Wish(config.model, built, precision, config.layers, read), folder, progress)
+            progress("load the checkpoint", 0, 1)
+            # Only now: the builder had it in memory too.
+            model = _load(config, read, precision.name)
+        record = {
+            "made_by": self.name,
+            "from": config.name,
+            "task": _TASK,
+            "precision": precision.name,
+            "builder": f"onnxruntime-genai {builder_version()}",
+        }
+        record |= config.base
+        if precision.quantized:
+            record |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
+        with library_failures(config.model, "run"):
+            calls = count_calls(model, {part.graph: part.answer for part in references(model)})
+        return Loaded(
+            graphs=(GraphFile("model", built / "model.onnx", calls=calls["model"]),),
+            record=record,
+            weights=read_module_weights(model, heads=heads_of(model)),
+            companions=_companions(config, built, model),
+            scratch=folder,
+            original=Original(model, partial(references, model)),
+        )
+
+    def load_original(self, request: ExportRequest, package: Package) -> Original:  # noqa: ARG002 - others need it
+        """The torch model that the builder would export. Raises ModelError, MissingDependencyError."""
+        with request.config.open_readable() as read:
+            model = _load(request.config, read, request.precision.name)
+        return Original(model, partial(references, model))
+
+    def _build(self, wish: Wish, scratch: Path, progress: Progress) -> None:
+        try:
+            build_graph(wish, scratch, progress)
+        except NoTokenizer as error:
+            if not Path(wish.model).is_dir() or _has_tokenizer(Path(wish.model)):
+                raise ExportError(
+                    f"its tokenizer cannot be loaded by transformers: {error}", path=wish.model
+                ) from error
+            logger.warning("%s has no tokenizer, and the package will have none", Path(wish.model).resolve().name)
+
+
+EXPORTER = GenaiExporter()
+
+
+def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Module:
+    """The torch model that the builder would export; weights that it quantizes are as they were before.
+
+    Raises ModelError: no such checkpoint. MissingDependencyError: torch or transformers is not installed.
+    """
+    config = ModelConfig.read(model)
+    with config.open_readable() as read:
+        return _load(config, read, precision)
+
+
+def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> nn.Module:
+    with quiet(), library_failures(config.model, "loaded by transformers"), without_bars():
+        import torch
+        import transformers
+
+        loaded, account = transformers.AutoModelForCausalLM.from_pretrained(
+            str(read),
+            torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
+            local_files_only=Path(read).is_dir(),
+            trust_remote_code=False,
+            # The others leave out what some models have (Gemma 2's soft caps, GPT-OSS's sinks).
+            attn_implementation="eager",
+            **LOADING,
+        )
+        check_whole(loaded, account, config.model, read)
+    evaluated: nn.Module = loaded.eval()
+    return evaluated
+
+
+def references(model: Any) -> list[Reference]:
+    """A prompt and an empty cache, and what the model answers to them."""
+    import torch
+
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.randint(0, vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
+
+    def answer() -> dict[str, Array]:
+        with quiet(), torch.inference_mode():
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+        flat: dict[str, Array] = {"logits": outputs.logits.numpy()}
+        for index, layer in enumerate(outputs.past_key_values.layers):
+            flat[f"present.{index}.key"] = layer.keys.numpy()
+            flat[f"present.{index}.value"] = layer.values.numpy()
+        return flat
+
+    first = cache(answer)  # for its shapes: adapters change values only
+
+    def feeds(names: Sequence[str]) -> dict[str, Array]:
+        values: dict[str, Array] = {
+            "input_ids": ids.numpy(),
+            "attention_mask": np.ones((_ROWS, _LENGTH), np.int64),
+            "position_ids": np.tile(np.arange(_LENGTH), (_ROWS, 1)),
+        }
+        for name in names:
+            match = _PAST.fullmatch(name)
+            if match:
+                # [rows, heads, length, size], and nothing has passed yet.
+                values[name] = first()[f"present.{match[1]}.{match[2]}"][:, :, :0]
+        return {name: values[name] for name in names if name in values}
+
+    return [Reference("model", feeds, answer)]
+
+
+def _wanted(request: ExportRequest) -> str:
+    """What of a request brings it here, for messages."""
+    if request.via is None and request.precision.quantized:
+        return f"precision {request.precision.name!r}"
+    return "via='genai'"
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("onnxruntime_genai") is not None
+
+
+def _unfit_heads(fields: Mapping[str, Any]) -> str | None:
+    """Why ONNX Runtime's attention refuses a model's heads, or None; unknown configs are the builder's to judge."""
+    heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
+        return None
+    size = fields.get("head_dim") or width // heads
+    rotated = int(size * (fields.get("partial_rotary_factor") or 1.0))
+    if size % _LANES or rotated % _LANES:
+        return f"attention heads must have a multiple of {_LANES} numbers, rotated ones too, and have {size}"
+    return None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
+
+
+def _companions(config: ModelConfig, built: Path, model: Any) -> tuple[Path, ...]:
+    """The builder's files, and those of the checkpoint that it leaves out: its configs above all."""
+    checkpoint = Path(config.model)
+    if not config.is_local:
+        checkpoint = built / "others"
+        model.config.save_pretrained(checkpoint)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(checkpoint)
+    files = {file.name: file for file in companions_of(checkpoint)}
+    for file in companions_of(built):
+        files[file.name] = file
+    return tuple(files.values())

@@ -1,0 +1,1 @@
+"""A package against the model in PyTorch: what is compared, with which adapters, and how far apart they may be."""

@@ -1,0 +1,1 @@
+"""What goes into the package's folder: weights in data files, and the manifest's entries."""
