@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-__all__ = ["is_finite_number", "misfits"]
+__all__ = ["find_misfits", "is_finite_number"]
 
 # Modules that are imported for checkers alone. They are loaded where there is an object of theirs.
 _FOR_CHECKERS = {"torch": "torch", "nn": "torch.nn"}
@@ -28,7 +28,7 @@ _LARGE = 10**9  # Python itself refuses to write numbers of many thousand digits
 _OF_ITEMS = (list, tuple, set, frozenset, str, bytes)
 
 
-def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+def find_misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """One line for each argument that its annotation does not allow; annotations that mean nothing at run time allow
     everything. Of our own dataclasses (a source of graphs) the fields are judged."""
     signature = inspect.signature(function)
@@ -41,25 +41,24 @@ def misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
         parameter = signature.parameters[name]
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
-        hint = _hint(parameter.annotation, function)
+        hint = _resolve(parameter.annotation, function)
         if not _fits(value, hint, function):
             written = parameter.annotation if isinstance(parameter.annotation, str) else inspect.formatannotation(hint)
-            problems.append(f"{name} must be {written}, and is {_shown(value)}")
+            problems.append(f"{name} must be {written}, and is {_describe_value(value)}")
             continue
         if dataclasses.is_dataclass(value) and type(value).__module__.startswith(f"{__package__}."):
-            problems += [f"{name}.{problem}" for problem in _misfits_inside(value)]
+            problems += [f"{name}.{problem}" for problem in _find_misfits_inside(value)]
             continue
-        texts = list(value)[:_ITEMS] if isinstance(value, list | tuple | dict) else [value]
-        wrong = next((wrong for text in texts if (wrong := _unwritable(text)) is not None), None)
-        if wrong is not None:
-            problems.append(f"{name} must be text that can be written, and {wrong}")
+        reason = _find_unwritable(value)
+        if reason is not None:
+            problems.append(f"{name} must be text that can be written, and {reason}")
     return problems
 
 
-def _misfits_inside(record: Any) -> list[str]:
-    """As `misfits`, of the fields that one of our dataclasses was made with."""
+def _find_misfits_inside(record: Any) -> list[str]:
+    """As `find_misfits`, of the fields that one of our dataclasses was made with."""
     given = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.init}
-    return misfits(type(record).__init__, (), given)
+    return find_misfits(type(record).__init__, (), given)
 
 
 def is_finite_number(value: object) -> bool:
@@ -70,22 +69,26 @@ def is_finite_number(value: object) -> bool:
         return False
 
 
-def _shown(value: object) -> str:
-    """Its type, and its value where that is short by nature: a foreign `repr` may fail, or never end."""
+def _describe_value(value: object) -> str:
+    """An argument's type, and its value where that is short by nature: a foreign `repr` may fail, or never end."""
     if value is None:
         return "None"
-    short = isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < _LARGE)
-    return f"{type(value).__name__} {value!r}" if short else type(value).__name__
+    name = type(value).__name__
+    is_short = isinstance(value, bool | float) or (isinstance(value, int) and abs(value) < _LARGE)
+    return f"{name} {value!r}" if is_short else name
 
 
-def _hint(annotation: Any, function: Callable[..., Any]) -> Any:
+def _resolve(annotation: Any, function: Callable[..., Any]) -> Any:
     """What an annotation means, or `Any` where it cannot be told: of types that are imported for checkers alone."""
     if annotation is inspect.Parameter.empty:
         return Any
     if not isinstance(annotation, str):
         return annotation
     names = vars(inspect.getmodule(function) or builtins)
-    theirs = {name: sys.modules[module] for name, module in _FOR_CHECKERS.items() if module in sys.modules}
+    theirs: dict[str, object] = {}
+    for name, module in _FOR_CHECKERS.items():
+        if module in sys.modules:
+            theirs[name] = sys.modules[module]
     try:
         return eval(annotation, names, theirs)  # noqa: S307 - our own source's text
     except (NameError, AttributeError, TypeError):
@@ -98,10 +101,10 @@ def _fits(value: Any, hint: Any, function: Callable[..., Any]) -> bool:
     if hint is None:
         return value is None
     if isinstance(hint, str):
-        return _fits(value, _hint(hint, function), function)
+        return _fits(value, _resolve(hint, function), function)
     forward = getattr(hint, "__forward_arg__", None)
     if forward is not None:
-        return _fits(value, _hint(forward, function), function)
+        return _fits(value, _resolve(forward, function), function)
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one, function) for one in inside)
@@ -140,14 +143,25 @@ def _items_fit(value: Any, inside: Sequence[Any], function: Callable[..., Any]) 
         first = list(value.items())[:_ITEMS]
         return all(_fits(key, keys, function) and _fits(item, values, function) for key, item in first)
     if isinstance(value, _OF_ITEMS) and inside:
-        if isinstance(value, tuple) and len(inside) == len(value) and inside[-1] is not Ellipsis:
+        has_own_types = isinstance(value, tuple) and len(inside) == len(value) and inside[-1] is not Ellipsis
+        if has_own_types:
             return all(_fits(item, kind, function) for item, kind in zip(value, inside, strict=True))
         return all(_fits(item, inside[0], function) for item in list(value)[:_ITEMS])
     return True
 
 
-def _unwritable(value: object) -> str | None:
-    """Why no file, and no terminal, takes a text or a path."""
+def _find_unwritable(value: object) -> str | None:
+    """Why no file, and no terminal, takes an argument or the first such item of it; None: it can be written."""
+    items = list(value)[:_ITEMS] if isinstance(value, list | tuple | dict) else [value]
+    for item in items:
+        reason = _explain_unwritable(item)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _explain_unwritable(value: object) -> str | None:
+    """Why no file, and no terminal, takes a text or a path; None: it can be written, or is neither."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(text, str) and "\0" in text:
         return "holds a NUL character"

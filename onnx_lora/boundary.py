@@ -1,5 +1,5 @@
 """The one place where foreign exceptions become ours, on their way out of a public function. It knows exceptions, and
-what the arguments of a call were meant to be; it knows nothing of what the functions do."""
+asks `arguments` whether a call's arguments fit; it does not know what the functions do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from onnx_lora.arguments import misfits
+from onnx_lora.arguments import find_misfits
 from onnx_lora.errors import (
     InputError,
     InternalError,
@@ -25,12 +25,12 @@ from onnx_lora.errors import (
 )
 from onnx_lora.extras import how_to_install
 
-__all__ = ["call_foreign", "public", "translated", "unread", "unwritten"]
+__all__ = ["call_foreign", "public", "translate", "translate_unread", "translate_unwritten"]
 
 R = TypeVar("R")
 T = TypeVar("T", bound=Callable[..., Any])
 
-# What the system refuses, by the kind of error, and what to do about it.
+# By the number of a system's error: which error of ours it is, and what is wrong and what to do.
 _FULL = (StorageError, "the disk is full; make room, or choose another place")
 _FORBIDDEN = (StorageError, "the system does not permit it; change the permissions, or choose another place")
 _REFUSED: Mapping[int, tuple[type[OnnxLoraError], str]] = {
@@ -53,7 +53,7 @@ _REFUSED: Mapping[int, tuple[type[OnnxLoraError], str]] = {
     errno.ENOMEM: (OutsideError, "memory ran out; end other programs, or take a smaller model"),
 }
 
-# Of these the path says nothing.
+# A limit of the process, the disk or the machine was reached: the file that is named is not at fault.
 _LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _SAID_LIMIT = 500  # characters of a foreign message
@@ -68,32 +68,35 @@ def public(thing: T) -> T:
     if isinstance(thing, type):
         _guard_class(thing)
         return cast(T, thing)
-    return cast(T, _guarded(thing))
+    return cast(T, _guard(thing))
 
 
-def unwritten(error: OSError, target: Path) -> StorageError:
-    """What the disk refused of an output, to be raised from it."""
+def translate_unwritten(error: OSError, target: Path) -> StorageError:
+    """The error of an output that the disk refused, to be raised from `error`."""
     if error.errno in _LIMITS:
         return StorageError(f"nothing was written: {_REFUSED[error.errno][1]}", path=target)
-    found = ": ".join(filter(None, (error.strerror or str(error), _file_of(error))))
+    found = error.strerror or str(error)
+    file = _file_of(error)
+    if file is not None:
+        found += f": {file}"
     return StorageError(f"cannot be written ({found}); nothing was written", path=target)
 
 
-def unread(
+def translate_unread(
     error: OSError | ValueError, path: str | os.PathLike[str], kind: type[OnnxLoraError], cure: str
 ) -> OnnxLoraError:
-    """What is wrong with a file that was read, to be raised from `error`: a `kind` of error, unless the system is at
-    fault and not the file."""
+    """The error of a file that cannot be read, to be raised from `error`: a `kind`, which says `cure`, where the file
+    is at fault; a StorageError where the system is."""
     if isinstance(error, OSError) and error.errno in (*_LIMITS, errno.EACCES, errno.EPERM, errno.EIO):
-        return translated(error)
-    what = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return kind(f"cannot be read: {what}; {cure}", path=path)
+        return translate(error)
+    reason = error.strerror if isinstance(error, OSError) else None
+    return kind(f"cannot be read: {reason or error}; {cure}", path=path)
 
 
 def call_foreign(function: Callable[[], R], failure: Callable[[str], OnnxLoraError]) -> R:
-    """What another package's code gives, which may raise anything.
+    """Call a function of another package, which may raise anything.
 
-    Raises `failure(said)`: whatever it raised that is no error of ours; `said` has its type, its text and its line.
+    Raises `failure(said)` in place of every exception that is not ours; `said` has its type, its text and its line.
     StorageError: the disk is full, or the system opens no more files.
     """
     try:
@@ -102,11 +105,11 @@ def call_foreign(function: Callable[[], R], failure: Callable[[str], OnnxLoraErr
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _LIMITS:  # the system's fault, and no package's
-            raise translated(error) from error
-        raise failure(_said(error)) from error
+            raise translate(error) from error
+        raise failure(_describe(error)) from error
 
 
-def translated(error: BaseException) -> OnnxLoraError:
+def translate(error: BaseException) -> OnnxLoraError:
     """A foreign exception as one of ours, to be raised from it."""
     if isinstance(error, OnnxLoraError):
         return error
@@ -124,11 +127,11 @@ def translated(error: BaseException) -> OnnxLoraError:
         kind, cure = _REFUSED.get(error.errno or 0, (StorageError, f"the system failed: {error}; try again"))
         return kind(cure, path=_file_of(error))
     return InternalError(
-        f"a fault of onnx-lora, or of a library beneath it ({_said(error)}); please report it, with the traceback"
+        f"a fault of onnx-lora, or of a library beneath it ({_describe(error)}); please report it, with the traceback"
     )
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """An exception's type and text, and the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f", line {frame.lineno} of {Path(frame.filename).name}" for frame in last)
@@ -146,16 +149,17 @@ def _guard_class(kind: type) -> None:
         if name.startswith("_") and name not in ("__init__", "__iter__", "__next__", "__enter__", "__exit__"):
             continue
         if isinstance(value, staticmethod | classmethod):
-            setattr(kind, name, type(value)(_guarded(value.__func__)))
+            setattr(kind, name, type(value)(_guard(value.__func__)))
         elif isinstance(value, property):
-            setattr(kind, name, property(value.fget and _guarded(value.fget), value.fset, value.fdel, value.__doc__))
+            getter = value.fget and _guard(value.fget)
+            setattr(kind, name, property(getter, value.fset, value.fdel, value.__doc__))
         elif isinstance(value, cached_property):
-            value.func = _guarded(value.func)
+            value.func = _guard(value.func)
         elif inspect.isfunction(value):
-            setattr(kind, name, _guarded(value))
+            setattr(kind, name, _guard(value))
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _guard(function: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isgeneratorfunction(function):
         raise TypeError(f"{function.__qualname__}: give out an iterator whose __next__ is public, not a generator")
 
@@ -166,14 +170,14 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except (OnnxLoraError, StopIteration):
             raise
         except BaseException as error:
-            if _passes(error, args, kwargs):
+            if _may_pass(error, args, kwargs):
                 raise
-            raise _judged(error, function, args, kwargs) from error
+            raise _judge(error, function, args, kwargs) from error
 
     return guarded
 
 
-def _passes(error: BaseException, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _may_pass(error: BaseException, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     # A panic of Rust's in tokenizers or safetensors is no Exception, and no wish to end the program either.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return True
@@ -184,12 +188,14 @@ def _passes(error: BaseException, args: Sequence[Any], kwargs: Mapping[str, Any]
     return any(frame.f_code in theirs for frame, _ in traceback.walk_tb(trace))
 
 
-def _judged(
+def _judge(
     error: BaseException, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> OnnxLoraError:
-    """A failure that nobody foresaw is the caller's where an argument is not what it must be. Judged only now: a call
-    that works pays nothing for it, and whatever behaves like what is asked for is taken."""
-    mine = translated(error)
-    if isinstance(error, MemoryError) or not (problems := misfits(function, args, kwargs)):
-        return mine
-    return InputError(f"{function.__qualname__} cannot work with its arguments", problems=problems)
+    """The error of a call that failed for a reason that nobody foresaw: the caller's where an argument is of another
+    type than its annotation. Arguments are checked only now, so that a call that works pays nothing for it, and an
+    object that behaves like what is asked for is taken."""
+    if not isinstance(error, MemoryError):
+        problems = find_misfits(function, args, kwargs)
+        if problems:
+            return InputError(f"{function.__qualname__} cannot work with its arguments", problems=problems)
+    return translate(error)

@@ -17,7 +17,7 @@ from importlib import import_module
 import click
 
 from onnx_lora import __version__
-from onnx_lora.boundary import translated
+from onnx_lora.boundary import translate
 from onnx_lora.errors import InternalError, OnnxLoraError, printable
 
 __all__ = ["COMMANDS", "cli", "main"]
@@ -101,7 +101,7 @@ def main() -> None:
         click.echo(printable(said.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001 - the last boundary of all; a traceback is shown of what is no user's
-        _end_with(translated(error), error, as_json=as_json)
+        _end_with(translate(error), error, as_json=as_json)
 
 
 def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:

@@ -68,47 +68,53 @@ class Codec:
             return self._decode_dict(kind, data, where)
         if origin is Literal:
             return _decode_literal(kind, data, where)
-        if type(data) is not kind:  # not isinstance: True is no number here
-            raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
-        return data
+        return _decode_plain(kind, data, where)
 
     def _decode_variant(self, kind: Any, data: object, where: str) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        name = data.get("name") if isinstance(data, dict) else None
+        if not isinstance(name, str):
             raise ValueError(f"{where} must be an object with a name")
         classes = self.variants[kind]
-        if data["name"] not in classes:
-            raise UnknownNameError(f"{where} is {data['name']!r}, and known are {', '.join(classes)}")
-        return self._decode_fields(classes[data["name"]], data, where)
+        if name not in classes:
+            raise UnknownNameError(f"{where} is {name!r}, and known are {', '.join(classes)}")
+        return self._decode_fields(classes[name], data, where)
 
     def _decode_list(self, kind: Any, data: object, where: str) -> Any:
         if not isinstance(data, list):
             raise ValueError(f"{where} must be a list")
         item = get_args(kind)[0]
-        entries = [self.decode(item, entry, f"{where}[{index}]") for index, entry in enumerate(data)]
+        entries: list[Any] = []
+        for index, entry in enumerate(data):
+            entries.append(self.decode(item, entry, f"{where}[{index}]"))
         return tuple(entries)
 
     def _decode_dict(self, kind: Any, data: object, where: str) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object")
         item = get_args(kind)[1]
-        return {str(key): self.decode(item, entry, f"{where}.{key}") for key, entry in data.items()}
+        entries: dict[str, Any] = {}
+        for key, entry in data.items():
+            entries[str(key)] = self.decode(item, entry, f"{where}.{key}")
+        return entries
 
     def _decode_optional(self, kind: Any, data: object, where: str) -> Any:
-        present = [each for each in get_args(kind) if each is not types.NoneType]
-        if len(present) != 1 or len(get_args(kind)) != 2:
-            raise TypeError(f"{where}: a field has one type, or that or None")
-        return None if data is None else self.decode(present[0], data, where)
+        alternatives = [each for each in get_args(kind) if each is not types.NoneType]
+        if len(alternatives) != 1 or len(get_args(kind)) != 2:
+            raise TypeError(f"{where}: a field must be of one type, or of one type or None")
+        if data is None:
+            return None
+        return self.decode(alternatives[0], data, where)
 
     def _decode_fields(self, kind: type, data: object, where: str) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object")
         values: dict[str, Any] = {}
         missing: list[str] = []
-        for name, (field_type, needed) in _fields_of(kind).items():
-            if name in data:
-                values[name] = self.decode(field_type, data[name], f"{where}.{name}")
-            elif needed:
-                missing.append(name)
+        for field in _list_fields(kind):
+            if field.name in data:
+                values[field.name] = self.decode(field.type, data[field.name], f"{where}.{field.name}")
+            elif field.is_needed:
+                missing.append(field.name)
         if missing:
             raise ValueError(f"{where} lacks {', '.join(sorted(missing))}")
         return kind(**values)
@@ -128,6 +134,13 @@ class Codec:
         return newest
 
 
+def _decode_plain(kind: Any, data: object, where: str) -> object:
+    """A number, a text, or True or False."""
+    if type(data) is not kind:  # not isinstance: True is no number here
+        raise ValueError(f"{where} must be {kind.__name__}, not {data!r}")
+    return data
+
+
 def _decode_literal(kind: Any, data: object, where: str) -> str:
     known = get_args(kind)
     if not isinstance(data, str):
@@ -137,13 +150,21 @@ def _decode_literal(kind: Any, data: object, where: str) -> str:
     return data
 
 
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """A field of a dataclass; `is_needed`: it has no default, so that JSON must hold it."""
+
+    name: str
+    type: Any
+    is_needed: bool
+
+
 @cache
-def _fields_of(kind: type) -> dict[str, tuple[Any, bool]]:
-    """A dataclass's fields, their types and whether each must be there: looked up once for the thousands of entries of
-    a manifest."""
+def _list_fields(kind: type) -> tuple[_Field, ...]:
+    """A dataclass's fields: looked up once for the thousands of entries of a manifest."""
     hints = get_type_hints(kind)
-    found: dict[str, tuple[Any, bool]] = {}
+    found: list[_Field] = []
     for field in fields(kind):
-        needed = field.default is MISSING and field.default_factory is MISSING
-        found[field.name] = hints[field.name], needed
-    return found
+        has_default = field.default is not MISSING or field.default_factory is not MISSING
+        found.append(_Field(field.name, hints[field.name], not has_default))
+    return tuple(found)

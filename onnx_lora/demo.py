@@ -18,7 +18,7 @@ from onnx_lora.errors import InputError, MissingDependencyError, PromptError
 from onnx_lora.exporter import attach
 from onnx_lora.points import Array
 from onnx_lora.runtime import AdapterSession, fold
-from onnx_lora.runtime.generation.text import refused
+from onnx_lora.runtime.generation.text import translate_failures
 from onnx_lora.staging import scratch
 
 __all__ = ["MODEL", "Answer", "DemoResult", "DemoTask", "run_demo", "tokenize"]
@@ -28,6 +28,9 @@ MODEL = Path(__file__).parent / "demo_model"
 
 # Timed calls of each kind; the median of so many is steady to a few per cent.
 _CALLS = 60
+
+# Calls of each kind before the first that is timed.
+_WARM_UP = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,55 +72,61 @@ def run_demo(
 
     Raises MissingDependencyError: `tokenizers` is not installed. OutputExistsError: `keep` exists.
     """
-    sentences = _sentences(texts)
+    sentences = _choose_sentences(texts)
     feeds = tokenize(sentences)
     with scratch() as place:
-        folder = keep or place / "package"
         progress("attach", 0, 4)
         start = time.perf_counter()
-        package = attach(MODEL / "model.onnx", folder)
+        package = attach(MODEL / "model.onnx", keep or place / "package")
         attached = time.perf_counter() - start
         session = AdapterSession(package)
+        descriptions = _read_tasks()
         start = time.perf_counter()
-        for name in _tasks():
+        for name in descriptions:
             session.load_adapter(name, MODEL / "adapters" / name)
         loaded = time.perf_counter() - start
-        tasks = tuple(_describe(session, name, facts) for name, facts in _tasks().items())
+        tasks = tuple(_describe_task(session, name, facts) for name, facts in descriptions.items())
 
         progress("switch", 1, 4)
-        single = {task.name: _logits(session.run(None, feeds, adapter=task.name)) for task in tasks}
+        single = {task.name: _take_logits(session.run(None, feeds, adapter=task.name)) for task in tasks}
         progress("mix", 2, 4)
-        mixed = _mixed(session, feeds, tasks)
+        mixed = _run_mixed(session, feeds, tasks)
         progress("fold", 3, 4)
-        folded = {task.name: fold(package, MODEL / "adapters" / task.name) for task in tasks}
-        times = _times(session, folded[tasks[0].name], feeds, tasks)
-        return DemoResult(
-            sentences=tuple(sentences),
-            tasks=tasks,
-            answers=tuple(
-                tuple(_answer(single[task.name][row], task) for task in tasks) for row in range(len(sentences))
-            ),
-            mixed_difference=max(_difference(mixed[task.name], single[task.name]) for task in tasks),
-            fold_difference=max(
-                _difference(_logits(folded[task.name].run(None, feeds)), single[task.name]) for task in tasks
-            ),
-            milliseconds={"attach the points, once": 1000 * attached, "load four adapters": 1000 * loaded} | times,
-            base_bytes=(MODEL / "model.onnx").stat().st_size,
-            adapter_bytes=round(sum(1000 * task.kilobytes for task in tasks)),
-            package=None if keep is None else str(keep),
-        )
+        sessions = {task.name: fold(package, MODEL / "adapters" / task.name) for task in tasks}
+        folded = {name: _take_logits(own.run(None, feeds)) for name, own in sessions.items()}
+        milliseconds = {"attach the points, once": 1000 * attached, "load four adapters": 1000 * loaded}
+        milliseconds |= _time_calls(session, sessions[tasks[0].name], feeds, tasks)
+    answers: list[tuple[Answer, ...]] = []
+    for row in range(len(sentences)):
+        answers.append(tuple(_choose_answer(single[task.name][row], task) for task in tasks))
+    return DemoResult(
+        sentences=tuple(sentences),
+        tasks=tasks,
+        answers=tuple(answers),
+        mixed_difference=max(_measure_difference(mixed[name], single[name]) for name in single),
+        fold_difference=max(_measure_difference(folded[name], single[name]) for name in single),
+        milliseconds=milliseconds,
+        base_bytes=(MODEL / "model.onnx").stat().st_size,
+        adapter_bytes=round(sum(1000 * task.kilobytes for task in tasks)),
+        package=None if keep is None else str(keep),
+    )
 
 
-def _tasks() -> dict[str, dict[str, Any]]:
+def _read_tasks() -> dict[str, dict[str, Any]]:
     tasks: dict[str, dict[str, Any]] = json.loads((MODEL / "tasks.json").read_text("utf-8"))
     return tasks
 
 
-def _sentences(texts: Sequence[str]) -> list[str]:
+def _choose_sentences(texts: Sequence[str]) -> list[str]:
     if texts and not all(text.strip() for text in texts):
         raise InputError("--text must hold a sentence, and is empty")
+    if texts:
+        return list(texts)
     # The first two examples of each task: every task has something to say, and the table fits a screen.
-    return list(texts) or [example for facts in _tasks().values() for example in facts["examples"][:2]]
+    examples: list[str] = []
+    for facts in _read_tasks().values():
+        examples += facts["examples"][:2]
+    return examples
 
 
 def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
@@ -130,7 +139,7 @@ def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
     except ImportError as error:
         raise MissingDependencyError("the demo needs tokenizers: pip install 'onnx-lora[cpu,demo]'") from error
     length = int(json.loads((MODEL / "config.json").read_text("utf-8"))["max_position_embeddings"])
-    with refused(PromptError, "the sentences must be valid Unicode, and the tokenizer refuses them"):
+    with translate_failures(PromptError, "the sentences must be valid Unicode, and the tokenizer refuses them"):
         tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
         tokenizer.enable_truncation(max_length=length)
         tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]"))
@@ -142,59 +151,64 @@ def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
     }
 
 
-def _describe(session: AdapterSession, name: str, facts: Mapping[str, Any]) -> DemoTask:
+def _describe_task(session: AdapterSession, name: str, facts: Mapping[str, Any]) -> DemoTask:
     bound = session.adapters[name]
     size = sum(value.nbytes for value in bound.tensors.values()) / 1000
     return DemoTask(name, tuple(facts["labels"]), facts["accuracy"], max(bound.coverage.ranks.values()), size)
 
 
-def _logits(outputs: Sequence[Any]) -> Array:
+def _take_logits(outputs: Sequence[Any]) -> Array:
     logits: Array = outputs[0]
     return logits
 
 
-def _mixed(session: AdapterSession, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]) -> dict[str, Array]:
+def _run_mixed(session: AdapterSession, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]) -> dict[str, Array]:
     """Every sentence under every task, in one call: rows `[task 0, task 0, ..., task 1, ...]`."""
     count = len(feeds["input_ids"])
-    rows = tuple(task.name for task in tasks for _ in range(count))
-    logits = _logits(
-        session.run(None, {name: np.concatenate([value] * len(tasks)) for name, value in feeds.items()}, adapter=rows)
-    )
-    # Heads differ in width; behind a narrower one's own labels stand probabilities of zero.
-    return {
-        task.name: logits[index * count : (index + 1) * count, : len(task.labels)] for index, task in enumerate(tasks)
-    }
+    rows: list[str] = []
+    for task in tasks:
+        rows += [task.name] * count
+    repeated = {name: np.concatenate([value] * len(tasks)) for name, value in feeds.items()}
+    logits = _take_logits(session.run(None, repeated, adapter=tuple(rows)))
+    mixed: dict[str, Array] = {}
+    for index, task in enumerate(tasks):
+        # Heads differ in width; behind a narrower one's own labels stand probabilities of zero.
+        mixed[task.name] = logits[index * count : (index + 1) * count, : len(task.labels)]
+    return mixed
 
 
-def _answer(logits: Array, task: DemoTask) -> Answer:
+def _choose_answer(logits: Array, task: DemoTask) -> Answer:
     exponents = np.exp(logits - logits.max())
     best = int(exponents.argmax())
     return Answer(task.labels[best], float(exponents[best] / exponents.sum()))
 
 
-def _difference(actual: Array, expected: Array) -> float:
+def _measure_difference(actual: Array, expected: Array) -> float:
     return float(np.abs(actual.astype(np.float64) - expected.astype(np.float64)).max())
 
 
-def _times(
+def _time_calls(
     session: AdapterSession, folded: Any, feeds: Mapping[str, Array], tasks: Sequence[DemoTask]
 ) -> dict[str, float]:
     """Medians, the kinds of calls taking turns so that a slow moment of the machine hits all of them."""
     one = {name: value[:1] for name, value in feeds.items()}
-    first, names = tasks[0].name, [task.name for task in tasks]
+    names = [task.name for task in tasks]
+
+    def switch(turn: int) -> object:
+        return session.run(None, one, adapter=names[turn % len(names)])
+
     calls: dict[str, Callable[[int], object]] = {
         "one sentence, base": lambda _: session.run(None, one),
-        "one sentence, the same adapter again": lambda _: session.run(None, one, adapter=first),
-        "one sentence, another adapter every call": lambda turn: session.run(
-            None, one, adapter=names[turn % len(names)]
-        ),
+        "one sentence, the same adapter again": lambda _: session.run(None, one, adapter=names[0]),
+        "one sentence, another adapter every call": switch,
         "one sentence, folded": lambda _: folded.run(None, one),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(_CALLS + 5):
+    for turn in range(_WARM_UP + _CALLS):
         for name, call in calls.items():
             start = time.perf_counter()
             call(turn)
-            if turn >= 5:  # the first calls warm up
-                seconds[name].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            if turn >= _WARM_UP:
+                seconds[name].append(taken)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}

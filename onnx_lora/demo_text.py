@@ -63,7 +63,7 @@ def run_writer(
 
     Raises MissingDependencyError: `tokenizers` is not installed. OutputExistsError: `keep` exists.
     """
-    facts = _facts()
+    facts = _read_facts()
     said = facts["prompt"] if prompt is None else prompt
     if not said.strip():
         raise InputError("--prompt must hold a text, and is empty")
@@ -86,29 +86,25 @@ def run_writer(
         seconds = time.perf_counter() - start
         greedy = Sampling(_TOKENS)
         together = generator.generate([said] * len(names), adapter=list(names.values()), sampling=greedy)
-        rows = tuple(
-            Written(
-                name,
-                facts["adapters"].get(name, facts["base"])["says"],
-                texts[name],
-                generator.generate(said, adapter=adapter, sampling=greedy).tokens == together[index].tokens,
-            )
-            for index, (name, adapter) in enumerate(names.items())
-        )
+        rows: list[Written] = []
+        for (name, adapter), row in zip(names.items(), together, strict=True):
+            alone = generator.generate(said, adapter=adapter, sampling=greedy)
+            says = facts["adapters"].get(name, facts["base"])["says"]
+            rows.append(Written(name, says, texts[name], alone=alone.tokens == row.tokens))
     return WriterResult(
         prompt=said,
-        rows=rows,
+        rows=tuple(rows),
         tokens_per_second=tokens / seconds,
-        base_bytes=_size(WRITER / "model"),
-        adapter_bytes=_size(WRITER / "adapters"),
+        base_bytes=_count_bytes(WRITER / "model"),
+        adapter_bytes=_count_bytes(WRITER / "adapters"),
         package=None if keep is None else str(keep),
     )
 
 
-def _facts() -> dict[str, Any]:
+def _read_facts() -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((WRITER / "writer.json").read_text("utf-8"))
     return facts
 
 
-def _size(folder: Path) -> int:
+def _count_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

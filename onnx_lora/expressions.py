@@ -1,7 +1,8 @@
 """Regular expressions that others wrote, on names: the answers of `re`, in bounded time. It knows no rule of PEFT's.
 
-`re` tries one way after the other, and `(a+)+b` has 2^n of them. Here all places of a name that an expression can have
-come to are followed at once, as the bits of a number, so that every part of it is looked at once for each repetition.
+`re` tries one way through an expression after the other, and `(a+)+b` has 2^n ways. Here all places of a name that the
+parts so far can end at are one number, a bit for each place. A part takes such a number and gives the next one, so that
+each part is followed once a repetition, however many ways lead to it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SHOWN = 60
 
 
 class ExpressionError(Exception):
-    """No expression, or one that is refused; the text says which, and why."""
+    """A text is no expression, or an expression is refused; the message says which, and why."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Expression:
         try:
             re.compile(text)  # what only compiling finds wrong
             parsed = _parser.parse(text)
-            self._tree = _sequence(parsed, parsed.state.flags)
+            self._tree = _build_sequence(parsed, parsed.state.flags)
         except (re.error, RecursionError, OverflowError, MemoryError) as error:
             raise ExpressionError(f"{shown} is no regular expression: {error}") from error
 
@@ -114,6 +115,7 @@ class _Text:
 
     @cached_property
     def everywhere(self) -> int:
+        """All places, the one behind the last character too."""
         return (2 << len(self.name)) - 1
 
 
@@ -121,7 +123,8 @@ class _Part(Protocol):
     """A part of an expression."""
 
     def reach(self, text: _Text, places: int, *, back: bool) -> int:
-        """The places where it can end that begins at one of `places`; `back`: begin that ends there."""
+        """The places where this part can end, if it begins at one of `places`. `back`: the places where it can begin,
+        if it ends at one of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +149,16 @@ class _Leaf:
 
     def _look(self, text: _Text) -> int:
         text.spend(len(text.characters if self.width else text.name))
+        holding = 0
         if self.width:
-            return sum(places for character, places in text.characters.items() if self.pattern.fullmatch(character))
-        return sum(1 << place for place in range(len(text.name) + 1) if self.pattern.match(text.name, place))
+            for character, places in text.characters.items():
+                if self.pattern.fullmatch(character):
+                    holding |= places
+        else:
+            for place in range(len(text.name) + 1):
+                if self.pattern.match(text.name, place):
+                    holding |= 1 << place
+        return holding
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,8 @@ class _Repeat:
 
     def reach(self, text: _Text, places: int, *, back: bool) -> int:
         for _ in range(self.least):
-            before, places = places, self._once(text, places, back=back)
+            before = places
+            places = self._once(text, before, back=back)
             if places in (0, before):
                 break
         reached = new = places
@@ -233,7 +244,7 @@ class _Repeat:
 
 @dataclass(frozen=True)
 class _Look:
-    """What must, or must not, stand behind a place, or before it."""
+    """What must stand behind a place, or before it; or must not, where it is not `wanted`."""
 
     part: _Part
     ahead: bool
@@ -249,7 +260,7 @@ _ONE = frozenset({_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _c
 _REPEATS = frozenset({_constants.MAX_REPEAT, _constants.MIN_REPEAT})
 _LOOKS = frozenset({_constants.ASSERT, _constants.ASSERT_NOT})
 
-# In words, where the parser's own are none that a reader knows.
+# What is refused, in words that a reader knows better than the parser's own.
 _REFUSED = {
     _constants.GROUPREF: "a reference to a group",
     _constants.GROUPREF_EXISTS: "a condition on a group",
@@ -258,11 +269,11 @@ _REFUSED = {
 }
 
 
-def _sequence(nodes: Sequence[tuple[Any, Any]], flags: int) -> _Part:
+def _build_sequence(nodes: Sequence[tuple[Any, Any]], flags: int) -> _Part:
     """Parts in a row. Raises ExpressionError."""
     parts: list[_Part] = []
     for kind, argument in nodes:
-        part = _part(kind, argument, flags)
+        part = _build_part(kind, argument, flags)
         before = parts[-1] if parts else None
         if isinstance(part, _Word) and isinstance(before, _Word):
             parts[-1] = _Word(before.characters + part.characters)
@@ -271,38 +282,38 @@ def _sequence(nodes: Sequence[tuple[Any, Any]], flags: int) -> _Part:
     return parts[0] if len(parts) == 1 else _Sequence(tuple(parts))
 
 
-def _part(kind: Any, argument: Any, flags: int) -> _Part:
+def _build_part(kind: Any, argument: Any, flags: int) -> _Part:
     """A part of what the parser gives. Raises ExpressionError: none that bounded time can have."""
     if kind is _constants.LITERAL and not flags & re.IGNORECASE:
         return _Word(chr(argument))
     if kind in _ONE:
-        return _leaf(kind, argument, flags, width=1)
+        return _build_leaf(kind, argument, flags, width=1)
     if kind is _constants.AT:
-        return _leaf(kind, argument, flags, width=0)
+        return _build_leaf(kind, argument, flags, width=0)
     if kind is _constants.SUBPATTERN:
         _, added, removed, inner = argument
-        return _sequence(inner, (flags | added) & ~removed)
+        return _build_sequence(inner, (flags | added) & ~removed)
     if kind is _constants.BRANCH:
-        return _Either(tuple(_sequence(choice, flags) for choice in argument[1]))
+        return _Either(tuple(_build_sequence(choice, flags) for choice in argument[1]))
     if kind in _REPEATS:
         least, most, nodes = argument
-        return _repeat(_sequence(nodes, flags), least, most)
+        return _build_repeat(_build_sequence(nodes, flags), least, most)
     if kind in _LOOKS:
         direction, inner = argument
-        return _Look(_sequence(inner, flags), direction > 0, kind is _constants.ASSERT)
+        return _Look(_build_sequence(inner, flags), direction > 0, kind is _constants.ASSERT)
     if kind is _constants.FAILURE:
         return _Either(())
     raise ExpressionError(f"has {_REFUSED.get(kind, kind)}, which is not read: nothing bounds how long it takes")
 
 
-def _repeat(part: _Part, least: int, most: int) -> _Part:
+def _build_repeat(part: _Part, least: int, most: int) -> _Part:
     if most is not _constants.MAXREPEAT or not isinstance(part, _Leaf) or not part.width:
         return _Repeat(part, least, most)
     run = _Run(part)
     return run if not least else _Sequence((_Repeat(part, least, least), run))
 
 
-def _leaf(kind: Any, argument: Any, flags: int, *, width: int) -> _Leaf:
+def _build_leaf(kind: Any, argument: Any, flags: int, *, width: int) -> _Leaf:
     state = _parser.State()
     state.flags = flags
     return _Leaf(_compiler.compile(_parser.SubPattern(state, [(kind, argument)])), width)

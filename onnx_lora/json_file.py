@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.boundary import unread
+from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import InputError
 from onnx_lora.json_text import parse_json
 
@@ -36,7 +36,7 @@ def read_json(
             # One byte more shows a file that grows; of a limit alone Python would take so much memory at once.
             text = file.read(min(size, limit) + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise unread(error, path, kind, _GET_AGAIN) from error
+        raise translate_unread(error, path, kind, _GET_AGAIN) from error
     if len(text) > limit:
         raise kind(f"too large for {what} (limit {limit} bytes)", path=path)
     return parse_json(text, path, kind, what=what)

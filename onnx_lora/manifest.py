@@ -94,14 +94,19 @@ class GraphInfo:
     @property
     def adapter_inputs(self) -> frozenset[str]:
         """The graph inputs that adapters fill."""
-        factors = [name for branch in self.branches for name in branch.names]
-        return frozenset([*factors, *(weight.name for weight in self.replaceable)])
+        names = {weight.name for weight in self.replaceable}
+        for branch in self.branches:
+            names.update(branch.names)
+        return frozenset(names)
 
     def inputs(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """An adapter's tensors, by point and parameter, as the inputs of this graph; what it has no place for
-        stays out."""
+        """An adapter's tensors, by point and parameter, as the inputs of this graph; tensors that this graph has no
+        input for are left out."""
         points = {point.module: point for point in self.points}
-        inputs = {weight.name: tensors[weight.name] for weight in self.replaceable if weight.name in tensors}
+        inputs: dict[str, Array] = {}
+        for weight in self.replaceable:
+            if weight.name in tensors:
+                inputs[weight.name] = tensors[weight.name]
         for branch in self.branches:
             inputs.update(branch.inputs(tensors, points))
         return inputs

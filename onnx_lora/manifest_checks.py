@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_lora.kinds import Embedding
-from onnx_lora.points import FLOAT_TYPES, QUANTIZED_TYPES, InjectionPoint, StoredTensor, WeightPart, WholeWeight
+from onnx_lora.points import (
+    FLOAT_TYPES,
+    QUANTIZED_TYPES,
+    InjectionPoint,
+    Quantization,
+    StoredTensor,
+    WeightPart,
+    WholeWeight,
+)
 
 if TYPE_CHECKING:
     from onnx_lora.manifest import GraphInfo
@@ -21,8 +29,8 @@ def find_problems(graphs: Sequence[GraphInfo], folder: Path) -> list[str]:
     """Everything that is wrong with the graphs of a package in `folder`, in alphabetical order."""
     checks = _Checks()
     for graph in graphs:
-        checks.graph(graph)
-    checks.files(folder)
+        checks.check_graph(graph)
+    checks.check_files(folder)
     return sorted(set(checks.problems))
 
 
@@ -33,20 +41,20 @@ class _Checks:
     problems: list[str] = field(default_factory=list)
     needed: dict[str, int] = field(default_factory=dict)
 
-    def graph(self, graph: GraphInfo) -> None:
+    def check_graph(self, graph: GraphInfo) -> None:
         self._need(graph.file, 1)
         self._need(graph.base_file, 1)
         for point in graph.points:
-            if self._type_is_known(point.dtype):
-                self._parts(point.parts)
-                self.problems += _point_problems(point)
+            if self._knows_type(point.dtype):
+                self._check_parts(point.parts)
+                self.problems += _find_point_problems(point)
         for weight in graph.replaceable:
-            if self._type_is_known(weight.dtype):
-                self._parts(weight.parts)
-                self.problems += _whole_weight_problems(weight)
-        self.problems += _branch_problems(graph)
+            if self._knows_type(weight.dtype):
+                self._check_parts(weight.parts)
+                self.problems += _find_weight_problems(weight)
+        self.problems += _find_branch_problems(graph)
 
-    def files(self, folder: Path) -> None:
+    def check_files(self, folder: Path) -> None:
         """That every file is there, and as long as what lies in it."""
         for file, length in self.needed.items():
             if Path(file).name != file:
@@ -63,44 +71,51 @@ class _Checks:
     def _need(self, file: str, length: int) -> None:
         self.needed[file] = max(self.needed.get(file, 0), length)
 
-    def _type_is_known(self, dtype: str) -> bool:
+    def _knows_type(self, dtype: str) -> bool:
         if dtype not in FLOAT_TYPES:
             self.problems.append(f"{dtype} is no type of weights known here; known are {FLOAT_TYPES}")
             return False
         return True
 
-    def _parts(self, parts: Sequence[WeightPart]) -> None:
+    def _check_parts(self, parts: Sequence[WeightPart]) -> None:
         for part in parts:
-            if (problem := _part_problem(part)) is not None:
+            problem = _explain_part(part)
+            if problem is not None:
                 self.problems.append(f"{part.initializer}: {problem}")
-            quantized = part.quantized
-            self._tensor(part.initializer, part.stored, FLOAT_TYPES if quantized is None else QUANTIZED_TYPES)
-            if quantized is None:
-                continue
-            self._tensor(quantized.scale.initializer, quantized.scale.stored, FLOAT_TYPES)
-            zero_point = quantized.zero_point
-            if zero_point is not None:
-                self._tensor(zero_point.initializer, zero_point.stored, (*QUANTIZED_TYPES, *FLOAT_TYPES))
+            if part.quantized is None:
+                self._check_tensor(part.initializer, part.stored, FLOAT_TYPES)
+            else:
+                self._check_tensor(part.initializer, part.stored, QUANTIZED_TYPES)
+                self._check_quantization(part.quantized)
 
-    def _tensor(self, name: str, stored: StoredTensor, types: Sequence[str]) -> None:
+    def _check_quantization(self, quantized: Quantization) -> None:
+        scale = quantized.scale
+        self._check_tensor(scale.initializer, scale.stored, FLOAT_TYPES)
+        zero_point = quantized.zero_point
+        if zero_point is not None:
+            self._check_tensor(zero_point.initializer, zero_point.stored, (*QUANTIZED_TYPES, *FLOAT_TYPES))
+
+    def _check_tensor(self, name: str, stored: StoredTensor, types: Sequence[str]) -> None:
         if stored.dtype not in types or stored.offset < 0 or min(stored.shape, default=1) < 0:
             self.problems.append(f"{name}: impossible offset, shape or type")
         else:
             self._need(stored.file, stored.offset + stored.size)
 
 
-def _part_problem(part: WeightPart) -> str | None:
+def _explain_part(part: WeightPart) -> str | None:
+    """Why a part is none, or None."""
     if part.start < 0 or part.first < 0 or part.outputs < 1:
         return "impossible outputs"
     quantized = part.quantized
     if quantized is None:
         return None
-    zero_point = quantized.zero_point
-    zeros = None if zero_point is None else (zero_point.stored.dtype, zero_point.stored.shape)
+    zeros: tuple[str, tuple[int, ...]] | None = None
+    if quantized.zero_point is not None:
+        zeros = quantized.zero_point.stored.dtype, quantized.zero_point.stored.shape
     return quantized.scheme.problem(part.stored.shape, quantized.scale.stored.shape, zeros)
 
 
-def _point_problems(point: InjectionPoint) -> list[str]:
+def _find_point_problems(point: InjectionPoint) -> list[str]:
     """Where the kind has no such sizes, or the parts of a point are not its whole weight."""
     problem = point.kind.problem(point.in_features, point.out_features)
     if problem is not None:
@@ -130,7 +145,7 @@ def _is_covered(point: InjectionPoint) -> bool:
     return end == point.out_features
 
 
-def _whole_weight_problems(weight: WholeWeight) -> list[str]:
+def _find_weight_problems(weight: WholeWeight) -> list[str]:
     """Where a whole weight has not the shape of its role, or lies nowhere."""
     if min(weight.shape, default=1) < 0:
         return [f"{weight.name}: impossible shape"]
@@ -149,19 +164,24 @@ def _whole_weight_problems(weight: WholeWeight) -> list[str]:
     return problems
 
 
-def _branch_problems(graph: GraphInfo) -> list[str]:
-    """A point without a branch would take adapters and do nothing."""
+def _find_branch_problems(graph: GraphInfo) -> list[str]:
+    """Where points and branches do not belong together: a point without a branch would take adapters and do
+    nothing."""
     problems: list[str] = []
-    known = {point.module: (point.kind, point.in_features, point.dtype) for point in graph.points}
+    points = {point.module: point for point in graph.points}
     entered = set[str]()
     for branch in graph.branches:
         if not branch.modules:
             problems.append(f"graph {graph.name}: a branch without modules")
             continue
         entered.update(branch.modules)
-        is_one_kind = len({known.get(module) for module in branch.modules}) == 1
-        if not is_one_kind or len(set(branch.modules)) < len(branch.modules):
+        signatures = set()
+        for module in branch.modules:
+            point = points.get(module)
+            signatures.add(None if point is None else (point.kind, point.in_features, point.dtype))
+        come_twice = len(set(branch.modules)) < len(branch.modules)
+        if len(signatures) > 1 or come_twice:
             problems.append(f"{branch.name}: a branch whose modules differ in inputs or type, or come twice")
-    problems += [f"{module}: a point that no branch leads to" for module in known.keys() - entered]
-    problems += [f"{module}: a branch to what is no point" for module in entered - known.keys()]
+    problems += [f"{module}: a point that no branch leads to" for module in points.keys() - entered]
+    problems += [f"{module}: a branch leads to this module, and it is no point" for module in entered - points.keys()]
     return problems

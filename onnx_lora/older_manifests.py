@@ -26,7 +26,8 @@ _ROLES = {"whole": Parameter.name}
 def upgrade(data: dict[str, Any], version: int) -> dict[str, Any]:
     """The JSON of a manifest of `version` as today's; it is changed where it is.
 
-    Raises ValueError: a weight is quantized twice, or has several zero points, which no version could say.
+    Raises ValueError: a weight is quantized twice, or has several zero points; a module that is no convolution has a
+    kernel or groups; `in_out` is neither true nor false. No version could say that.
     """
     if version >= _OBJECTS:
         return data
@@ -57,6 +58,10 @@ def _upgrade_kind(point: dict[str, Any]) -> None:
     kernel, groups = point.pop("kernel", []), point.pop("groups", 1)
     if kind["name"] == Conv.name:
         kind |= {"kernel": kernel, "groups": groups}
+    elif kernel != [] or groups != 1:
+        raise ValueError(
+            f"a point of kind {kind['name']!r} must have kernel [] and groups 1, not {kernel!r} and {groups!r}"
+        )
     point["kind"] = kind
 
 
@@ -68,6 +73,8 @@ def _upgrade_role(weight: dict[str, Any]) -> None:
     role: dict[str, Any] = {"name": _ROLES.get(name, name)}
     if name == LinearWeight.name:
         role["in_out"] = in_out
+    elif not isinstance(in_out, bool):
+        raise ValueError(f"in_out must be true or false, not {in_out!r}")
     weight["role"] = role
 
 

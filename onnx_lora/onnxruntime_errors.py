@@ -123,5 +123,5 @@ def fail_in_run() -> Iterator[None]:
 
 
 def _all_failures() -> tuple[type[Exception], ...]:
-    # pybind turns what is not ONNX Runtime's own into the four behind.
-    return (*native_failures(), RuntimeError, ValueError, TypeError, MemoryError)
+    # pybind turns what is not ONNX Runtime's own into those behind: std::out_of_range into an IndexError, and so on.
+    return (*native_failures(), RuntimeError, ValueError, TypeError, MemoryError, LookupError, ArithmeticError)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_lora.boundary import public, unread
+from onnx_lora.boundary import public, translate_unread
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.json_file import read_json
@@ -25,10 +25,10 @@ from onnx_lora.staging import replacing
 
 __all__ = ["Package"]
 
-# A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 # Of packages that these made, the manifest's `from` is a file or a class, and no checkpoint.
 _WITHOUT_CHECKPOINT = ("attach", "torch.onnx")
 
+# A manifest of a 100-layer model with every projection is about 1 MB; more is not a manifest.
 _MANIFEST_LIMIT = 64 * 2**20  # bytes
 
 
@@ -179,7 +179,7 @@ class Package:
             )
         except (OSError, ValueError) as error:
             cure = "make the package again, or copy it again"
-            raise unread(error, self.path / stored.file, PackageError, cure) from error
+            raise translate_unread(error, self.path / stored.file, PackageError, cure) from error
 
     def _read_nibbles(self, stored: StoredTensor) -> Array:
         data = np.memmap(self.path / stored.file, np.uint8, "r", stored.offset, (stored.size,))

@@ -21,6 +21,7 @@ _NEAREST = 0.5 + 1e-3  # steps
 _OF_FLOAT16 = 2.0**-10  # steps a step
 
 _OTHER_SIZE = "scales or zero points of another size than the weight's"
+_OTHER_SHAPE = "another shape than the scheme's"
 
 # How far beyond the ends of its range a quantizer lets numbers lie for the sake of the others.
 _CUT = 4.0  # steps
@@ -80,23 +81,25 @@ class Scheme:
         if zero_point is None:
             return None
         dtype, shape = zero_point
-        packed = self.rows * -(-self.blocks * self.bits // 8)
-        expected = packed if dtype == "uint8" else scales
+        expected = scales
+        if dtype == "uint8":  # packed, each row in whole bytes
+            expected = self.rows * _divide_up(self.blocks * self.bits, 8)
         return None if math.prod(shape) == expected else _OTHER_SIZE
 
     def _problem_of_affine(
         self, values: tuple[int, ...], scale: tuple[int, ...], zero_point: tuple[str, tuple[int, ...]] | None
     ) -> str | None:
-        blocks_of_nothing = self.axis < 0 and self.block_size > 0
-        if blocks_of_nothing or self.bits not in (4, 8) or self.axis not in (-1, 0, 1):
-            return "another shape than the scheme's"
+        has_blocks_without_axis = self.axis < 0 and self.block_size > 0
+        if has_blocks_without_axis or self.bits not in (4, 8) or self.axis not in (-1, 0, 1):
+            return _OTHER_SHAPE
         if values != (self.rows, self.columns):
-            return "another shape than the scheme's"
-        expected = 1
-        if self.axis >= 0 and self.block_size:
-            along, other = (self.rows, self.columns) if self.axis == 0 else (self.columns, self.rows)
-            expected = -(-along // self.block_size) * other
-        elif self.axis >= 0:
+            return _OTHER_SHAPE
+        if self.axis < 0:
+            expected = 1
+        elif self.block_size:
+            along, other = values[self.axis], values[1 - self.axis]
+            expected = _divide_up(along, self.block_size) * other
+        else:
             expected = values[self.axis]
         if math.prod(scale) != expected:
             return _OTHER_SIZE
@@ -107,16 +110,20 @@ class Scheme:
     @property
     def blocks(self) -> int:
         """Blocks in a row, for the layout "blocks"."""
-        return -(-self.columns // self.block_size)
+        return _divide_up(self.columns, self.block_size)
+
+
+def _divide_up(length: int, size: int) -> int:
+    """How many pieces of `size` hold `length`; the last piece may be padded."""
+    return -(-length // size)
 
 
 def dequantize(scheme: Scheme, values: Array, scale: Array, zero_point: Array | None) -> Array:
-    """The weight in float32, `[rows, columns]`."""
+    """The weight in float32, `[rows, columns]`: `(values - zero_point) · scale`."""
     if scheme.layout == "blocks":
         return _from_blocks(scheme, values, scale, zero_point)
-    zeros: Any = 0.0 if zero_point is None else _spread(zero_point.astype(np.float32), scheme)
-    weight: Array = (values.astype(np.float32) - zeros) * _spread(scale.astype(np.float32), scheme)
-    return weight
+    weight: Array = values.astype(np.float32) - _spread_zeros(scheme, zero_point)
+    return weight * _spread_scale(scheme, scale)
 
 
 def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_point: Array | None) -> bool:
@@ -127,7 +134,6 @@ def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_
     inputs or outputs were scaled above all.
     """
     steps = _spread_scale(scheme, scale)
-    lowest, highest = _range(scheme, values)
     zeros: Any = _spread_zeros(scheme, zero_point)
     numbers: Any = _spread_numbers(scheme, values)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -136,10 +142,11 @@ def is_rounded(scheme: Scheme, weight: Array, values: Array, scale: Array, zero_
     of_no_scale = np.where(weight == 0, numbers - zeros, np.inf)
     exact = np.where(steps == 0, of_no_scale, exact) + zeros
     off = exact - numbers
-    cut_below = (numbers <= lowest) & (off < 0)
-    cut_above = (numbers >= highest) & (off > 0)
+    lowest, highest = _range(scheme, values)
+    is_cut_below = (numbers <= lowest) & (off < 0)
+    is_cut_above = (numbers >= highest) & (off > 0)
     allowed = _NEAREST + np.abs(numbers - zeros) * _OF_FLOAT16
-    allowed = np.where(cut_below | cut_above, _CUT, allowed)
+    allowed = np.where(is_cut_below | is_cut_above, _CUT, allowed)
     return bool((np.abs(off) <= allowed).all())
 
 
@@ -175,31 +182,38 @@ def _block_zeros(scheme: Scheme, zero_point: Array | None) -> Any:
 def _to_blocks(scheme: Scheme, weight: Array, zero_point: Array | None) -> tuple[Array, Array, Array | None]:
     """ONNX Runtime's own rule (MLAS, `BlockedQuantization`): symmetric, the value furthest from zero becomes the
     lowest number; else the range from the least to the greatest value, which always holds zero."""
-    padded = np.zeros((scheme.rows, scheme.blocks * scheme.block_size), np.float32)
-    padded[:, : scheme.columns] = weight
-    blocks = padded.reshape(scheme.rows, scheme.blocks, scheme.block_size)
+    blocks = _cut_into_blocks(weight, scheme.block_size)
     top = float(2**scheme.bits - 1)
     low = blocks.min(axis=2).clip(max=0.0)
     high = blocks.max(axis=2).clip(min=0.0)
-    zeros: Array | None = None
     if zero_point is None:
+        zeros = None
         middle: Any = 2.0 ** (scheme.bits - 1)
         furthest = np.where(np.abs(high) > np.abs(low), high, low)
         scale = furthest / -middle
-    elif zero_point.dtype == np.uint8:
-        scale = (high - low) / top
-        exact = -low / _without_zeros(scale)
-        rounded = np.rint(exact).clip(0, top)
-        zeros = _pack(_pad_to_bytes(rounded, scheme.bits), scheme.bits).reshape(zero_point.shape)
-        middle = rounded[:, :, None]
     else:
         scale = (high - low) / top
         exact = -low / _without_zeros(scale)
-        zeros = exact.astype(zero_point.dtype).reshape(zero_point.shape)
-        middle = zeros.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
+        if zero_point.dtype == np.uint8:
+            rounded = np.rint(exact).clip(0, top)
+            packed = _pack(_pad_to_bytes(rounded, scheme.bits), scheme.bits)
+            zeros = packed.reshape(zero_point.shape)
+            middle = rounded[:, :, None]
+        else:
+            zeros = exact.astype(zero_point.dtype).reshape(zero_point.shape)
+            middle = zeros.reshape(scheme.rows, scheme.blocks, 1).astype(np.float32)
     steps = _without_zeros(scale)[:, :, None]
     numbers = np.rint(blocks / steps + middle).clip(0, top)
     return _pack(numbers, scheme.bits), scale.astype(np.float32), zeros
+
+
+def _cut_into_blocks(weight: Array, block_size: int) -> Array:
+    """A weight `[rows, columns]` in float32 as `[rows, blocks, block_size]`, the last block padded with zeros."""
+    rows, columns = weight.shape
+    blocks = _divide_up(columns, block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :columns] = weight
+    return padded.reshape(rows, blocks, block_size)
 
 
 def _without_zeros(scale: Array) -> Array:
@@ -223,8 +237,8 @@ def _to_affine(
         scale = high / highest
         zeros = np.zeros_like(scale)
     scale = _without_zeros(scale).astype(np.float32)
-    numbers = np.rint(weight / _spread(scale, scheme) + _spread(zeros.astype(np.float32), scheme))
-    numbers = numbers.clip(lowest, highest).astype(values.dtype)
+    exact = weight / _spread(scale, scheme) + _spread(zeros.astype(np.float32), scheme)
+    numbers = np.rint(exact).clip(lowest, highest).astype(values.dtype)
     if zero_point is None:
         return numbers, scale, None
     return numbers, scale, zeros.astype(zero_point.dtype).reshape(zero_point.shape)
@@ -264,7 +278,8 @@ def _range(scheme: Scheme, values: Array) -> tuple[int, int]:
     reach = 2 ** (scheme.bits - 1)
     half = reach // 2
     used = int(np.abs(numbers).max(initial=0))
-    return (-half, half) if 0 < used <= half else (-reach, reach - 1)
+    is_reduced = 0 < used <= half
+    return (-half, half) if is_reduced else (-reach, reach - 1)
 
 
 def _ends(scheme: Scheme, weight: Array) -> tuple[Array, Array]:
@@ -272,13 +287,9 @@ def _ends(scheme: Scheme, weight: Array) -> tuple[Array, Array]:
     if scheme.axis < 0:
         low, high = weight.min(), weight.max()
     elif scheme.block_size:
-        along = np.moveaxis(weight, scheme.axis, -1)
-        count = -(-along.shape[1] // scheme.block_size)
-        padded = np.zeros((along.shape[0], count * scheme.block_size), np.float32)
-        padded[:, : along.shape[1]] = along
-        cut = padded.reshape(along.shape[0], count, scheme.block_size)
-        low = np.moveaxis(cut.min(axis=2), -1, scheme.axis)
-        high = np.moveaxis(cut.max(axis=2), -1, scheme.axis)
+        blocks = _cut_into_blocks(np.moveaxis(weight, scheme.axis, -1), scheme.block_size)
+        low = np.moveaxis(blocks.min(axis=2), -1, scheme.axis)
+        high = np.moveaxis(blocks.max(axis=2), -1, scheme.axis)
     else:
         other = 1 - scheme.axis
         low, high = weight.min(axis=other), weight.max(axis=other)

@@ -1,5 +1,5 @@
-"""What people and machines read: tables on stdout, progress on stderr. It knows packages and adapters
-as data, and computes nothing that matters."""
+"""What people and machines read: tables and JSON on stdout, progress on stderr. It knows facts and results as data, and
+how a terminal shows them; it computes nothing that matters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,23 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_lora.errors import printable
+from onnx_lora.facts import Facts, format_shape, format_size
 
 if TYPE_CHECKING:
-    from onnx_lora.adapters import Adapter, BoundAdapter, Replacement
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
-    from onnx_lora.exporter import Comparison
     from onnx_lora.heat import Heat
-    from onnx_lora.package import Package
-    from onnx_lora.runtime import GraphMeasurement, Measurement, Requantize
+    from onnx_lora.runtime import GraphMeasurement, Measurement
 
 __all__ = [
     "Clock",
-    "adapter_facts",
-    "by_reason",
-    "coverage_facts",
     "live_texts",
-    "package_facts",
     "progress",
     "show",
     "show_demo",
@@ -46,10 +39,7 @@ __all__ = [
     "show_measurement",
     "show_piece",
     "show_writer",
-    "verification_facts",
 ]
-
-Facts = dict[str, Any]
 
 # Lists longer than this are cut in tables; --json has them whole.
 _LIST_LIMIT = 12
@@ -71,9 +61,12 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=escape(_shown(f"{title}: {what}")), completed=done, total=total
-        )
+
+        def update(what: str, done: int, total: int) -> None:
+            description = escape(_format_line(f"{title}: {what}"))
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield update
 
 
 def show(facts: Facts, *, as_json: bool) -> None:
@@ -85,172 +78,45 @@ def show(facts: Facts, *, as_json: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(_cell(name.replace("_", " ")), _cell(_text(value)))
-    _stdout().print(table)
+        table.add_row(_make_cell(name.replace("_", " ")), _make_cell(_format_value(value)))
+    _open_stdout().print(table)
 
 
 def show_heat(heat: Heat) -> None:
     """The map of an adapter's effect."""
-    _stdout().print(heat.table())
+    _open_stdout().print(heat.table())
 
 
-def _stdout() -> Console:
+def _open_stdout() -> Console:
     # Written to a file or a pipe, a table must not be cut to 80 columns.
     console = Console()
     return console if console.is_terminal else Console(width=160)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return "\n".join(f"{_shown(str(name))}: {_text(item)}" for name, item in value.items()) or "none"
+        lines = [f"{_format_line(str(name))}: {_format_value(item)}" for name, item in value.items()]
+        return "\n".join(lines) or "none"
     if isinstance(value, tuple):
-        return _shape(value)
+        return format_shape(value)
     if isinstance(value, list):
-        more = f"\n… and {len(value) - _LIST_LIMIT} more (--json has them all)" if len(value) > _LIST_LIMIT else ""
-        return "\n".join(_text(item) for item in value[:_LIST_LIMIT]) + more or "none"
-    return _shown(str(value))
+        lines = [_format_value(item) for item in value[:_LIST_LIMIT]]
+        if len(value) > _LIST_LIMIT:
+            lines.append(f"… and {len(value) - _LIST_LIMIT} more (--json has them all)")
+        return "\n".join(lines) or "none"
+    return _format_line(str(value))
 
 
-def _shown(text: str) -> str:
+def _format_line(text: str) -> str:
     """A name or a note out of a file, on one line."""
     return printable(text, _TEXT_LIMIT, one_line=True)
 
 
-def _cell(text: str) -> Text:
-    """As it stands: rich would take [words] in brackets for its own."""
+def _make_cell(text: str) -> Text:
+    """A text that rich prints as it stands: in a str it would take words in brackets for its markup."""
     return Text(text, overflow="fold")
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "scalar"
-
-
-def _data_bytes(package: Package) -> int:
-    graphs = {file for graph in package.manifest.graphs for file in (graph.file, graph.base_file)}
-    stored = {part.stored.file for graph in package.manifest.graphs for point in graph.points for part in point.parts}
-    return sum((package.path / file).stat().st_size for file in stored | graphs)
-
-
-def package_facts(package: Package, *, full: bool = False) -> Facts:
-    """What a package offers to adapters, and what of its graphs it does not."""
-    graphs = package.manifest.graphs
-    points = list(package.points.values())
-    kinds = Counter(module.rpartition(".")[2] for module in package.points)
-    facts: Facts = {
-        "package": str(package.path),
-        "made_from": package.manifest.source,
-        "graphs": [graph.name for graph in graphs],
-        "points": len(points),
-        "points_by_name": dict(kinds),
-        "without_rows": [point.module for point in points if not point.per_row],
-        "replaceable": {name: _shape(weight.shape) for name, weight in package.replaceable.items()},
-        "without_point": [
-            f"{graph.name}: {entry.node}: {entry.reason}" for graph in graphs for entry in graph.unplaced
-        ],
-        "unproven": by_reason(package.unproven),
-        "not_targeted": sorted({module for graph in graphs for module in graph.untargeted}),
-        "size": _size(_data_bytes(package)),
-        "fingerprint": package.fingerprint,
-    }
-    if full:
-        facts["modules"] = {
-            point.module: f"{point.in_features} → {point.out_features} {point.dtype}" for point in points
-        }
-    return facts
-
-
-def by_reason(doubts: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names by what is said of them."""
-    names: dict[str, list[str]] = {}
-    for name, reason in doubts.items():
-        names.setdefault(reason, []).append(name)
-    return names
-
-
-def adapter_facts(adapter: Adapter) -> Facts:
-    """What an adapter's files hold."""
-    size = 0
-    for delta in adapter.deltas.values():
-        size += delta.a.nbytes + delta.b.nbytes
-    for replacement in adapter.replacements.values():
-        size += replacement.value.nbytes
-    ranks = Counter(delta.rank for delta in adapter.deltas.values())
-    scales = Counter(round(delta.scale, 6) for delta in adapter.deltas.values())
-    return {
-        "adapter": adapter.origin.path,
-        "format": adapter.origin.format,
-        "method": adapter.origin.method,
-        "base_model": adapter.origin.base_model,
-        "modules": len(adapter.deltas) + len(adapter.changes),
-        "changes": dict(Counter(change.method for change in adapter.changes.values())),
-        "ranks": {f"rank {rank}": f"{count} modules" for rank, count in sorted(ranks.items())},
-        "scales": {f"scale {scale:g}": f"{count} modules" for scale, count in sorted(scales.items())},
-        "whole_weights": {name: _whole(entry) for name, entry in adapter.replacements.items()},
-        "size": _size(size),
-        "notes": list(adapter.notes),
-    }
-
-
-def _whole(entry: Replacement) -> str:
-    """Its shape, and what is done with it if it does not take the base's place."""
-    what = {"set": "", "add": " added to the base's", "multiply": " times the base's, if there is one"}
-    return _shape(entry.value.shape) + what[entry.operation]
-
-
-def coverage_facts(bound: BoundAdapter, package: Package | None = None) -> Facts:
-    """What a bound adapter does to its package."""
-    coverage = bound.coverage
-    size = sum(value.nbytes for value in bound.tensors.values())
-    facts: Facts = {
-        "applied": f"{len(coverage.applied)} of {len(coverage.applied) + len(coverage.at_base)} points",
-        "left_at_base": list(coverage.at_base),
-        "replaced": list(coverage.replaced),
-        "without_effect": list(coverage.silent),
-        "only_folds": dict(coverage.fold_only),
-        "bound_size": _size(size),
-        "notes": list(coverage.notes),
-    }
-    if package is not None:
-        base = _data_bytes(package)
-        facts["smaller_than_the_base"] = f"{base / size:.0f} times" if size else "it is empty"
-    return facts
-
-
-def rounding_facts(leave: Requantize | None) -> Facts:
-    """What folding into quantized weights cost, the worst modules first."""
-    if leave is None:
-        return {}
-    ordered = sorted(leave.rounding.items(), key=lambda entry: -entry[1].of_change)
-    return {
-        "error of weights": {module: rounding.of_weight for module, rounding in ordered},
-        "error of the change": {module: rounding.of_change for module, rounding in ordered},
-    }
-
-
-def verification_facts(comparisons: Sequence[Comparison]) -> Facts:
-    """The largest difference by case and graph, then each output."""
-    worst: dict[str, float] = {}
-    for entry in comparisons:
-        key = f"{entry.graph}, {entry.case}"
-        worst[key] = max(worst.get(key, 0.0), entry.difference)
-    return {
-        "agrees": all(entry.agrees for entry in comparisons),
-        "largest_difference": worst,
-        "outputs": [
-            f"{entry.graph}, {entry.case}, {entry.output}: {entry.difference:.3g} (allowed {entry.allowed:.3g})"
-            for entry in comparisons
-        ],
-    }
 
 
 class Written(Protocol):
@@ -289,11 +155,11 @@ class Clock:
 
 def show_piece(text: str) -> None:
     """A piece of a text that is being written."""
-    click.echo(_on_terminal(text), nl=False)
+    click.echo(_make_safe(text), nl=False)
 
 
-def _on_terminal(text: str) -> str:
-    """What a model wrote is anybody's: a terminal is not steered by it. A pipe gets it as it is."""
+def _make_safe(text: str) -> str:
+    """A model may write anything: its control characters must not steer a terminal. A pipe gets the text as it is."""
     return printable(text, len(text)) if sys.stdout.isatty() else text
 
 
@@ -301,29 +167,30 @@ def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: 
     """The texts behind their prompts. A single prompt's was shown as it came, and lacks the end of its line."""
     facts = clock.facts()
     if as_json:
-        texts = [
-            {
-                "prompt": prompt,
-                "text": result.text,
-                "tokens": list(result.tokens),
-                "prompt_tokens": result.prompt_tokens,
-                "reason": result.reason,
-            }
-            for prompt, result in zip(prompts, results, strict=True)
-        ]
+        texts = [_describe_text(prompt, result) for prompt, result in zip(prompts, results, strict=True)]
         click.echo(json.dumps({"generations": texts} | facts))
         return
     if len(results) == 1:
         click.echo()
     else:
         for index, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-            click.echo(f"=== {index}: {_on_terminal(prompt)}\n{_on_terminal(result.text)}\n")
+            click.echo(f"=== {index}: {_make_safe(prompt)}\n{_make_safe(result.text)}\n")
     reasons = ", ".join(str(result.reason) for result in results)
     click.echo(
         f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} a second, "
         f"the first after {facts['first_token_seconds']:.2f} s; ended by {reasons}",
         err=True,
     )
+
+
+def _describe_text(prompt: str, result: Written) -> Facts:
+    return {
+        "prompt": prompt,
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "prompt_tokens": result.prompt_tokens,
+        "reason": result.reason,
+    }
 
 
 @contextmanager
@@ -334,21 +201,21 @@ def live_texts(*, quiet: bool) -> Iterator[Callable[[Mapping[str, str]], object]
         yield lambda _: None
         return
     with Live(console=console, transient=True, refresh_per_second=20) as live:
-        yield lambda texts: live.update(_side_by_side(texts))
+        yield lambda texts: live.update(_make_columns(texts))
 
 
-def _side_by_side(texts: Mapping[str, str]) -> Table:
+def _make_columns(texts: Mapping[str, str]) -> Table:
     table = Table(title="One prompt, one batch, every row under another adapter", title_justify="left")
     for name in texts:
-        table.add_column(_cell(name), overflow="fold", ratio=1)
+        table.add_column(_make_cell(name), overflow="fold", ratio=1)
     table.add_row(*(Text(printable(text)) for text in texts.values()))
     return table
 
 
 def show_writer(result: WriterResult) -> None:
     """What every row wrote, and what was checked."""
-    console = _stdout()
-    console.print(_side_by_side({row.name: row.text for row in result.rows}))
+    console = _open_stdout()
+    console.print(_make_columns({row.name: row.text for row in result.rows}))
     for row in result.rows:
         console.print(f"[bold]{row.name}[/]: {row.says}")
     same = sum(row.alone for row in result.rows)
@@ -356,37 +223,59 @@ def show_writer(result: WriterResult) -> None:
         f"{same} of {len(result.rows)} rows write alone, greedily, token for token what they write in the batch; "
         f"{result.tokens_per_second:.0f} tokens a second over all rows."
     )
-    console.print(f"Base model in 8 bits {_size(result.base_bytes)}, four adapters {_size(result.adapter_bytes)}.")
+    base, adapters = format_size(result.base_bytes), format_size(result.adapter_bytes)
+    console.print(f"Base model in 8 bits {base}, four adapters {adapters}.")
 
 
 def show_measurement(result: Measurement) -> None:
     """What was measured of an adapter on a package, and what follows."""
-    console = _stdout()
+    console = _open_stdout()
     where = ", ".join(result.providers) or "the default providers"
     threads = ""
     if result.threads is not None:
         threads = ", 1 thread" if result.threads == 1 else f", {result.threads} threads"
-    console.print(_cell(_shown(f"{result.adapter} on {result.package} ({where}{threads})")))
-    table = Table()
-    for heading in ("call", "base", "points, no adapter", "adapter apart", "adapter folded", "rounds"):
-        table.add_column(heading, justify="left" if heading == "call" else "right")
-    for graph in result.graphs:
-        for times in graph.calls:
-            name = times.call if len(result.graphs) == 1 else f"{graph.graph}: {times.call}"
-            ways = (times.base, times.without_adapter, times.delta, times.folded)
-            table.add_row(_cell(_shown(name)), *(_beside(way, times.base) for way in ways), str(times.rounds))
-    console.print(table)
-    starts = Table(box=None, pad_edge=False, show_header=False)
-    for graph in result.graphs:
-        for what, value in _starts(graph).items():
-            name = what if len(result.graphs) == 1 else f"{graph.graph}: {what}"
-            starts.add_row(_cell(_shown(name)), value)
-    console.print(starts)
+    console.print(_make_cell(_format_line(f"{result.adapter} on {result.package} ({where}{threads})")))
+    console.print(_make_times(result.graphs))
+    console.print(_make_starts(result.graphs))
     for reason in result.advice.reasons:
-        console.print(_cell(_shown(reason)))
+        console.print(_make_cell(_format_line(reason)))
 
 
-def _beside(seconds: float | None, base: float) -> str:
+def _make_times(graphs: Sequence[GraphMeasurement]) -> Table:
+    """A line for each kind of call, a column for each way to run it."""
+    table = Table()
+    table.add_column("call", justify="left")
+    for heading in ("base", "points, no adapter", "adapter apart", "adapter folded", "rounds"):
+        table.add_column(heading, justify="right")
+    for graph in graphs:
+        for times in graph.calls:
+            cells = [
+                _format_beside(times.base, times.base),
+                _format_beside(times.without_adapter, times.base),
+                _format_beside(times.delta, times.base),
+                _format_beside(times.folded, times.base),
+            ]
+            name = _name_in_graph(times.call, graph, graphs)
+            table.add_row(_make_cell(_format_line(name)), *cells, str(times.rounds))
+    return table
+
+
+def _make_starts(graphs: Sequence[GraphMeasurement]) -> Table:
+    """A line for each thing that starting a graph took."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for graph in graphs:
+        for what, value in _describe_start(graph).items():
+            name = _name_in_graph(what, graph, graphs)
+            table.add_row(_make_cell(_format_line(name)), value)
+    return table
+
+
+def _name_in_graph(what: str, graph: GraphMeasurement, graphs: Sequence[GraphMeasurement]) -> str:
+    """With the graph's name in front, where a package has several graphs."""
+    return what if len(graphs) == 1 else f"{graph.graph}: {what}"
+
+
+def _format_beside(seconds: float | None, base: float) -> str:
     """A call's time, and how far it is from the base's."""
     if seconds is None:
         return "-"
@@ -394,32 +283,25 @@ def _beside(seconds: float | None, base: float) -> str:
     return milliseconds if seconds == base else f"{milliseconds} ({seconds / base - 1:+.0%})"
 
 
-def _starts(graph: GraphMeasurement) -> dict[str, str]:
+def _describe_start(graph: GraphMeasurement) -> dict[str, str]:
     """What starting took, in words."""
     said = {
         "start a session without points": f"{graph.start_base:.3g} s",
         "start one with points": f"{graph.start_delta:.3g} s",
     }
     if graph.load is not None:
-        said["load the adapter"] = f"{graph.load:.3g} s, {_size(graph.adapter_bytes)}"
+        said["load the adapter"] = f"{graph.load:.3g} s, {format_size(graph.adapter_bytes)}"
     if graph.fold is not None:
-        said["fold it and start a session"] = f"{graph.fold:.3g} s, {_size(graph.folded_bytes or 0)} of weights"
+        said["fold it and start a session"] = f"{graph.fold:.3g} s, {format_size(graph.folded_bytes or 0)} of weights"
     if graph.folded_resident is not None:
-        said["the process grew meanwhile by"] = _size(graph.folded_resident)
+        said["the process grew meanwhile by"] = format_size(graph.folded_resident)
     return said
 
 
 def show_demo(result: DemoResult) -> None:
     """The demo's answers and measurements."""
-    console = _stdout()
-    table = Table(title="One base model, one session, a different adapter in every call", title_justify="left")
-    table.add_column("sentence", overflow="fold", ratio=2)
-    for task in result.tasks:
-        table.add_column(f"{task.name}\n[dim]rank {task.rank}, {task.kilobytes:.0f} kB", overflow="fold")
-    for index, sentence in enumerate(result.sentences):
-        cells = [f"{answer.label} [dim]{answer.probability:.0%}" for answer in result.answers[index]]
-        table.add_row(sentence, *cells)
-    console.print(table)
+    console = _open_stdout()
+    console.print(_make_answers(result))
     rows = len(result.sentences) * len(result.tasks)
     console.print(
         f"[bold]Mixed batch:[/] {rows} rows in one call, each under its own adapter: "
@@ -432,10 +314,24 @@ def show_demo(result: DemoResult) -> None:
     for name, milliseconds in result.milliseconds.items():
         times.add_row(name, f"{milliseconds:.3g} ms")
     console.print(times)
+    ratio = math.ceil(result.base_bytes / max(1, result.adapter_bytes))
     console.print(
-        f"Base model {_size(result.base_bytes)}, four adapters together {_size(result.adapter_bytes)} "
-        f"({math.ceil(result.base_bytes / max(1, result.adapter_bytes))} times smaller)."
+        f"Base model {format_size(result.base_bytes)}, four adapters together {format_size(result.adapter_bytes)} "
+        f"({ratio} times smaller)."
     )
-    console.print("[dim]Test accuracy: " + ", ".join(f"{task.name} {task.accuracy:.1%}" for task in result.tasks) + ".")
+    accuracies = ", ".join(f"{task.name} {task.accuracy:.1%}" for task in result.tasks)
+    console.print(f"[dim]Test accuracy: {accuracies}.")
     if result.package is not None:
         console.print(f"The package is in {result.package}; look at it with: onnx-lora inspect {result.package}")
+
+
+def _make_answers(result: DemoResult) -> Table:
+    """A line for each sentence, a column for each task."""
+    table = Table(title="One base model, one session, a different adapter in every call", title_justify="left")
+    table.add_column("sentence", overflow="fold", ratio=2)
+    for task in result.tasks:
+        table.add_column(f"{task.name}\n[dim]rank {task.rank}, {task.kilobytes:.0f} kB", overflow="fold")
+    for sentence, answers in zip(result.sentences, result.answers, strict=True):
+        cells = [f"{answer.label} [dim]{answer.probability:.0%}" for answer in answers]
+        table.add_row(sentence, *cells)
+    return table

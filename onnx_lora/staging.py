@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
-from onnx_lora.boundary import unwritten
+from onnx_lora.boundary import translate_unwritten
 from onnx_lora.errors import OutputExistsError
 
 try:
@@ -53,7 +53,7 @@ def staged_place(out: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if not _is_of(error, target):
             raise
-        raise unwritten(error, target) from error
+        raise translate_unwritten(error, target) from error
     finally:
         for folder in new:
             with suppress(OSError):
@@ -83,7 +83,7 @@ def replacing(file: Path) -> Iterator[Path]:
     except OSError as error:
         if not _is_of(error, file):
             raise
-        raise unwritten(error, file) from error
+        raise translate_unwritten(error, file) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ import pytest
 
 from onnx_lora import Package
 from onnx_lora.cli import COMMANDS, main
+from onnx_lora.commands.options import read_feeds
+from onnx_lora.errors import FeedError
 from onnx_lora.manifest import MANIFEST
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
@@ -230,6 +233,26 @@ def test_mistakes_get_a_message_and_an_exit_code(desk: Path, arguments: list[str
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(entry.name for entry in desk.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA], ids=str
+)
+def test_damaged_feeds_are_refused_however_they_are_compressed(method: int, tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.random.default_rng(0).standard_normal(300))
+    place = tmp_path / "feeds.npz"
+    with zipfile.ZipFile(place, "w", method) as archive:
+        archive.writestr("a.npy", array.getvalue())
+    whole = place.read_bytes()
+    refused = 0
+    for position in range(30, len(whole), 7):
+        place.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+        try:
+            read_feeds(place)
+        except FeedError:
+            refused += 1
+    assert refused > 200
 
 
 def test_errors_are_json_for_machines(desk: Path) -> None:

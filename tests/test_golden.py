@@ -156,3 +156,22 @@ def test_damaged_manifests_of_older_formats_are_refused(version: int, change: An
     change(data["graphs"][0])
     with pytest.raises(PackageError, match=r"manifest\.graphs|quantised must"):
         parse_manifest(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place, field, value, message",
+    [
+        ("points", "groups", 2, r"kind 'linear' must have kernel \[\] and groups 1, not \[\] and 2"),
+        ("points", "kernel", [1], r"kind 'linear' must have kernel \[\] and groups 1, not \[1\] and 1"),
+        ("replaceable", "in_out", "no", "in_out must be true or false, not 'no'"),
+    ],
+)
+def test_what_an_older_manifest_says_besides_must_fit_its_kinds(
+    tmp_path: Path, place: str, field: str, value: object, message: str
+) -> None:
+    shutil.copytree(_folder(4, "text") / "package", tmp_path / "package")
+    written = _written(tmp_path / "package")
+    written["graphs"][0][place][-1][field] = value
+    (tmp_path / "package" / MANIFEST).write_text(json.dumps(written))
+    with pytest.raises(PackageError, match=message):
+        Package.open(tmp_path / "package")

@@ -104,9 +104,11 @@ ALLOWED = {
         "heads",
     },
     "heat": {"errors"},
+    "facts": {"package", "adapters", "exporter", "runtime"},
     "report": {
         "heat",
         "errors",
+        "facts",
         "points",
         "manifest",
         "package",
@@ -120,6 +122,7 @@ ALLOWED = {
     "demo": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "commands": {
         "heat",
+        "facts",
         "errors",
         "boundary",
         "staging",

@@ -81,7 +81,9 @@ def _caught(node: ast.Try) -> Iterator[str]:
                 yield inner.id
 
 
-@pytest.mark.parametrize("failure", [*native_failures(), RuntimeError, ValueError, TypeError, MemoryError])
+@pytest.mark.parametrize(
+    "failure", [*native_failures(), RuntimeError, ValueError, TypeError, MemoryError, IndexError, OverflowError]
+)
 def test_whatever_it_raises_is_translated(failure: type[Exception]) -> None:
     with (
         pytest.raises(ExportError, match="it says: something is wrong") as caught,
@@ -91,7 +93,7 @@ def test_whatever_it_raises_is_translated(failure: type[Exception]) -> None:
     assert isinstance(caught.value.__cause__, failure)
     with pytest.raises((FeedError, RunError)), fail_in_run():
         raise failure("something is wrong")
-    if failure is not MemoryError:
+    if failure not in (MemoryError, IndexError, OverflowError):
         with pytest.raises((PackageError, InputError, RunError)), fail_to_start(None):
             raise failure("something is wrong")
 

@@ -28,7 +28,7 @@ _A, _B, _SCALE = ".lora_A.weight", ".lora_B.weight", ".dora_scale"
 
 
 @public
-def blend(parts: Parts) -> Tensors:
+def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
     One part of weight 1 gives its own tensors, uncopied; no part gives the base.
@@ -55,7 +55,7 @@ def blend(parts: Parts) -> Tensors:
 
 
 @public
-def make_blend(parts: Parts, *, name: str) -> BoundAdapter:
+def make_blend(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundAdapter:
     """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
 
     Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name.

@@ -15,6 +15,7 @@ from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.formats.registry import holds_graph_inputs
 from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
 from onnx_lora.errors import InputError
+from onnx_lora.facts import describe_adapter, describe_coverage, describe_package
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
@@ -97,7 +98,7 @@ def convert(
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
         bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
-        facts = report.coverage_facts(bound)
+        facts = describe_coverage(bound)
     report.show(facts | {"written": str(out)}, as_json=as_json)
 
 
@@ -107,10 +108,10 @@ def _convert_one(
     adapter = read_adapter(path, initial=initial)
     if package is None:
         write_adapter(adapter, out, format=kind)
-        return report.adapter_facts(adapter)
+        return describe_adapter(adapter)
     bound = bind(adapter, package, strict=strict)
     write_adapter(bound if holds_graph_inputs(kind) else adapter, out, format=kind, package=package)
-    return report.coverage_facts(bound)
+    return describe_coverage(bound)
 
 
 def choose_format(out: Path, kind: str | None) -> str:
@@ -150,14 +151,14 @@ def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, a
         raise click.UsageError("--plot shows what an adapter does to a package; give --package")
     heat = None
     if package is None and (path / MANIFEST).is_file():
-        facts = report.package_facts(Package.open(path), full=True)
+        facts = describe_package(Package.open(path), full=True)
     elif package is None:
-        facts = report.adapter_facts(read_adapter(path))
+        facts = describe_adapter(read_adapter(path))
     else:
         opened = Package.open(package, allow_unproven=True)  # to be told of it
         adapter = read_adapter(path)
         bound = bind(adapter, opened, strict=strict)
-        facts = report.adapter_facts(adapter) | report.coverage_facts(bound, opened)
+        facts = describe_adapter(adapter) | describe_coverage(bound, opened)
         if plot is not None:
             moved = effects(bound, opened)
             heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)

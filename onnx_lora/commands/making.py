@@ -15,6 +15,7 @@ from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
 from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
+from onnx_lora.facts import describe_package, describe_verification, group_by_reason
 from onnx_lora.package import Package
 
 __all__ = ["attach", "export", "quantize", "verify"]
@@ -116,7 +117,7 @@ def export(
     options |= {"block_size": block_size, "accuracy_level": accuracy_level}
     with report.progress("exporting") as progress:
         package = run_export(model, out, progress=progress, **options)
-    report.show(report.package_facts(package), as_json=as_json)
+    report.show(describe_package(package), as_json=as_json)
 
 
 @click.command()
@@ -135,7 +136,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 
     with report.progress("attaching") as progress:
         package = run_attach(file, out, checkpoint=checkpoint, progress=progress, **options)
-    report.show(report.package_facts(package), as_json=as_json)
+    report.show(describe_package(package), as_json=as_json)
 
 
 @click.command()
@@ -171,7 +172,7 @@ def quantize(
 
     with report.progress("quantizing") as progress:
         result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
-    report.show(report.package_facts(result), as_json=as_json)
+    report.show(describe_package(result), as_json=as_json)
 
 
 @click.command()
@@ -190,17 +191,17 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     from onnx_lora.exporter import verify as run_verify
 
     opened = Package.open(package, allow_unproven=True)
-    tensors = None if adapter is None else _verifiable(adapter, opened)
+    tensors = None if adapter is None else _bind_peft_folder(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
     now = Package.open(package)
-    facts = report.verification_facts(comparisons)
+    facts = describe_verification(comparisons)
     if opened.unproven:
-        facts |= {"proven_now": len(opened.unproven) - len(now.unproven), "unproven": report.by_reason(now.unproven)}
+        facts |= {"proven_now": len(opened.unproven) - len(now.unproven), "unproven": group_by_reason(now.unproven)}
     report.show(facts, as_json=as_json)
 
 
-def _verifiable(path: Path, package: Package) -> Mapping[str, Any]:
+def _bind_peft_folder(path: Path, package: Package) -> Mapping[str, Any]:
     """An adapter that PEFT loads too, as graph inputs.
 
     Raises InputError: it is no PEFT folder. BindError: it does not fit, or only folds.

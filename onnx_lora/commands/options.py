@@ -14,9 +14,14 @@ from typing import Any, ParamSpec, TypeVar
 import click
 import numpy as np
 
-from onnx_lora.boundary import unread
+from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import FeedError, InputError
 from onnx_lora.staging import staged_place
+
+try:
+    from lzma import LZMAError
+except ImportError:  # this Python was built without lzma, and its archives are refused as unknown
+    LZMAError = zipfile.BadZipFile  # type: ignore[misc, assignment]
 
 __all__ = [
     "choose_adapters",
@@ -35,6 +40,7 @@ R = TypeVar("R")
 
 # What numpy, and the parts of Python beneath it, raise on an archive that is damaged.
 _DAMAGE = (
+    LZMAError,
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -118,7 +124,7 @@ def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with loaded as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
-        raise unread(error, path, FeedError, "give an .npz file") from error
+        raise translate_unread(error, path, FeedError, "give an .npz file") from error
     except _DAMAGE as error:
         raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
 

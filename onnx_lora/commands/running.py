@@ -23,6 +23,7 @@ from onnx_lora.commands.options import (
     strict_option,
     unproven_option,
 )
+from onnx_lora.facts import describe_rounding
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def fold(
 
     if source is not None and not requantize:
         raise click.UsageError("--source says where --requantize finds the float weights; give both")
-    leave = Requantize(None if source is None else Package.open(source)) if requantize else None
+    permission = Requantize(None if source is None else Package.open(source)) if requantize else None
     opened = Package.open(package, allow_unproven=allow_unproven)
     parts: list[tuple[BoundAdapter, float]] = []
     for text in adapters:
@@ -196,12 +197,14 @@ def fold(
             parts,
             out,
             graph=graph,
-            requantize=leave,
+            requantize=permission,
             progress=lambda done, total: progress("fold", done, total),
         )
-    notes = [f"{bound.name}: {note}" for bound, _ in parts for note in bound.coverage.notes]
+    notes: list[str] = []
+    for bound, _ in parts:
+        notes += [f"{bound.name}: {note}" for note in bound.coverage.notes]
     facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "notes": notes, "written": str(out)}
-    report.show(facts | report.rounding_facts(leave), as_json=as_json)
+    report.show(facts | describe_rounding(permission), as_json=as_json)
 
 
 @click.command()

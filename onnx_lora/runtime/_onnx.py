@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_lora.boundary import unread
+from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import MissingDependencyError, PackageError
 
-__all__ = ["External", "externals", "load", "place", "resize"]
+__all__ = ["External", "find_externals", "load", "place", "resize"]
 
 # TensorProto.DataLocation
 _EXTERNAL = 1
@@ -48,12 +48,12 @@ def load(path: Path) -> Any:
     try:
         return onnx.load(str(path), load_external_data=False)
     except OSError as error:
-        raise unread(error, path, PackageError, "make the package again") from error
+        raise translate_unread(error, path, PackageError, "make the package again") from error
     except DecodeError as error:
         raise PackageError(f"cannot be read: {error}; make the package again", path=path) from error
 
 
-def externals(model: Any, path: Path) -> list[External]:
+def find_externals(model: Any, path: Path) -> list[External]:
     """Every tensor of the graph that lies in a file, subgraphs and functions included."""
     found: list[External] = []
     for tensor in _tensors(model):

@@ -55,7 +55,8 @@ def fold(
 
     `adapter`: a path, an Adapter or a BoundAdapter; or several with weights, as a mapping or as
     `(adapter, weight)` pairs. `sess_options` is copied, and may be used again; custom operators
-    registered with it do not come along. `requantize`: leave to fold into quantized weights. `strict`: refuse
+    registered with it do not come along. `requantize`: the permission to fold into quantized
+    weights. `strict`: refuse
     adapters that name another base. `allow_unproven`: take points at which the graph may compute something else than
     the module.
 

@@ -1,5 +1,5 @@
-"""Folding into quantized weights: the change is added to floats and the sum is rounded again, with leave and with
-the error measured. It knows arithmetic; it knows neither ONNX nor sessions."""
+"""Folding into quantized weights: the change is added to floats and the sum is rounded again, with the
+caller's permission, and the error is measured. It knows arithmetic; it knows neither ONNX nor sessions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Rounding:
 @public
 @dataclass
 class Requantize:
-    """Leave to fold into quantized weights; `rounding` says afterwards what that cost, by module.
+    """The permission to fold into quantized weights; `rounding` says afterwards what that cost, by module.
 
     source: the float package that the quantized one was made from: its weights plus the change are
         quantized. Without it the quantized weights are taken for exact, and rounded a second time.
@@ -62,7 +62,7 @@ class Requantize:
 def compute_values(edit: InitializerEdit, package: Package, requantize: Requantize | None) -> Mapping[str, Array]:
     """The new values of every initializer that an edit changes; 4-bit numbers as 8-bit ones.
 
-    Raises BindError: as `fold_weight`, or a weight is quantized and nobody gave leave.
+    Raises BindError: as `fold_weight`, or a weight is quantized and the caller gave no permission.
     """
     if not edit.quantized:
         return {edit.initializer: fold_weight(edit, package)}
@@ -87,7 +87,7 @@ class _Weights:
 
 def _fold_quantized(edit: InitializerEdit, package: Package, requantize: Requantize) -> dict[str, Array]:
     part = edit.changes[0].part
-    assert part.quantized is not None  # or the edit were none of a quantized weight
+    assert part.quantized is not None  # the edit is of a quantized weight
     scheme = part.quantized.scheme
     old = _read_tensors(part, package)
     base = np.array(package.weight(part), np.float32)
@@ -96,15 +96,22 @@ def _fold_quantized(edit: InitializerEdit, package: Package, requantize: Requant
     for change in edit.changes:
         change.apply(wanted, package)
     new = _quantize_like(old, wanted, scheme, edit.changes[0].module)
-    touched = _touched_outputs(edit, base.shape[0 if part.transposed else 1])
+    outputs = base.shape[0] if part.transposed else base.shape[1]
+    touched = _find_touched(edit, outputs)
     new = [_keep_untouched(made, was, touched, scheme, part) for made, was in zip(new, old, strict=True)]
-    rounded = dequantize(scheme, new[0], new[1], new[2] if len(new) > 2 else None)
+    zero_point = new[2] if len(new) > 2 else None
+    rounded = dequantize(scheme, new[0], new[1], zero_point)
     weights = _Weights(base, start, wanted, rounded)
     for change in edit.changes:
-        rounding = _measure_rounding(change, weights)
-        worst = requantize.rounding.get(change.module, rounding)  # of a module in several initializers
-        requantize.rounding[change.module] = max(worst, rounding, key=lambda entry: entry.of_change)
+        _record_rounding(requantize, change.module, _measure_rounding(change, weights))
     return dict(zip(edit.tensors, new, strict=True))
+
+
+def _record_rounding(requantize: Requantize, module: str, rounding: Rounding) -> None:
+    """Of a module that lies in several initializers the worst counts."""
+    known = requantize.rounding.get(module)
+    if known is None or rounding.of_change > known.of_change:
+        requantize.rounding[module] = rounding
 
 
 def _start_values(edit: InitializerEdit, base: Array, package: Package, requantize: Requantize) -> Array:
@@ -145,7 +152,7 @@ def _read_tensors(part: WeightPart, package: Package) -> list[Array]:
     return [np.asarray(package.read(place)) for place in places]
 
 
-def _touched_outputs(edit: InitializerEdit, outputs: int) -> Array:
+def _find_touched(edit: InitializerEdit, outputs: int) -> Array:
     """Which outputs of an initializer an adapter changes: `[out]`, bool."""
     touched = np.zeros(outputs, bool)
     for change in edit.changes:
@@ -154,19 +161,22 @@ def _touched_outputs(edit: InitializerEdit, outputs: int) -> Array:
 
 
 def _keep_untouched(new: Array, was: Array, touched: Array, scheme: Scheme, part: WeightPart) -> Array:
-    """`new`, with what belongs to outputs that no adapter touches as it was, where outputs have scales of their
-    own."""
+    """A new tensor, with the old numbers at outputs that no adapter touches, if every output has scales of its own.
+
+    new, was: the values, the scales or the zero points. touched: which outputs change, `[out]`.
+    """
     if scheme.layout == "blocks" and not part.transposed:
         return new  # a table's blocks lie along its outputs
     if scheme.layout == "blocks":
         rows = touched.size
-        return np.where(touched[:, None], new.reshape(rows, -1), was.reshape(rows, -1)).reshape(was.shape)
+        kept = np.where(touched[:, None], new.reshape(rows, -1), was.reshape(rows, -1))
+        return kept.reshape(was.shape)
     output_axis = 0 if part.transposed else 1
-    in_blocks = bool(scheme.block_size)
-    if scheme.axis < 0 or not was.ndim or (scheme.axis == output_axis) == in_blocks:
-        return new  # scales are not outputs' own
-    own = touched if was.ndim == 1 or output_axis == 1 else touched[:, None]
-    return np.where(own, new, was)
+    has_blocks = bool(scheme.block_size)
+    if scheme.axis < 0 or not was.ndim or (scheme.axis == output_axis) == has_blocks:
+        return new  # outputs share scales
+    along_outputs = touched if was.ndim == 1 or output_axis == 1 else touched[:, None]
+    return np.where(along_outputs, new, was)
 
 
 def _measure_rounding(change: LowRankEdit | MethodEdit, weights: _Weights) -> Rounding:

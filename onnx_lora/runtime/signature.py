@@ -66,19 +66,21 @@ class _Slot:
         if not self.dtype:
             return None
         if isinstance(value, np.ndarray):
-            fits, shown = value.dtype == np.dtype(self.dtype), str(value.dtype)
+            found = str(value.dtype)
+            fits = value.dtype == np.dtype(self.dtype)
         else:
-            shown = value.data_type()
-            fits = shown == self.type
+            found = value.data_type()
+            fits = found == self.type
         if not fits:
-            return f"{self.name} must be {self.dtype}, and is {shown}; convert it with .astype({self.dtype!r})"
+            return f"{self.name} must be {self.dtype}, and is {found}; convert it with .astype({self.dtype!r})"
         shape = shape_of(value)
         if not self.shape:
             return None
         if len(shape) != len(self.shape):
             return f"{self.name} must have {len(self.shape)} axes, and has {len(shape)}: {list(shape)}; expected {self}"
-        if any(isinstance(dim, int) and dim != length for dim, length in zip(self.shape, shape, strict=True)):
-            return f"{self.name} must have the shape {self}, and has {list(shape)}"
+        for dim, length in zip(self.shape, shape, strict=True):
+            if isinstance(dim, int) and dim != length:
+                return f"{self.name} must have the shape {self}, and has {list(shape)}"
         return None
 
 
@@ -151,11 +153,12 @@ class Signature:
         wrong = {name: length for name, length in free.items() if length != rows}
         if not free and rows not in lengths.values():
             wrong = lengths
-        if wrong or not lengths:
+        problems = [f"{name} has {length} rows" for name, length in wrong.items()]
+        if not lengths:
+            problems = ["no input has a batch axis"]
+        if problems:
             raise SelectionError(
-                f"one choice per row means as many as the batch has rows; {rows} were given",
-                problems=[f"{name} has {length} rows" for name, length in wrong.items()]
-                or ["no input has a batch axis"],
+                f"one choice per row means as many as the batch has rows; {rows} were given", problems=problems
             )
 
 

@@ -15,7 +15,7 @@ from typing import IO
 import numpy as np
 
 from onnx_lora.adapters import BoundAdapter
-from onnx_lora.boundary import public, unread
+from onnx_lora.boundary import public, translate_unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.heads import VOCABULARY_HEADS
@@ -154,7 +154,7 @@ class _Writer:
     def write(self, plan: _Plan, target: Path) -> None:
         source = self.package.path / plan.info.base_file
         model = _onnx.load(source)
-        outside = _onnx.externals(model, source)
+        outside = _onnx.find_externals(model, source)
         _check_places(plan.edits, outside, source)
         values = _Values(plan.edits, self.package, self.requantize)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -236,7 +236,7 @@ def _reading(path: Path) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise unread(error, path, PackageError, "make the package again") from error
+        raise translate_unread(error, path, PackageError, "make the package again") from error
     with file:
         yield file
 
@@ -248,7 +248,7 @@ def _copy_companions(package: Package, folder: Path) -> None:
         for name in (info.file, info.base_file):
             path = package.path / name
             own.add(name)
-            own.update(external.file for external in _onnx.externals(_onnx.load(path), path))
+            own.update(external.file for external in _onnx.find_externals(_onnx.load(path), path))
     for companion in sorted(package.path.iterdir()):
         if companion.name in own:
             continue

@@ -61,8 +61,9 @@ class Store:
             self._loaded = {**self._loaded, name: loaded}
 
     def _find_defaults(self, part: BoundAdapter) -> dict[str, Array]:
-        """The base's own values of the weights that an adapter replaces, and of their modules' others, which a row of
-        the base has in one batch with it. Of weights that are never stacked only whether they are the adapter's."""
+        """The base's own values of every weight of the modules in which an adapter replaces one: a row of the base
+        needs them in one batch with a row of the adapter. Weights without rows are never stacked; of these only those
+        are kept that the adapter replaces by the base's own value."""
         modules = {name.rpartition(".")[0] for name in part.coverage.replaced}
         kept: dict[str, Array] = {}
         for loaded in self._loaded.values():
@@ -100,10 +101,13 @@ class Store:
         Raises SelectionError: its parts cannot be composed.
         """
         key = resolve(selection, loaded)
-        if len(key) == 1 and not key[0]:
-            return {}
-        if len(key) == 1 and _is_alone(key[0]):
-            return key[0][0][0].values
+        if len(key) == 1:
+            part = key[0]
+            if not part:
+                return {}
+            if _is_alone(part):
+                adapter, _ = part[0]
+                return adapter.values
         with self._lock:
             entry = self._composed.get(key)
             if entry is not None:
@@ -113,7 +117,7 @@ class Store:
 
     def _compose(self, key: Key) -> Values:
         # Outside the lock: two threads may do the same work once, and none waits for another's.
-        blends = {part: _blend(part) for part in dict.fromkeys(key)}
+        blends = {part: _blend_part(part) for part in dict.fromkeys(key)}
         tensors = blends[key[0]]
         if len(key) > 1:
             defaults: dict[str, Array] = {}
@@ -154,7 +158,7 @@ def resolve(selection: Selection, loaded: Mapping[str, Loaded]) -> Key:
     return tuple(parts)
 
 
-def _blend(part: Part) -> Mapping[str, Array]:
+def _blend_part(part: Part) -> Mapping[str, Array]:
     if not part:
         return {}
     if _is_alone(part):
@@ -167,12 +171,12 @@ def _is_alone(part: Part) -> bool:
     return len(part) == 1 and part[0][1] == 1.0
 
 
-def _uses(key: Key, gone: Loaded) -> bool:
-    return any(_names(part, gone) for part in key)
-
-
-def _names(part: Part, gone: Loaded) -> bool:
-    return any(loaded is gone for loaded, _ in part)
+def _uses(key: Key, adapter: Loaded) -> bool:
+    """Whether an adapter is in any part of a key: that object, not another one of the same name."""
+    used: list[Loaded] = []
+    for part in key:
+        used.extend(loaded for loaded, _ in part)
+    return any(loaded is adapter for loaded in used)
 
 
 def _restrict(bound: BoundAdapter, name: str, graph: GraphInfo) -> BoundAdapter:

@@ -12,7 +12,7 @@ import pytest
 from onnx_lora import Package
 from onnx_lora.adapters import BoundAdapter, bind, blend, read_adapter, stack_rows, write_bound
 from onnx_lora.adapters.compose import make_blend
-from onnx_lora.errors import SelectionError
+from onnx_lora.errors import InputError, SelectionError
 from tests.adapters.building import PackageBuilder, bound, delta, effect, numbers
 from tests.support.numbers import assert_close, assert_same_bits
 
@@ -251,3 +251,8 @@ def test_all_problems_of_a_call_are_told_at_once(package: Package) -> None:
     with pytest.raises(SelectionError) as caught:
         stack_rows([row.tensors, {}], package)
     assert len(caught.value.problems) == 3
+
+
+def test_a_message_spells_out_what_a_blend_is_made_of() -> None:
+    with pytest.raises(InputError, match=r"parts must be Sequence\[tuple\[BoundAdapter, float\]\], and is int 3"):
+        blend(3)  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ from onnx_lora.exporter import (
 from onnx_lora.exporter.frontends import quiet
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
 from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS, ExportRequest, Refusal
+from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource, Original
 from onnx_lora.exporter.request import Progress
 
@@ -373,3 +374,18 @@ def test_the_answers_of_a_source_are_those_of_its_module(tmp_path: Path) -> None
         expected = model(X).numpy()
     (answer,) = reference.answer().values()
     np.testing.assert_array_equal(answer, expected)
+
+
+def test_a_name_that_the_hub_does_not_give_is_told_in_the_words_for_users() -> None:
+    try:
+        try:
+            raise KeyError("set 'local_files_only' to False")
+        except KeyError as cause:
+            raise OSError("We couldn't connect to the hub\nand more") from cause
+    except OSError as error:
+        failure = error
+    with (
+        pytest.raises(ModelError, match=r"no model of this name could be had from the hub: We couldn't connect to"),
+        library_failures("nobody/nothing", "loaded"),
+    ):
+        raise failure

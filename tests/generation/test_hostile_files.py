@@ -17,7 +17,7 @@ import pytest
 from onnx_lora import AdapterSession, Chat, Sampling, TextGenerator
 from onnx_lora.errors import MissingDependencyError, OnnxLoraError, PackageError, PromptError, RunError
 from onnx_lora.runtime.generation import template as rendering
-from onnx_lora.runtime.generation.text import refused
+from onnx_lora.runtime.generation.text import translate_failures
 from tests.fuzz.mutate import mutate
 from tests.generation.conftest import Decoder
 
@@ -315,5 +315,5 @@ def test_panics_of_the_library_are_our_errors(
 
 def test_an_interrupt_is_no_panic() -> None:
     for kind in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), refused(PackageError, "never"):
+        with pytest.raises(kind), translate_failures(PackageError, "never"):
             raise kind

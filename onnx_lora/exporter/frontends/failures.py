@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError, first_line
+from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.onnxruntime_errors import native_failures
 
@@ -40,9 +40,10 @@ def _as_ours(model: str | os.PathLike[str], done: str, error: Exception) -> Onnx
     if isinstance(error, _OF_INPUT):
         if Path(model).exists():
             return ModelError(f"cannot be {done}: {error}", path=model)
+        # The error itself says what to do; its cause speaks of arguments that nobody here gives.
+        said, _, _ = str(error).strip().partition("\n")
         return ModelError(
-            f"there is no such folder, and no model of this name could be had from the hub: {first_line(error)}",
-            path=model,
+            f"there is no such folder, and no model of this name could be had from the hub: {said}", path=model
         )
     if isinstance(error, (RuntimeError, *native_failures())):
         return ExportError(

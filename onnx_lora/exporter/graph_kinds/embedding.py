@@ -70,7 +70,9 @@ def _read_lookup(node: ir.Node) -> Product | Unfit | None:
 def _read_blocks(node: ir.Node) -> Product | Unfit | None:
     """GatherBlockQuantized of ONNX Runtime: table, rows, scales, zero points. The table may be a head's weight
     (MatMulNBits) in another shape."""
-    table, scale, zero = input_at(node, _TABLE), input_at(node, 2), input_at(node, 3)
+    table = input_at(node, _TABLE)
+    scale = input_at(node, 2)
+    zero = input_at(node, 3)
     reshape = producer_of(table, "Reshape")
     weight = table if reshape is None else input_at(reshape, 0)
     if weight is None or not is_constant(weight):
@@ -125,13 +127,15 @@ class _EmbeddingBranch:
         shape = surgeon.op("Shape", numbers, name=f"{name}.shape")
         row = number_own_rows(surgeon, shape, given.a, name)
         if rank > 3:
-            row = surgeon.unsqueeze(row, list(range(2, rank - 1)), name=f"{name}.row_axes")
+            between = list(range(2, rank - 1))
+            row = surgeon.unsqueeze(row, between, name=f"{name}.row_axes")
         row = surgeon.op("Expand", row, shape, name=f"{name}.row_of_each")
         row_column = surgeon.unsqueeze(row, [rank - 1], name=f"{name}.{row.name}")
         number_column = surgeon.unsqueeze(numbers, [rank - 1], name=f"{name}.{numbers.name}")
         places = surgeon.op("Concat", row_column, number_column, name=f"{name}.places", axis=-1)
         low = surgeon.op("GatherND", given.a, places, name=f"{name}.lora_A")
-        return surgeon.op("MatMul", low, broadcast(surgeon, given.b, rank), name=f"{name}.lora_B")
+        b = broadcast(surgeon, given.b, rank)
+        return surgeon.op("MatMul", low, b, name=f"{name}.lora_B")
 
     def shape_scale(self, surgeon: Surgeon, scale: ir.Value, product: Product, rank: int, name: str) -> ir.Value:
         del product, name

@@ -37,6 +37,7 @@ from onnx_lora.quantized import Scheme
 
 __all__ = ["LINEAR_IN_GRAPHS"]
 
+# Why a product between quantized activations gets no point.
 _FIXED = "activations are rounded to ranges that were fixed without adapters; quantize weights only"
 
 # Which input of a Gemm, and of ONNX Runtime's own operators, is added to the product.
@@ -47,7 +48,8 @@ _DYNAMIC_BIAS = 4
 
 def _read_product(node: ir.Node) -> Product | Unfit | None:
     """MatMul and Gemm, with the weight as it is or dequantized on the way."""
-    source, factor = input_at(node, 0), input_at(node, 1)
+    source = input_at(node, 0)
+    factor = input_at(node, 1)
     weight, wrappers = unwrap(factor)
     if weight is None:
         behind = wrappers[-1].inputs[0] if wrappers else factor
@@ -55,19 +57,24 @@ def _read_product(node: ir.Node) -> Product | Unfit | None:
         if maker is not None and is_dequantized(maker):
             return _read_dequantized(node, maker, wrappers)
         left = initializer_behind(source)
-        return Unfit("the weight is the left factor", left) if axes_of(left) == 2 else None
+        if axes_of(left) == 2:
+            return Unfit("the weight is the left factor", left)
+        return None
     reason = _unfit_gemm(node) or unfit_matrix(weight, wrappers)
     if reason is None and source is None:
         reason = "it has no input"
     if reason is not None:
         return Unfit(reason, weight)
     operand = reads_first(node, 1, weight, wrappers)
-    return _make_product(node, operand, wrappers, computed_type(weight, wrappers), None)
+    dtype = computed_type(weight, wrappers)
+    return _make_product(node, operand, wrappers, dtype, None)
 
 
 def _read_dequantized(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, ...]) -> Product | Unfit:
-    """MatMul or Gemm over DequantizeLinear: per tensor, per channel, or in blocks."""
-    weight, scale, zero = input_at(maker, 0), input_at(maker, 1), input_at(maker, 2)
+    """MatMul or Gemm over DequantizeLinear, with scales for the whole weight, for each channel, or for blocks."""
+    weight = input_at(maker, 0)
+    scale = input_at(maker, 1)
+    zero = input_at(maker, 2)
     if weight is None or not is_constant(weight) or not is_constant(scale):
         return Unfit("its weight is dequantized by what is not constant", weight)
     reason = _unfit_gemm(node) or unfit_quantized(weight, zero, (*BYTES, *NIBBLES))
@@ -101,24 +108,31 @@ def _unfit_dequantizing(node: ir.Node, maker: ir.Node, wrappers: tuple[ir.Node, 
 def _affine_scheme(maker: ir.Node, weight: ir.Value, scale: ir.Value) -> Scheme:
     """The scheme of a DequantizeLinear; axis -1 stands for one scale."""
     rows, columns = rows_and_columns(weight)
-    bits = 4 if weight.dtype is not None and weight.dtype.name in NIBBLES else 8
+    is_nibbles = weight.dtype is not None and weight.dtype.name in NIBBLES
+    bits = 4 if is_nibbles else 8
     if axes_of(scale) == 0 or count_of(scale) == 1:
         return Scheme("affine", bits, 0, -1, rows, columns)
     axis = maker.attributes.get_int("axis", 1) % 2
-    return Scheme("affine", bits, maker.attributes.get_int("block_size", 0), axis, rows, columns)
+    block_size = maker.attributes.get_int("block_size", 0)
+    return Scheme("affine", bits, block_size, axis, rows, columns)
 
 
 def _read_blocks(node: ir.Node) -> Product | Unfit | None:
     """MatMulNBits of ONNX Runtime: x, B, scales, zero points, order of the inputs, bias."""
-    source, weight, scale, zero = input_at(node, 0), input_at(node, 1), input_at(node, 2), input_at(node, 3)
+    source = input_at(node, 0)
+    weight = input_at(node, 1)
+    scale = input_at(node, 2)
+    zero = input_at(node, 3)
     if not is_constant(weight):
         return None
     if input_at(node, 4) is not None:
         return Unfit("its weight's inputs are in another order (g_idx), which gets no point yet", weight)
     if not is_constant(scale) or not (zero is None or is_constant(zero)):
         return Unfit("its scales or zero points are not constant", weight)
-    bits, size = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
-    inputs, outputs = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    bits = node.attributes.get_int("bits", 4)
+    size = node.attributes.get_int("block_size", 0)
+    inputs = node.attributes.get_int("K", 0)
+    outputs = node.attributes.get_int("N", 0)
     if bits not in (2, 4, 8) or size < 1 or inputs < 1 or outputs < 1:
         return Unfit(f"its weight has {bits} bits in blocks of {size}, which gets no point yet", weight)
     if node.attributes.get_int("weight_prepacked", 0):
@@ -148,7 +162,8 @@ def _read_blocks(node: ir.Node) -> Product | Unfit | None:
 def _read_integer(node: ir.Node) -> Product | Unfit | None:
     """MatMulInteger as ONNX Runtime's dynamic quantization writes it: the activation quantized before, and its
     scale and the weight's multiplied in behind a Cast."""
-    weight, zero = input_at(node, 1), input_at(node, 3)
+    weight = input_at(node, 1)
+    zero = input_at(node, 3)
     if not is_constant(weight):
         return None
     before = producer_of(input_at(node, 0), "DynamicQuantizeLinear")
@@ -172,12 +187,15 @@ def _read_integer(node: ir.Node) -> Product | Unfit | None:
 
 def _read_dynamic(node: ir.Node) -> Product | Unfit | None:
     """DynamicQuantizeMatMul of ONNX Runtime: x, B, scale, zero point, bias."""
-    weight, scale, zero = input_at(node, 1), input_at(node, 2), input_at(node, 3)
+    weight = input_at(node, 1)
+    scale = input_at(node, 2)
+    zero = input_at(node, 3)
     if not is_constant(weight):
         return None
     if scale is None or not is_constant(scale):
         return Unfit("its scales are not constant", weight)
-    return _make_dynamic(node, node, node.outputs[0], Operand(node, 2, scale), zero, bias_input=_DYNAMIC_BIAS)
+    operand = Operand(node, 2, scale)
+    return _make_dynamic(node, node, node.outputs[0], operand, zero, bias_input=_DYNAMIC_BIAS)
 
 
 def _make_dynamic(
@@ -189,7 +207,8 @@ def _make_dynamic(
     bias_input: int | None = None,
 ) -> Product | Unfit:
     """A product of a weight of 8 bits with an activation that is rounded on the way."""
-    weight, source = input_at(node, 1), input_at(reader, 0)
+    weight = input_at(node, 1)
+    source = input_at(reader, 0)
     reason = unfit_quantized(weight, zero, BYTES)
     if reason is not None or source is None or weight is None:
         return Unfit(reason or "it has no input", weight)

@@ -1,4 +1,4 @@
-"""What forms of several kinds ask of a weight before they take it: its type, its axes, its quantization."""
+"""Checks that the readers of several kinds make before they take a weight: its type, its axes, its quantization."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def unfit_quantized(weight: ir.Value | None, zero: ir.Value | None, types: Colle
     """Why a quantized matrix, or its zero point, is none of these types; or None."""
     if weight is None or axes_of(weight) != 2 or weight.shape is None or 0 in weight.shape.numpy():
         return f"the quantized weight has {axes_of(weight)} axes or no numbers"
-    if weight.dtype is None or weight.dtype.name not in types:
-        return f"the quantized weight is {weight.dtype and weight.dtype.name}, not one of {', '.join(types)}"
+    stored = None if weight.dtype is None else weight.dtype.name
+    if stored not in types:
+        return f"the quantized weight is {stored}, not one of {', '.join(types)}"
     if zero is not None and not is_constant(zero):
         return "its zero points are not constant"
     return None
@@ -102,6 +103,9 @@ def turns_matrix(wrappers: tuple[ir.Node, ...]) -> bool:
     """Whether wrappers together turn `[in, out]` into `[out, in]`. Without `perm` a Transpose reverses the axes."""
     turned = False
     for wrapper in wrappers:
-        if wrapper.op_type == "Transpose" and list(wrapper.attributes.get_ints("perm", [1, 0])) == [1, 0]:
+        if wrapper.op_type != "Transpose":
+            continue
+        order = list(wrapper.attributes.get_ints("perm", [1, 0]))
+        if order == [1, 0]:
             turned = not turned
     return turned

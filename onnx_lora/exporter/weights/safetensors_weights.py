@@ -45,13 +45,15 @@ def read_folder_weights(folder: Path) -> CheckpointWeights:
     weights: list[CheckpointWeight] = []
     for key, shape in shapes.items():
         module = key.removesuffix(".weight")
-        if module == key or len(shape) < 2 or is_never_called(module, shapes):
+        is_weight = module != key and len(shape) > 1
+        if not is_weight or is_never_called(module, shapes):
             continue
         # A file says of two axes neither that they are a linear module's nor that they are a table's.
         kinds = tuple(kind for kind in graph_kinds() if kind.has_kernel or len(shape) == 2)
         bias: Bias = "added" if f"{module}.bias" in shapes else "none"
-        rows = shape[0], math.prod(shape[1:])
-        weights.append(CheckpointWeight(module, rows, partial(_read, opened[key], key), kinds, bias))
+        matrix = shape[0], math.prod(shape[1:])
+        read = partial(_read, opened[key], key)
+        weights.append(CheckpointWeight(module, matrix, read, kinds, bias))
     modules = frozenset(weight.module for weight in weights)
     return CheckpointWeights(tuple(weights), modules, names=frozenset(shapes))
 
@@ -81,6 +83,10 @@ def _find_shards(index: Path) -> list[Path]:
 
 
 def _read(file: Any, key: str, part: tuple[slice, slice]) -> Array:
-    rows: Array = file.get_slice(key)[part[0]]
-    values = rows.reshape(len(rows), -1)[:, part[1]]
-    return values.astype(np.float32) if values.dtype == ml_dtypes.bfloat16 else values
+    """A part of a tensor as a matrix; bfloat16 as float32, which holds each of its values exactly."""
+    rows, columns = part
+    read: Array = file.get_slice(key)[rows]
+    values = read.reshape(len(read), -1)[:, columns]
+    if values.dtype == ml_dtypes.bfloat16:
+        return values.astype(np.float32)
+    return values

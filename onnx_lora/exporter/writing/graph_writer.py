@@ -106,8 +106,15 @@ class GraphWriter:
     def _wanted_sites(self) -> list[Site]:
         """The places that change: those of chosen modules, whose neighbours in a packed product come along, and those
         whose weight may be replaced."""
-        replaced = {weight.site.node for weight in self.offer.whole_weights.found if weight.site is not None}
-        return [site for site in self.offer.sites.sites if site.node in replaced or self._is_chosen(site)]
+        replaced: set[ir.Node] = set()
+        for weight in self.offer.whole_weights.found:
+            if weight.site is not None:
+                replaced.add(weight.site.node)
+        wanted: list[Site] = []
+        for site in self.offer.sites.sites:
+            if site.node in replaced or self._is_chosen(site):
+                wanted.append(site)
+        return wanted
 
     def _is_chosen(self, site: Site) -> bool:
         return any(module in self.chosen for module in site.modules)
@@ -120,9 +127,12 @@ class GraphWriter:
         chosen = [site for site in sites if self._is_chosen(site)]
         points = describe_points(chosen)
         pointed = {point.module for point in points}
+        branches = describe_branches(chosen, dora=self.asked.dora)
         heads = find_free_modules(self.offer.graph.model, weights)
-        whole_weights = [describe_whole_weight(weight, heads, pointed, self.offer.graph.doubt) for weight in weights]
-        return _Entries(points, describe_branches(chosen, dora=self.asked.dora), tuple(whole_weights))
+        whole_weights: list[WholeWeight] = []
+        for weight in weights:
+            whole_weights.append(describe_whole_weight(weight, heads, pointed, self.offer.graph.doubt))
+        return _Entries(points, branches, tuple(whole_weights))
 
     def _add_inputs(
         self, surgeon: Surgeon, entries: _Entries, weights: Sequence[WholeWeightSite]
@@ -147,16 +157,17 @@ class GraphWriter:
                 replaced.setdefault(weight.module, {})[weight.name] = weight
         for index, site in enumerate(sites):
             self.progress(f"points of {self.offer.graph.source.name}", index, len(sites))
+            branch = by_modules.get(site.modules)
             own: dict[str, WholeWeight] = {}
             for module in site.modules:
                 own.update(replaced.get(module, {}))
-            inject(surgeon, site, self.offer.graph.shapes, inputs, by_modules.get(site.modules), own)
+            inject(surgeon, site, self.offer.graph.shapes, inputs, branch, own)
         unused = [name for name, value in inputs.items() if not value.uses()]
         assert not unused, f"adapter inputs that nothing reads: {unused}"
 
 
 def _names_of(sites: Sequence[Site], weights: Sequence[WholeWeightSite]) -> set[str]:
-    """The initializers that may be folded into or replaced: they lie in files, however small they are."""
+    """The initializers that adapters may be folded into, or may replace: they lie in files, however small they are."""
     names = {weight.value.name or "" for weight in weights}
     for site in sites:
         for product in site.products:
@@ -167,21 +178,22 @@ def _names_of(sites: Sequence[Site], weights: Sequence[WholeWeightSite]) -> set[
 def _add_branch_inputs(
     surgeon: Surgeon, branch: Branch, points: Sequence[InjectionPoint], rank: int
 ) -> dict[str, ir.Value]:
-    """A branch's factors, zeros of the default rank, and its scale, ones."""
+    """A branch's factors, whose defaults are zeros of the default `rank`, and its scale, whose default is ones."""
     dtype = np.dtype(points[0].dtype)
-    features, outputs = points[0].in_features, sum(point.out_features for point in points)
-    rows, symbol = f"{branch.name}.rows", f"{branch.name}.rank"
+    features = points[0].in_features
+    outputs = sum(point.out_features for point in points)
+    # Symbols of the branch's own: ONNX Runtime's memory planner fails on shared ones.
+    rows = f"{branch.name}.rows"
+    rank_symbol = f"{branch.name}.rank"
     inputs: dict[str, ir.Value] = {}
-    inputs[branch.lora_a] = surgeon.optional_input(
-        branch.lora_a, [rows, features, symbol], np.zeros((1, features, rank), dtype)
-    )
-    inputs[branch.lora_b] = surgeon.optional_input(
-        branch.lora_b, [rows, symbol, outputs], np.zeros((1, rank, outputs), dtype)
-    )
+    a = np.zeros((1, features, rank), dtype)
+    inputs[branch.lora_a] = surgeon.optional_input(branch.lora_a, [rows, features, rank_symbol], a)
+    b = np.zeros((1, rank, outputs), dtype)
+    inputs[branch.lora_b] = surgeon.optional_input(branch.lora_b, [rows, rank_symbol, outputs], b)
     if branch.dora:
-        inputs[branch.dora_scale] = surgeon.optional_input(
-            branch.dora_scale, [f"{branch.name}.dora_rows", 1, outputs], np.ones((1, 1, outputs), dtype)
-        )
+        scale = np.ones((1, 1, outputs), dtype)
+        scale_rows = f"{branch.name}.dora_rows"
+        inputs[branch.dora_scale] = surgeon.optional_input(branch.dora_scale, [scale_rows, 1, outputs], scale)
     return inputs
 
 
@@ -195,7 +207,8 @@ def _expose(surgeon: Surgeon, weight: WholeWeight, site: WholeWeightSite) -> ir.
     if weight.has_rows:
         symbols[0] = f"{weight.name}.rows"
     if None in weight.free_graph_shape:
-        symbols[weight.free_graph_shape.index(None)] = f"{weight.module}.outputs"
+        free_axis = weight.free_graph_shape.index(None)
+        symbols[free_axis] = f"{weight.module}.outputs"
     taken = surgeon.graph.initializers.get(weight.name)
     if taken is not None:
         surgeon.free_name(taken)

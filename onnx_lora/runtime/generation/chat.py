@@ -60,7 +60,7 @@ class ChatTemplate:
         file = folder / _FILE
         written = read_text(file)
         if written is None:
-            path, source = folder / _CONFIG, _single(config.get("chat_template"))
+            path, source = folder / _CONFIG, _choose_template(config.get("chat_template"))
         else:
             path, source = file, written
         if source is None:
@@ -70,7 +70,7 @@ class ChatTemplate:
                 path=folder,
             )
         found = {**read_object(folder / _SPECIAL), **config}
-        return ChatTemplate(source, _special_tokens(found), path)
+        return ChatTemplate(source, _read_special_tokens(found), path)
 
     def text(self, chat: Chat) -> str:
         """The prompt that asks for an answer to `chat`.
@@ -80,8 +80,8 @@ class ChatTemplate:
         """
         _check(chat)
         usual = {"tools": None, "documents": None, "add_generation_prompt": True}
-        given = {name: _plain(value, name) for name, value in chat.variables.items()}
-        messages = [_plain(message, f"messages[{index}]") for index, message in enumerate(chat.messages)]
+        given = {name: _make_plain(value, name) for name, value in chat.variables.items()}
+        messages = [_make_plain(message, f"messages[{index}]") for index, message in enumerate(chat.messages)]
         try:
             return render(self.source, {**self.tokens, **usual, **given, "messages": messages})
         except TemplateFailure as error:
@@ -90,18 +90,25 @@ class ChatTemplate:
             ) from error
 
 
-def _single(found: object) -> str | None:
-    """One template, or a list of named ones."""
+def _choose_template(found: object) -> str | None:
+    """The one template; of a list of named ones the default, or else the first."""
     if isinstance(found, str):
         return found
     if not isinstance(found, list):
         return None
-    templates = [each for each in found if isinstance(each, dict) and isinstance(each.get("template"), str)]
-    templates.sort(key=lambda each: each.get("name") != _DEFAULT)
-    return templates[0]["template"] if templates else None
+    first: str | None = None
+    for entry in found:
+        template = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(template, str):
+            continue
+        if entry.get("name") == _DEFAULT:
+            return template
+        if first is None:
+            first = template
+    return first
 
 
-def _special_tokens(found: Mapping[str, Any]) -> dict[str, str]:
+def _read_special_tokens(found: Mapping[str, Any]) -> dict[str, str]:
     tokens = {}
     for name, value in found.items():
         if name.endswith("_token"):
@@ -120,19 +127,20 @@ def _check(chat: Chat) -> None:
     wrong: list[str] = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            wrong.append(f"message {index} must be a mapping with a role, which is a text; it is {_kind(message)}")
+            found = _describe_message(message)
+            wrong.append(f"message {index} must be a mapping with a role, which is a text; it is {found}")
     if wrong:
         raise PromptError("the chat's messages cannot be read", problems=wrong)
 
 
-def _kind(message: object) -> str:
+def _describe_message(message: object) -> str:
     if isinstance(message, Mapping):
         role = message.get("role")
         return "a mapping without one" if role is None else f"a mapping whose role is a {type(role).__name__}"
     return f"a {type(message).__name__}"
 
 
-def _plain(value: object, place: str, depth: int = 0) -> object:
+def _make_plain(value: object, place: str, depth: int = 0) -> object:
     """`value` as JSON can hold it. Raises PromptError: it cannot."""
     if depth > _DEEPEST:
         raise PromptError(f"what a chat's template is given must not nest deeper than {_DEEPEST} levels")
@@ -141,9 +149,9 @@ def _plain(value: object, place: str, depth: int = 0) -> object:
             if not isinstance(key, str):
                 shown = printable(place, _PLACE)
                 raise PromptError(f"{shown} must have texts as keys, and has a {type(key).__name__}")
-        return {key: _plain(each, f"{place}.{key}", depth + 1) for key, each in value.items()}
+        return {key: _make_plain(each, f"{place}.{key}", depth + 1) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, f"{place}[{index}]", depth + 1) for index, each in enumerate(value)]
+        return [_make_plain(each, f"{place}[{index}]", depth + 1) for index, each in enumerate(value)]
     if isinstance(value, int) and value.bit_length() > _LONGEST_NUMBER:
         shown = printable(place, _PLACE)
         raise PromptError(f"{shown} must be a number that can be written, and has {value.bit_length()} bits")

@@ -59,18 +59,19 @@ class DecoderGraph:
         Raises PackageError: the graph is no decoder with a cache, or takes what nobody here can give it.
         """
         names = settings.names
-        pairs = _cache_names(names, inputs)
+        pairs = _find_cache(names, inputs)
         _check_kind(file, names, pairs, inputs, outputs)
         fed = [name for name in (names.ids, names.mask, names.positions) if name in inputs]
         problems = [
-            *_naming_problems(settings, pairs, inputs, outputs),
-            *_input_problems([inputs[name] for name in fed]),
-            *_logits_problems(outputs[names.logits]),
+            *_find_naming_problems(settings, pairs, inputs, outputs),
+            *_find_input_problems([inputs[name] for name in fed]),
+            *_find_logits_problems(outputs[names.logits]),
         ]
         for past, present in pairs:
             if past in inputs and present in outputs:
-                problems += _cache_problems(inputs[past], outputs[present], settings)
-        if len({inputs[past].type for past, _ in pairs if past in inputs}) > 1:
+                problems += _find_cache_problems(inputs[past], outputs[present], settings)
+        cache_types = {inputs[past].type for past, _ in pairs if past in inputs}
+        if len(cache_types) > 1:
             problems.append("the cache must be of one type")
         if problems:
             raise PackageError(
@@ -85,11 +86,11 @@ class DecoderGraph:
             positions=names.positions if names.positions in inputs else None,
             logits=names.logits,
             numbers={name: _NUMBERS[inputs[name].type] for name in fed},
-            parts=tuple(_part(inputs[past], present, settings) for past, present in pairs),
+            parts=tuple(_make_part(inputs[past], present, settings) for past, present in pairs),
             cache=_FLOATS[inputs[pairs[0][0]].type],
             scores=_FLOATS[outputs[names.logits].type],
             vocabulary=last if isinstance(last, int) else None,
-            shared=_holds(file, _SHARED_OPERATOR),
+            shared=_contains(file, _SHARED_OPERATOR),
         )
 
     def make_empty(self, part: Part, rows: int, tokens: int) -> Array:
@@ -107,8 +108,8 @@ def make_zeros(shape: Sequence[int], kind: Any) -> Array:
         ) from error
 
 
-def _cache_names(names: Names, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Past and present of every layer that the graph has. It ends: a layer's names are no other layer's."""
+def _find_cache(names: Names, inputs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The names of past and present of every layer that the graph has. The loop ends, as no two layers share names."""
     pairs: list[tuple[str, str]] = []
     layer = names.layer(0)
     while any(past in inputs for past, _ in layer):
@@ -140,7 +141,7 @@ def _check_kind(
         )
 
 
-def _naming_problems(
+def _find_naming_problems(
     settings: Settings,
     pairs: Sequence[tuple[str, str]],
     inputs: Mapping[str, Any],
@@ -162,7 +163,7 @@ def _naming_problems(
     return problems
 
 
-def _input_problems(args: Sequence[Any]) -> list[str]:
+def _find_input_problems(args: Sequence[Any]) -> list[str]:
     return [
         f"{arg.name} must be int64 or int32 [rows, tokens], and is {arg.type} {list(arg.shape)}"
         for arg in args
@@ -170,16 +171,16 @@ def _input_problems(args: Sequence[Any]) -> list[str]:
     ]
 
 
-def _logits_problems(logits: Any) -> list[str]:
+def _find_logits_problems(logits: Any) -> list[str]:
     shape = list(logits.shape)
     if logits.type not in _FLOATS or len(shape) != 3:
         return [f"{logits.name} must be floats [rows, tokens, vocabulary], and is {logits.type} {shape}"]
-    if not _open_or_within(shape[2], "vocabulary"):
+    if not _is_open_or_within(shape[2], "vocabulary"):
         return [f"{logits.name} must be of a vocabulary of 1 to {MOST['vocabulary']} tokens, and is {shape}"]
     return []
 
 
-def _cache_problems(past: Any, present: Any, settings: Settings) -> list[str]:
+def _find_cache_problems(past: Any, present: Any, settings: Settings) -> list[str]:
     """Of one tensor: as it goes in, and as it comes out."""
     shape, later = list(past.shape), list(present.shape)
     if past.type not in _FLOATS:
@@ -188,27 +189,30 @@ def _cache_problems(past: Any, present: Any, settings: Settings) -> list[str]:
         return [f"{past.name} must be [rows, heads, tokens, size] for any number of tokens, and is {shape}"]
     if not isinstance(shape[3], int) and settings.head_size is None:
         return [f"{past.name} must say its size, and is {shape}; config.json or genai_config.json could say it, too"]
-    if not _open_or_within(shape[1], "heads") or not _open_or_within(shape[3], "head_size"):
+    if not _is_open_or_within(shape[1], "heads") or not _is_open_or_within(shape[3], "head_size"):
         return [f"{past.name} must have heads and sizes from 1 to {MOST['heads']} and {MOST['head_size']}: {shape}"]
     # A graph need not say what shape an output has.
-    fits = present.type == past.type and len(later) in (0, 4) and all(map(_agree, shape, later))
-    return [] if fits else [f"{present.name} must be as {past.name} is, {past.type} {shape}: {present.type} {later}"]
+    fits = present.type == past.type and len(later) in (0, 4) and all(map(_may_be_equal, shape, later))
+    if not fits:
+        return [f"{present.name} must be as {past.name} is, {past.type} {shape}: {present.type} {later}"]
+    return []
 
 
-def _open_or_within(axis: object, kind: str) -> bool:
+def _is_open_or_within(axis: object, kind: str) -> bool:
     return not isinstance(axis, int) or 1 <= axis <= MOST[kind]
 
 
-def _agree(axis: object, other: object) -> bool:
-    """A number, of past and present, is the same; names say nothing, and are different for the tokens."""
+def _may_be_equal(axis: object, other: object) -> bool:
+    """Whether an axis of the past and one of the present may have the same length: numbers must be equal, and names say
+    nothing (those of the tokens' axis differ)."""
     return not isinstance(axis, int) or not isinstance(other, int) or axis == other
 
 
-def _part(arg: Any, present: str, settings: Settings) -> Part:
+def _make_part(arg: Any, present: str, settings: Settings) -> Part:
     size = arg.shape[3] if isinstance(arg.shape[3], int) else settings.head_size
     return Part(arg.name, present, arg.shape[1], int(size or 0))
 
 
-def _holds(file: Path, pattern: bytes) -> bool:
+def _contains(file: Path, pattern: bytes) -> bool:
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(pattern) >= 0

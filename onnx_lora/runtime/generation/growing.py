@@ -23,7 +23,7 @@ _ROUND = 64  # tokens
 
 
 class Growing:
-    """Rows are aligned at their ends: what is padded lies before, or between, a row's tokens, and the mask hides it."""
+    """Rows are aligned at their ends: padding lies before a row's tokens or between them, and the mask hides it."""
 
     def __init__(self, graph: DecoderGraph, device: Device, rows: int) -> None:
         self._graph = graph
@@ -44,13 +44,14 @@ class Growing:
         ids = make_zeros((len(tokens), width), np.int64)
         new = np.zeros_like(ids)
         for row, each in enumerate(tokens):
-            if len(each):
-                ids[row, -len(each) :] = each
-                new[row, -len(each) :] = 1
+            begin = width - len(each)
+            ids[row, begin:] = each
+            new[row, begin:] = 1
         # A piece must not be all padding in some row.
-        piece = _PIECE if len(tokens) == 1 else width
-        for start in range(0, width, piece):
-            logits = self._run(runner, ids[:, start : start + piece], new[:, start : start + piece])
+        length = _PIECE if len(tokens) == 1 else width
+        for start in range(0, width, length):
+            piece = slice(start, start + length)
+            logits = self._run(runner, ids[:, piece], new[:, piece])
         return logits[:, -1]
 
     def _run(self, runner: Runner, ids: Array, new: Array) -> Array:
@@ -59,7 +60,7 @@ class Growing:
             self._lengthen(max(end, 2 * self._mask.shape[1], _ROUND))
         self._mask[:, self._width : end] = new
         steps = new.cumsum(axis=1)
-        # As transformers numbers them; what is padded may have any number that there is.
+        # As transformers numbers them; padding may have the number of any position.
         positions = np.maximum(self._lengths + steps - 1, 0)
         logits = runner.run(ids, self._mask[:, :end], positions)
         self._past = runner.outputs()

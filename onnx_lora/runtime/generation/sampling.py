@@ -47,27 +47,29 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        # Whatever is no list of texts is refused below.
+        # What is no list of texts is refused below.
         is_list = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
         object.__setattr__(self, "stop", tuple(self.stop) if is_list else (self.stop,))
-        is_greedy = _within(self.temperature, 0, 0)
+        is_greedy = _lies_within(self.temperature, 0, 0)
+        is_warm = _lies_within(self.temperature, _LEAST, _MOST)
+        has_penalty = _lies_within(self.repetition_penalty, _LEAST, _MOST)
+        has_share = _lies_within(self.top_p, 0, 1) and self.top_p > 0
+        has_seed = self.seed is None or _is_whole(self.seed, 0)
+        has_texts = all(isinstance(text, str) and text for text in self.stop)
         rules = {
-            "max_tokens must be a whole number, 1 or more": _whole(self.max_tokens, 1),
-            f"temperature must be 0 (greedy), or from {_LEAST} to {_MOST}": is_greedy
-            or _within(self.temperature, _LEAST, _MOST),
-            "top_k must be a whole number, 0 (off) or more": _whole(self.top_k, 0),
-            "top_p must be above 0, and 1 (off) or less": _within(self.top_p, 0, 1) and self.top_p > 0,
-            f"repetition_penalty must be from {_LEAST} to {_MOST}; 1 is off": _within(
-                self.repetition_penalty, _LEAST, _MOST
-            ),
-            "seed must be a whole number, 0 or more, or None": self.seed is None or _whole(self.seed, 0),
-            "stop must be texts that are not empty": all(isinstance(text, str) and text for text in self.stop),
+            "max_tokens must be a whole number, 1 or more": _is_whole(self.max_tokens, 1),
+            f"temperature must be 0 (greedy), or from {_LEAST} to {_MOST}": is_greedy or is_warm,
+            "top_k must be a whole number, 0 (off) or more": _is_whole(self.top_k, 0),
+            "top_p must be above 0, and 1 (off) or less": has_share,
+            f"repetition_penalty must be from {_LEAST} to {_MOST}; 1 is off": has_penalty,
+            "seed must be a whole number, 0 or more, or None": has_seed,
+            "stop must be texts that are not empty": has_texts,
         }
         problems: list[str] = []
         for rule, holds in rules.items():
             if not holds:
                 name = rule.partition(" ")[0]
-                problems.append(f"{rule}; it is {_shown(getattr(self, name))}")
+                problems.append(f"{rule}; it is {_describe_value(getattr(self, name))}")
         if problems:
             raise SamplingError("the sampling settings are out of range", problems=problems)
 
@@ -76,16 +78,16 @@ class Sampling:
         return tuple(self.stop)
 
 
-def _whole(value: object, least: int) -> bool:
+def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _within(value: object, least: float, most: float) -> bool:
-    """NaN lies nowhere."""
+def _lies_within(value: object, least: float, most: float) -> bool:
+    """Whether a value is a number from `least` to `most`; NaN is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
-def _shown(value: object) -> str:
+def _describe_value(value: object) -> str:
     # Python refuses to write numbers of 4300 digits.
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a number of {value.bit_length()} bits"
@@ -112,11 +114,12 @@ class Chooser:
         if self._random is None:
             token = int(logits.argmax())
             if not math.isfinite(logits[token]):
-                raise _no_numbers()
+                raise _make_no_numbers_error()
         else:
             ids, chances = distribution(logits.astype(np.float32, copy=False), self._sampling)
             steps = chances.cumsum(dtype=np.float64)
-            token = int(ids[np.searchsorted(steps, self._random.random() * steps[-1], side="right")])
+            drawn = self._random.random() * steps[-1]
+            token = int(ids[np.searchsorted(steps, drawn, side="right")])
         if self._seen is not None and token not in self._seen:
             self._seen = np.append(self._seen, token)
         return token
@@ -137,26 +140,27 @@ def distribution(logits: Array, sampling: Sampling) -> tuple[Ids, Array]:
     scores: Array = np.divide(logits, np.float32(sampling.temperature))
     highest = scores.max()
     if not np.isfinite(highest):
-        raise _no_numbers()
+        raise _make_no_numbers_error()
     ids = None
     if 0 < sampling.top_k < len(scores):
-        ids = _highest(scores, sampling.top_k)
+        ids = _find_highest(scores, sampling.top_k)
         scores = scores[ids]
     # In float32, as transformers computes them; sums of a whole vocabulary need more.
     chances = np.exp(np.subtract(scores, highest))
     chances /= np.float32(chances.sum(dtype=np.float64))
     if sampling.top_p < 1.0:
-        kept = _nucleus(chances, sampling.top_p)
+        kept = _find_nucleus(chances, sampling.top_p)
         chances = chances[kept] / np.float32(chances[kept].sum(dtype=np.float64))
         ids = kept if ids is None else ids[kept]
     return np.arange(len(scores)) if ids is None else ids, chances
 
 
-def _highest(scores: Array, top_k: int) -> Ids:
+def _find_highest(scores: Array, top_k: int) -> Ids:
     """The highest `top_k`; equals of the last one stay, as in transformers."""
-    # As many groups have their highest above the bound as scores are wanted: none of these lies below it. A tenth of
-    # the time of looking among all.
-    peaks = scores[: len(scores) - len(scores) % _GROUPED].reshape(_GROUPED, -1).max(axis=0, initial=-np.inf)
+    # The bound is reached by the peaks of `top_k` groups, so by `top_k` scores at least: no score below it is wanted.
+    # That takes a tenth of the time of partitioning all scores.
+    grouped = scores[: len(scores) - len(scores) % _GROUPED].reshape(_GROUPED, -1)
+    peaks = grouped.max(axis=0, initial=-np.inf)
     near = np.arange(len(scores))
     if top_k < len(peaks):
         bound = np.partition(peaks, -top_k)[-top_k]
@@ -166,7 +170,7 @@ def _highest(scores: Array, top_k: int) -> Ids:
     return highest
 
 
-def _nucleus(chances: Array, top_p: float) -> Ids:
+def _find_nucleus(chances: Array, top_p: float) -> Ids:
     """The fewest of the likeliest tokens that reach `top_p` together (Holtzman et al. 2019); one at least."""
     # All tokens below the floor together stay below 1 - top_p: they need no sorting.
     kept = np.flatnonzero(np.greater_equal(chances, (1 - top_p) / len(chances)))
@@ -177,7 +181,7 @@ def _nucleus(chances: Array, top_p: float) -> Ids:
     return np.sort(within if len(within) else order[-1:])
 
 
-def _no_numbers() -> RunError:
+def _make_no_numbers_error() -> RunError:
     return RunError(
         "the model's logits must be numbers, and hold NaN or nothing finite; "
         "if it runs in float16, try float32; else look at the adapter's scale"

@@ -50,10 +50,10 @@ class Names:
 
     def layer(self, index: int) -> list[tuple[str, str]]:
         """A layer's inputs, each with the output that is its next value: keys, values."""
-        return [
-            (past.replace(_LAYER, str(index)), present.replace(_LAYER, str(index)))
-            for past, present in zip(self.past, self.present, strict=True)
-        ]
+        names: list[tuple[str, str]] = []
+        for past, present in zip(self.past, self.present, strict=True):
+            names.append((past.replace(_LAYER, str(index)), present.replace(_LAYER, str(index))))
+        return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,16 @@ class Settings:
         model = genai.section("model")
         decoder = model.section("decoder")
         text = config.section("text_config")
-        ends = [each.tokens("eos_token_id") for each in (model, generation, text, config)]
+        ends = [file.tokens("eos_token_id") for file in (model, generation, text, config)]
         contexts = [model.count("context_length", "context")]
         for key in _CONTEXT_KEYS:
             contexts += [text.count(key, "context"), config.count(key, "context")]
+        head_sizes = [decoder.count("head_size", "head_size"), _read_head_size(text), _read_head_size(config)]
         found = Settings(
-            names=_names(decoder),
-            end=_first(ends) or frozenset(),
-            context=_first(contexts),
-            head_size=_first([decoder.count("head_size", "head_size"), _head_size(text), _head_size(config)]),
+            names=_read_names(decoder),
+            end=_take_first(ends) or frozenset(),
+            context=_take_first(contexts),
+            head_size=_take_first(head_sizes),
             layers=decoder.count("num_hidden_layers", "layers"),
         )
         for file in (genai, generation, config):
@@ -149,7 +150,7 @@ class _Fields:
         return frozenset(tokens) - {-1}
 
     def refuse(self, name: str, rule: str, found: object) -> None:
-        self._problems.append(f"{self._place}{name} must be {rule}, and is {_shown(found)}")
+        self._problems.append(f"{self._place}{name} must be {rule}, and is {_describe_value(found)}")
 
 
 def read_text(file: Path) -> str | None:
@@ -182,7 +183,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _first(found: Sequence[Any]) -> Any:
+def _take_first(found: Sequence[Any]) -> Any:
     return next((each for each in found if each is not None), None)
 
 
@@ -190,14 +191,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
+def _describe_value(value: object) -> str:
     """A value out of JSON, short enough for a message."""
     if isinstance(value, list | dict):
         return f"a {type(value).__name__} of {len(value)}"
     return printable(repr(value), 60, one_line=True)
 
 
-def _head_size(config: _Fields) -> int | None:
+def _read_head_size(config: _Fields) -> int | None:
     size = config.count("head_dim", "head_size")
     hidden, heads = config.count("hidden_size", "hidden"), config.count("num_attention_heads", "heads")
     if size is None and hidden is not None and heads is not None and heads <= hidden:
@@ -205,7 +206,7 @@ def _head_size(config: _Fields) -> int | None:
     return size
 
 
-def _names(decoder: _Fields) -> Names:
+def _read_names(decoder: _Fields) -> Names:
     inputs, outputs = decoder.section("inputs"), decoder.section("outputs")
     usual = Names()
     return Names(
@@ -213,19 +214,19 @@ def _names(decoder: _Fields) -> Names:
         mask=inputs.text("attention_mask", usual.mask),
         positions=inputs.text("position_ids", usual.positions),
         past=(
-            _layered(inputs, "past_key_names", usual.past[0]),
-            _layered(inputs, "past_value_names", usual.past[1]),
+            _read_layered_name(inputs, "past_key_names", usual.past[0]),
+            _read_layered_name(inputs, "past_value_names", usual.past[1]),
         ),
         present=(
-            _layered(outputs, "present_key_names", usual.present[0]),
-            _layered(outputs, "present_value_names", usual.present[1]),
+            _read_layered_name(outputs, "present_key_names", usual.present[0]),
+            _read_layered_name(outputs, "present_value_names", usual.present[1]),
         ),
         logits=outputs.text("logits", usual.logits),
     )
 
 
-def _layered(names: _Fields, key: str, usual: str) -> str:
-    """A name of every layer: without a place for the layer, or with two, it would be found for ever."""
+def _read_layered_name(names: _Fields, key: str, usual: str) -> str:
+    """A name with one place for the layer: without it, every layer would have the same name."""
     name = names.text(key, usual)
     if name.count(_LAYER) != 1:
         names.refuse(key, f"a name with one {_LAYER}, for the layer", name)

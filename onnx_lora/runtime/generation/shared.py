@@ -3,6 +3,7 @@ filled from its start without gaps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,16 +16,16 @@ from onnx_lora.runtime.generation.memory import Runner
 
 __all__ = ["Shared"]
 
-# As for a growing cache; there it is explained.
+# A long prompt goes in pieces, as `growing.py` explains.
 _PIECE = 512  # tokens
 
-# Buffers are made longer by this much at least: a cache that is gone on with is copied once, not with every call.
+# Buffers grow by this much at least, so that a cache which several calls go on with is not copied in each of them.
 _ROUND = 64  # tokens
 
 
 class Shared:
-    """The operator takes from the mask its sum, a row's tokens, and its length, the longest row's. What is padded lies
-    behind a row's tokens, and the row's next ones are written over it."""
+    """The operator reads two numbers from the mask: a row's sum says how many tokens the row has, and the mask's length
+    how many the longest row has. Padding lies behind a row's tokens, and the row's next tokens are written over it."""
 
     def __init__(self, graph: DecoderGraph, device: Device, rows: int) -> None:
         self._graph = graph
@@ -41,12 +42,13 @@ class Shared:
     def reserve(self, tokens: int) -> None:
         used = max(self._lengths)
         if used + tokens > self._capacity:
-            self._capacity = -(-(used + tokens) // _ROUND) * _ROUND
-            self._buffers = self._moved(used)
+            rounds = math.ceil((used + tokens) / _ROUND)
+            self._capacity = rounds * _ROUND
+            self._buffers = self._copy_buffers(used)
 
-    def _moved(self, used: int) -> list[Any]:
-        """Buffers of the new length with the old ones' tokens."""
-        buffers = []
+    def _copy_buffers(self, used: int) -> list[Any]:
+        """New buffers, as long as the capacity, with the `used` first tokens of the present ones."""
+        buffers: list[Any] = []
         old = self._buffers or [None] * len(self._graph.parts)
         for part, buffer in zip(self._graph.parts, old, strict=True):
             array = self._graph.make_empty(part, self._rows, self._capacity)
@@ -70,12 +72,20 @@ class Shared:
             return logits
         if not any(self._lengths):
             return self._run(runner, tokens)
-        # The operator takes several tokens behind a past for one row only.
-        kept: dict[int, Array] = {}
-        for step in range(width):
+        return self._feed_singly(runner, tokens)
+
+    def _feed_singly(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
+        """Token by token: the operator takes several tokens behind a past for one row only.
+
+        Returns the logits behind each row's last token, `[rows, vocabulary]`.
+        """
+        last: dict[int, Array] = {}
+        for step in range(max(map(len, tokens))):
             logits = self._step(runner, [row[step : step + 1] for row in tokens])
-            kept |= {row: logits[row].copy() for row, each in enumerate(tokens) if len(each) == step + 1}
-        return np.stack([kept.get(row, logits[row]) for row in range(self._rows)])
+            for row, each in enumerate(tokens):
+                if len(each) == step + 1:
+                    last[row] = logits[row].copy()
+        return np.stack([last.get(row, logits[row]) for row in range(self._rows)])
 
     def _step(self, runner: Runner, tokens: Sequence[Sequence[int]]) -> Array:
         """One token for each row, or none: then its last one is fed again, to the place where it lies already, and
@@ -92,10 +102,9 @@ class Shared:
         counts = [len(row) for row in tokens]
         width = max(counts)
         ids = make_zeros((self._rows, width), np.int64)
-        for row, each in enumerate(tokens):
-            ids[row, : len(each)] = each
         positions = np.array(self._lengths)[:, None] + np.arange(width)
         for row, each in enumerate(tokens):
+            ids[row, : len(each)] = each
             self._ids[row, 0] = each[-1]
             self._lengths[row] += len(each)
             self._places[row, 0] = self._lengths[row] - 1
@@ -112,8 +121,9 @@ class Shared:
         """Ones for a row's tokens: [rows, tokens of the longest]."""
         longest = max(self._lengths)
         if longest > self._columns.shape[1]:
-            # Not for the whole capacity: memory that is not written to costs nothing, and this is.
-            numbers = np.arange(max(longest, 2 * self._columns.shape[1], _ROUND))[None]
+            # Shorter than the capacity: memory costs nothing until it is written to, and this array is written.
+            width = max(longest, 2 * self._columns.shape[1], _ROUND)
+            numbers = np.arange(width)[None]
             self._columns = np.ones_like(numbers) if self._rows == 1 else numbers
         if self._rows == 1:
             return self._columns[:, :longest]
@@ -121,7 +131,10 @@ class Shared:
 
     def copy(self) -> Shared:
         other = object.__new__(Shared)
-        written = {"_lengths": [*self._lengths], "_ids": self._ids.copy(), "_places": self._places.copy()}
-        other.__dict__.update(self.__dict__, **written)
-        other._buffers = other._moved(max(self._lengths))
+        other.__dict__.update(self.__dict__)
+        # What a step writes into.
+        other._lengths = list(self._lengths)
+        other._ids = self._ids.copy()
+        other._places = self._places.copy()
+        other._buffers = other._copy_buffers(max(self._lengths))
         return other

@@ -11,7 +11,7 @@ from typing import Any
 
 from onnx_lora.errors import MissingDependencyError, OnnxLoraError, PackageError, PromptError, first_line
 
-__all__ = ["TextTokenizer", "refused"]
+__all__ = ["TextTokenizer", "translate_failures"]
 
 _FILE = "tokenizer.json"
 
@@ -25,7 +25,7 @@ _SHOWN = 40  # characters
 
 
 @contextmanager
-def refused(kind: type[OnnxLoraError], message: str, path: Path | None = None) -> Iterator[None]:
+def translate_failures(kind: type[OnnxLoraError], message: str, path: Path | None = None) -> Iterator[None]:
     """Around a call of the library: its exceptions become a `kind`. At some broken files and texts its Rust code
     panics: an exception that is no Exception, of a class that cannot be imported, and lines on stderr."""
     try:
@@ -65,7 +65,7 @@ class TextTokenizer:
             raise MissingDependencyError(
                 "text needs the package tokenizers (token ids do not): pip install 'onnx-lora[generate]'"
             ) from error
-        with refused(PackageError, "cannot be read as a tokenizer; copy it again", file):
+        with translate_failures(PackageError, "cannot be read as a tokenizer; copy it again", file):
             if (size := file.stat().st_size) > _LARGEST:
                 raise PackageError(f"must not have more than {_LARGEST} bytes, and has {size}", path=file)
             inner = Tokenizer.from_file(str(file))
@@ -83,12 +83,13 @@ class TextTokenizer:
             text.encode("utf-8")
         except UnicodeError as error:
             raise PromptError(f"a prompt must be valid Unicode, and is {text[:_SHOWN]!r}: {error}") from error
-        with refused(PromptError, f"the tokenizer refuses {text[:_SHOWN]!r}", self._path):
+        with translate_failures(PromptError, f"the tokenizer refuses {text[:_SHOWN]!r}", self._path):
             return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens; ids that the tokenizer does not have say nothing. Raises PackageError: the
         tokenizer fails on them."""
-        with refused(PackageError, "the tokenizer cannot write the model's tokens as text; copy it again", self._path):
+        message = "the tokenizer cannot write the model's tokens as text; copy it again"
+        with translate_failures(PackageError, message, self._path):
             text: str = self._inner.decode(tokens, skip_special_tokens=True)
         return text

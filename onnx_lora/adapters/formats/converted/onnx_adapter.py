@@ -16,7 +16,7 @@ from onnx_lora.adapters.formats.converted.olive import from_olive
 from onnx_lora.adapters.formats.files.reading import Reading, TensorFile, name_problems
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
-from onnx_lora.boundary import unwritten
+from onnx_lora.boundary import translate_unwritten
 from onnx_lora.errors import AdapterFileError, StorageError
 from onnx_lora.onnxruntime_errors import fail_as, load_onnxruntime
 from onnx_lora.points import Array
@@ -90,7 +90,7 @@ def _read_file(file: Reading) -> TensorFile:
         try:
             copy.write_bytes(content)
         except OSError as error:
-            raise unwritten(error, copy) from error
+            raise translate_unwritten(error, copy) from error
         tensors, number = _parameters(runtime, copy, file.path)
     problems = name_problems(tensors)
     if problems:
