@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import collections.abc
+import dataclasses
 import inspect
 import math
 import os
@@ -29,7 +30,7 @@ _OF_ITEMS = (list, tuple, set, frozenset, str, bytes)
 
 def find_misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """One line for each argument that its annotation does not allow; annotations that mean nothing at run time allow
-    everything."""
+    everything. Of our own dataclasses (a source of graphs) the fields are judged."""
     signature = inspect.signature(function)
     try:
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -45,10 +46,19 @@ def find_misfits(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
             written = parameter.annotation if isinstance(parameter.annotation, str) else inspect.formatannotation(hint)
             problems.append(f"{name} must be {written}, and is {_describe_value(value)}")
             continue
+        if dataclasses.is_dataclass(value) and type(value).__module__.startswith(f"{__package__}."):
+            problems += [f"{name}.{problem}" for problem in _find_misfits_inside(value)]
+            continue
         reason = _find_unwritable(value)
         if reason is not None:
             problems.append(f"{name} must be text that can be written, and {reason}")
     return problems
+
+
+def _find_misfits_inside(record: Any) -> list[str]:
+    """As `find_misfits`, of the fields that one of our dataclasses was made with."""
+    given = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.init}
+    return find_misfits(type(record).__init__, (), given)
 
 
 def is_finite_number(value: object) -> bool:

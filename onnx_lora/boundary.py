@@ -97,12 +97,15 @@ def call_foreign(function: Callable[[], R], failure: Callable[[str], OnnxLoraErr
     """Call a function of another package, which may raise anything.
 
     Raises `failure(said)` in place of every exception that is not ours; `said` has its type, its text and its line.
+    StorageError: the disk is full, or the system opens no more files.
     """
     try:
         return function()
     except OnnxLoraError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _LIMITS:  # the system's fault, and no package's
+            raise translate(error) from error
         raise failure(_describe(error)) from error
 
 

@@ -231,7 +231,9 @@ def show_measurement(result: Measurement) -> None:
     """What was measured of an adapter on a package, and what follows."""
     console = _open_stdout()
     where = ", ".join(result.providers) or "the default providers"
-    threads = "" if result.threads is None else f", {result.threads} threads"
+    threads = ""
+    if result.threads is not None:
+        threads = ", 1 thread" if result.threads == 1 else f", {result.threads} threads"
     console.print(_make_cell(_format_line(f"{result.adapter} on {result.package} ({where}{threads})")))
     console.print(_make_times(result.graphs))
     console.print(_make_starts(result.graphs))

@@ -20,7 +20,7 @@ from onnx_lora import AdapterSession, Package, TextGenerator, bind, errors, read
 from onnx_lora.boundary import public
 from onnx_lora.demo_text import WRITER
 from onnx_lora.errors import ExportError, InputError, InternalError, OnnxLoraError, OutsideError, StorageError
-from onnx_lora.exporter import attach
+from onnx_lora.exporter import attach, export
 from onnx_lora.runtime import Sampling
 
 # Every module that says what is public. A name that is added there is fuzzed.
@@ -418,3 +418,11 @@ def test_too_many_open_files_are_not_a_damaged_package(world: World, monkeypatch
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(StorageError, match="ulimit -n"):
         Package.open(world.package)
+
+
+@pytest.mark.parametrize("path", [5, b"x", [], {}, object()])
+@pytest.mark.parametrize("source", ["Checkpoint", "OnnxFiles", "Pipeline"])
+def test_what_is_wrong_inside_a_source_is_the_callers(tmp_path: Path, source: str, path: object) -> None:
+    given = getattr(importlib.import_module("onnx_lora"), source)(path)
+    with pytest.raises(InputError, match=r"model\.\w+ must be str \| os\.PathLike\[str\]"):
+        export(given, tmp_path / "out")

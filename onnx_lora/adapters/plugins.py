@@ -3,13 +3,14 @@ of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from importlib.metadata import Distribution, EntryPoint, distribution, distributions
+from typing import Any, Generic, TypeVar, cast
 
 from onnx_lora.boundary import call_foreign
 from onnx_lora.errors import PluginError
+from onnx_lora.lazy import load_object
 
 __all__ = ["Plugins"]
 
@@ -20,14 +21,17 @@ class Plugins(Mapping[str, T], Generic[T]):
     """Objects of one kind by name, each loaded when it is first asked for: our own in their order, then others'.
 
     Other distributions declare theirs in `pyproject.toml`, in the table `[project.entry-points."GROUP"]`, as
-    `NAME = "module:object"`. Which there are is looked up once a process.
+    `NAME = "module:object"`. Which there are is looked up once a process, when a name is asked for that is not ours.
+    A name of ours stays ours, whatever is installed; `refused` says who else brings it.
     """
 
-    def __init__(self, group: str, kind: type[Any], own: Mapping[str, str]) -> None:
+    def __init__(self, group: str, kind: type[Any], own: Mapping[str, str], guard: str | None = None) -> None:
         """`group`: of entry points, "onnx_lora.methods". `kind`: what each object must be an instance of. `own`: ours,
-        as "module:object"."""
+        as "module:object". `guard`: a function, as "module:function", that makes of another distribution's object and
+        the distribution's name an object whose failures name the distribution."""
         self._group = group
         self._kind = kind
+        self._guard = guard
         self._own = {name: EntryPoint(name, reference, group) for name, reference in own.items()}
         self._loaded: dict[str, T] = {}
 
@@ -42,7 +46,7 @@ class Plugins(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Raises KeyError: none of that name. PluginError: another distribution's fails to load, is of another kind, or
-        takes a name that is taken."""
+        has the name of a third one's."""
         if name not in self._loaded:
             self._loaded[name] = self._load(name)
         return self._loaded[name]
@@ -56,32 +60,55 @@ class Plugins(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self._own.keys() | self._others.keys())
 
-    @cached_property
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """What other distributions bring and is not used, a sentence for each."""
+        sentences = list(self._found[1])
+        for name, entries in self._others.items():
+            if name in self._own:
+                brought = " and by ".join(_origin(entry) for entry in entries)
+                sentences.append(
+                    f"{name!r} of {self._group}, brought by {brought}, is not used: the name is onnx-lora's own; "
+                    "rename or uninstall it"
+                )
+        return tuple(sentences)
+
+    @property
     def _others(self) -> dict[str, list[EntryPoint]]:
-        """Others' entry points by name, each once: an installed distribution may lie on the path twice."""
+        """Others' entry points by name."""
+        return self._found[0]
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, list[EntryPoint]], list[str]]:
+        """Others' entry points by name, and a sentence for each distribution that cannot be asked for its own."""
+        entries: list[EntryPoint] = []
+        unreadable: list[str] = []
+        for installed in distributions():
+            try:
+                entries += _declared(installed, self._group)
+            except PluginError as error:
+                unreadable.append(error.message)
         found: dict[str, list[EntryPoint]] = {}
-        for entry in sorted(entry_points(group=self._group), key=lambda entry: (entry.name, _origin(entry))):
+        for entry in sorted(entries, key=lambda entry: (entry.name, _origin(entry))):
             same_name = found.setdefault(entry.name, [])
             if all(_origin(entry) != _origin(other) for other in same_name):
                 same_name.append(entry)
-        return found
+        return found, unreadable
 
     def _load(self, name: str) -> T:
-        others = self._others.get(name, [])
         own = self._own.get(name)
-        if own is None and not others:
-            raise KeyError(name)
-        if len(others) > 1 or (own is not None and others):
-            brought = [_origin(entry) for entry in others]
-            if own is not None:
-                brought.insert(0, "onnx-lora itself")
-            raise PluginError(
-                f"{name!r} of {self._group} must be brought by one distribution, and is by {' and by '.join(brought)}; "
-                "uninstall all but one"
-            )
         if own is not None:
             loaded: T = own.load()
             return loaded
+        others = self._others.get(name, [])
+        if not others:
+            raise KeyError(name)
+        if len(others) > 1:
+            brought = " and by ".join(_origin(entry) for entry in others)
+            raise PluginError(
+                f"{name!r} of {self._group} must be brought by one distribution, and is by {brought}; uninstall all "
+                "but one"
+            )
         return self._load_foreign(others[0])
 
     def _load_foreign(self, entry: EntryPoint) -> T:
@@ -96,12 +123,39 @@ class Plugins(Mapping[str, T], Generic[T]):
                 "uninstall it"
             )
         loaded: T = value
-        return loaded
+        if self._guard is None:
+            return loaded
+        guard = cast(Callable[[T, str], T], load_object(self._guard))
+        return guard(loaded, _origin(entry))
 
     def _load_and_judge(self, entry: EntryPoint) -> tuple[Any, bool]:
         """The object, and whether it is of the kind. To ask that calls the object's own code."""
         value = entry.load()
         return value, isinstance(value, self._kind)
+
+
+def _declared(installed: Distribution, group: str) -> list[EntryPoint]:
+    """A distribution's entry points of a group; none of one that another copy, earlier on the path, hides.
+
+    Raises PluginError: its list of entry points, or its name, cannot be read.
+    """
+
+    def find() -> list[EntryPoint]:
+        entries = list(installed.entry_points.select(group=group))
+        if not entries:
+            return []
+        first = distribution(installed.name)
+        is_hidden = (first.version, first.locate_file("")) != (installed.version, installed.locate_file(""))
+        return [] if is_hidden else entries
+
+    where = installed.locate_file("")
+    return call_foreign(
+        find,
+        lambda said: PluginError(
+            f"a distribution in {where} has entry points that cannot be read, and whatever it brings is not used: "
+            f"{said}; install it again"
+        ),
+    )
 
 
 def _origin(entry: EntryPoint) -> str:

@@ -38,7 +38,10 @@ def advise(
             "Delta: the base is quantized, and folding rounds its weights again; the change that arrives differs from "
             f"the adapter's own by up to {rounding:.0%}, and kept apart it is exact."
         )
-        price = f"Exactness has its price: {compared}. Fold only if that counts more."
+        if overhead < WORTH:
+            price = f"And it costs nothing: {compared}."
+        else:
+            price = f"Exactness has its price: {compared}. Fold only if that counts more."
         return Advice("delta", "delta", (exact, price, switching, points))
     if overhead < WORTH:
         fixed = f"Delta even if the adapter never changes: {compared}, and below {WORTH:.0%} folding is not worth it."

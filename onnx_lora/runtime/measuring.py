@@ -53,6 +53,9 @@ _NAME = "measured"
 # A text is written on for so many tokens before the next one begins; a context may end it earlier.
 _NEW_TOKENS = 256
 
+# ONNX Runtime starts as many as it is told, and a process that is starting hundreds of thousands cannot be interrupted.
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class _Sessions:
@@ -364,9 +367,12 @@ class _Text:
 
 def _check_numbers(tokens: int, threads: int | None, rounds: int, seconds: float) -> None:
     problems: list[str] = []
-    for name, value in {"tokens": tokens, "rounds": rounds, "threads": 1 if threads is None else threads}.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10**6:
-            problems.append(f"{name} must be a whole number from 1 to 1,000,000")
+    numbers = {"tokens": (tokens, 10**6), "rounds": (rounds, 10**6)}
+    if threads is not None:
+        numbers["threads"] = (threads, _MOST_THREADS)
+    for name, (value, most) in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            problems.append(f"{name} must be a whole number from 1 to {most:,}")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 10**6:
         problems.append("seconds must be a number above 0, and below 1,000,000")
     if problems:

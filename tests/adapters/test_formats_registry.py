@@ -202,15 +202,74 @@ def test_a_format_that_writes_nothing_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "x.loratext").exists()
 
 
-@pytest.mark.parametrize("name, first", [("kohya", "onnx-lora itself"), ("text", "one 1.2")])
-def test_a_name_that_is_taken_twice_is_refused(tmp_path: Path, name: str, first: str) -> None:
-    code = f"{BASE}FORMAT = Format()"
-    install(tmp_path / "site", "two", code, {name: "two:FORMAT"})
-    if name == "text":
-        install(tmp_path / "site", "one", code, {name: "one:FORMAT"})
+@pytest.mark.parametrize(
+    "fails, code, words",
+    [
+        ("OSError(28, 'No space left on device')", 3, "error: the disk is full"),
+        (
+            "ValueError('odd')",
+            3,
+            "'text', brought by broken 1.2, must not fail, and does with ValueError: odd",
+        ),
+    ],
+)
+def test_half_a_file_is_not_left(tmp_path: Path, fails: str, code: int, words: str) -> None:
+    """A full disk is nobody's fault."""
+    writer = f"def write(self, adapter, out, package):\n    out.write_text('half')\n    raise {fails}\n"
+    install(
+        tmp_path / "site",
+        "broken",
+        f"{BASE}{writer}Format.write_portable = write\nFORMAT = Format()",
+        {"text": "broken:FORMAT"},
+    )
+    done = run(tmp_path / "site", "convert", str(peft_folder(tmp_path / "a")), str(tmp_path / "x.loratext"))
+    assert done.returncode == code
+    assert words in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "site"]
+
+
+def test_a_name_that_is_taken_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        install(tmp_path / "site", name, f"{BASE}FORMAT = Format()", {"text": f"{name}:FORMAT"})
     (tmp_path / "x.loratext").write_text("{}")
     said = run(tmp_path / "site", read_code(tmp_path / "x.loratext")).stdout
-    assert f"must be brought by one distribution, and is by {first} and by two 1.2" in said
+    assert "must be brought by one distribution, and is by one 1.2 and by two 1.2" in said
+
+
+def test_our_own_format_keeps_its_name(tmp_path: Path) -> None:
+    """Whoever takes it is not used, and named where a file is nobody's."""
+    install(tmp_path / "site", "greedy", f"{BASE}FORMAT = Format()\nFORMAT.name = 'peft'", {"peft": "greedy:FORMAT"})
+    install(tmp_path / "site", "text_format", own_format(), {"text": "text_format:FORMAT"})
+    assert run(tmp_path / "site", read_code(peft_folder(tmp_path / "a"))).stdout.startswith("peft a ")
+    assert run(tmp_path / "site", read_code(text_file(tmp_path / "sql.lt"))).stdout.startswith("text sql ")
+    (tmp_path / "x.loratext").write_text("{}")
+    said = run(tmp_path / "site", read_code(tmp_path / "x.loratext")).stdout
+    assert said.startswith("AdapterFileError ")
+    assert "'peft' of onnx_lora.formats, brought by greedy 1.2, is not used: the name is onnx-lora's own" in said
+    done = run(tmp_path / "site", "convert", str(tmp_path / "a"), str(tmp_path / "b"), "--format", "peft")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage", [b"no section", b"[console_scripts]\nno equals sign\n", b"\xff\xfe\x00", b"[x]\n=\n"]
+)
+def test_damage_of_an_unrelated_distribution_breaks_nothing(tmp_path: Path, damage: bytes) -> None:
+    install(tmp_path / "site", "text_format", own_format(), {"text": "text_format:FORMAT"})
+    (tmp_path / "site" / "unrelated-1.0.dist-info").mkdir()
+    (tmp_path / "site" / "unrelated-1.0.dist-info" / "entry_points.txt").write_bytes(damage)
+    assert run(tmp_path / "site", read_code(peft_folder(tmp_path / "a"))).stdout.startswith("peft a ")
+    assert run(tmp_path / "site", read_code(text_file(tmp_path / "sql.lt"))).stdout.startswith("text sql ")
+    (tmp_path / "x").write_text("{}")
+    assert run(tmp_path / "site", read_code(tmp_path / "x")).stdout.startswith("AdapterFileError ")
+
+
+def test_of_a_distribution_that_lies_on_the_path_twice_the_first_counts(tmp_path: Path) -> None:
+    install(tmp_path / "old", "text_format", "1 / 0", {"text": "text_format:FORMAT", "gone": "text_format:FORMAT"})
+    install(tmp_path / "site", "text_format", own_format(), {"text": "text_format:FORMAT"})
+    metadata = tmp_path / "old" / "text_format-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("1.2", "0.9"))
+    code = f"sys.path.append({str(tmp_path / 'old')!r})\n" + read_code(text_file(tmp_path / "sql.lt"))
+    assert run(tmp_path / "site", code).stdout.startswith("text sql ")
 
 
 def test_a_file_that_two_formats_claim_is_refused(tmp_path: Path) -> None:

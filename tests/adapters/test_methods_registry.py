@@ -145,15 +145,63 @@ def test_a_broken_distribution_is_named(tmp_path: Path, code: str, entry_points:
     assert words in _refusal(tmp_path / "site", tmp_path / "gain")
 
 
-@pytest.mark.parametrize("method, first", [("IA3", "onnx-lora itself"), ("GAIN", "one 1.2")])
-def test_a_name_that_is_taken_twice_is_refused(tmp_path: Path, method: str, first: str) -> None:
-    code = own_method()
-    if method == "GAIN":
-        install(tmp_path / "site", "one", code, {"GAIN": "one:METHOD"})
-    install(tmp_path / "site", "two", code, {method: "two:METHOD"})
-    method_folder(tmp_path / "a", {"m.q.ia3_l": numbers(4, 1)}, method)
+def test_a_name_that_is_taken_twice_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        install(tmp_path / "site", name, own_method(), {"GAIN": f"{name}:METHOD"})
+    method_folder(tmp_path / "a", {"m.q.ia3_l": numbers(4, 1)}, "GAIN")
     said = _refusal(tmp_path / "site", tmp_path / "a")
-    assert f"must be brought by one distribution, and is by {first} and by two 1.2" in said
+    assert "must be brought by one distribution, and is by one 1.2 and by two 1.2" in said
+
+
+def test_our_own_method_keeps_its_name(tmp_path: Path) -> None:
+    """Whoever takes it is not used, and named where nobody knows a `peft_type`."""
+    install(tmp_path / "site", "greedy", "1 / 0", {"IA3": "greedy:METHOD"})
+    install(tmp_path / "site", "gain_method", own_method(), {"GAIN": "gain_method:METHOD"})
+    ours = method_folder(tmp_path / "a", {"m.q.ia3_l": numbers(4, 1)}, "IA3")
+    theirs = method_folder(tmp_path / "b", {"m.q.gain_g": numbers(4)}, "GAIN", strength=0.5)
+    nobodys = method_folder(tmp_path / "c", {"m.q.gain_g": numbers(4)}, "NONE")
+    code = f"""
+from onnx_lora import UnsupportedAdapterError, read_adapter
+print([read_adapter(path).origin.method for path in ({str(ours)!r}, {str(theirs)!r})])
+try:
+    read_adapter({str(nobodys)!r})
+except UnsupportedAdapterError as error:
+    print(error)
+"""
+    done = run(tmp_path / "site", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("['IA3', 'Gain']\n")
+    assert "'IA3' of onnx_lora.methods, brought by greedy 1.2, is not used: the name is onnx-lora's own" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "reads, words",
+    [
+        ("1 / 0", "brought by broken 1.2, must not fail, and does with ZeroDivisionError"),
+        ("module.nothing", "brought by broken 1.2, must not fail, and does with AttributeError"),
+        ("7", "brought by broken 1.2, must give a Contribution, and gives a int"),
+    ],
+)
+def test_a_method_that_fails_while_it_reads_is_named(tmp_path: Path, reads: str, words: str) -> None:
+    code = own_method().replace(
+        "    return Contribution(change=Gain", f"    return {reads}\n    return Contribution(change=Gain"
+    )
+    install(tmp_path / "site", "broken", code, {"GAIN": "broken:METHOD"})
+    method_folder(tmp_path / "gain", {"m.q.gain_g": numbers(4)}, "GAIN", strength=0.5)
+    assert words in _refusal(tmp_path / "site", tmp_path / "gain")
+
+
+def test_what_a_method_of_another_distribution_refuses_is_told_by_module(tmp_path: Path) -> None:
+    install(tmp_path / "site", "gain_method", own_method(), {"GAIN": "gain_method:METHOD"})
+    folder = method_folder(tmp_path / "gain", {"m.q.gain_g": numbers(4)}, "GAIN", strength="much")
+    code = f"""
+from onnx_lora import AdapterFileError, read_adapter
+try:
+    read_adapter({str(folder)!r})
+except AdapterFileError as error:
+    print(error)
+"""
+    assert "m.q: strength of the config must be a number" in run(tmp_path / "site", code).stdout
 
 
 def test_other_methods_are_read_beside_a_broken_distribution(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def test_folding_into_quantized_weights_is_measured_with_its_rounding() -> None:
     assert f"{result.rounding:.0%}" in result.advice.reasons[0]
 
 
-@pytest.mark.parametrize("name, value", [("rounds", 0), ("seconds", 0), ("seconds", float("nan")), ("tokens", -1)])
+@pytest.mark.parametrize(
+    "name, value",
+    [("rounds", 0), ("seconds", 0), ("seconds", float("nan")), ("tokens", -1), ("threads", 0), ("threads", 1025)],
+)
 def test_numbers_out_of_range_are_refused(package: Package, name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} must be"):
         measure(package, A, **FEW | {name: value})
@@ -157,6 +160,15 @@ def test_of_a_quantized_base_exactness_counts_first() -> None:
     assert "rounds its weights again" in advice.reasons[0]
     assert "31%" in advice.reasons[0]
     assert "+100.0%" in advice.reasons[1]
+
+
+def test_exactness_that_costs_nothing_has_no_price() -> None:
+    """Folding into a quantized base is often the slower way."""
+    advice = advice_of(0.010, 0.020, rounding=0.31)
+    assert (advice.fixed, advice.switching) == ("delta", "delta")
+    assert advice.reasons[1].startswith(
+        "And it costs nothing: a call takes 10 ms with the adapter apart and 20 ms folded"
+    )
 
 
 # --- timing ---------------------------------------------------------------------------------------

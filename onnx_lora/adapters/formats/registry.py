@@ -183,7 +183,7 @@ def recognise(place: Place) -> RegisteredFormat:
         return claims[0]
     if place.is_folder:
         return find_format(_OF_ANY_FOLDER)
-    raise explain_unknown(place, _file_endings())
+    raise explain_unknown(place, _file_endings(), _PLUGINS.refused)
 
 
 def _file_endings() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.errors import AdapterFileError
@@ -16,14 +16,16 @@ _HALVES = (
 )
 
 
-def explain_unknown(place: Place, endings: Iterable[str]) -> AdapterFileError:
-    """Why a file cannot be read, and what to give instead. `endings`: of the files that can."""
+def explain_unknown(place: Place, endings: Iterable[str], refused: Sequence[str] = ()) -> AdapterFileError:
+    """Why a file cannot be read, and what to give instead. `endings`: of the files that can. `refused`: what is
+    installed and might have read it, and why it was not asked."""
     if place.header is None:
         known = ", ".join(endings)
         return AdapterFileError(
             f"must be a PEFT folder, or a file of a known format ({known}), and is {place.path.resolve().name!r}; "
             "give the folder that holds adapter_config.json",
             path=place.path,
+            problems=refused,
         )
     for part, half in _HALVES:
         if any(part in name for name in place.header.names):
@@ -32,4 +34,5 @@ def explain_unknown(place: Place, endings: Iterable[str]) -> AdapterFileError:
         "a single file must be one that onnx-lora wrote, or a tool whose names are known here, and this has none of "
         "their names; a PEFT adapter is a folder with adapter_config.json beside the weights: give that folder",
         path=place.path,
+        problems=refused,
     )

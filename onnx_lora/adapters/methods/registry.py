@@ -42,4 +42,5 @@ METHODS: Plugins[Method] = Plugins(
         "VBLORA": f"{_HERE}.vblora:METHOD",
         "VERA": f"{_HERE}.vera:METHOD",
     },
+    guard=f"{_HERE}.foreign:guard_method",
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.methods.method import MERGE, Method, Refusal
+from onnx_lora.adapters.plugins import Plugins
 from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError, PluginError, UnsupportedAdapterError
 
@@ -98,7 +99,7 @@ def _explain_foreign(config: Mapping[str, Any]) -> str:
     return f"must hold peft_type, as PEFT writes it, and {found}; convert the adapter to PEFT's format"
 
 
-def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: Path) -> Method:
+def check_method(config: Mapping[str, Any], known: Plugins[Method], path: Path) -> Method:
     """The method that a config names.
 
     Raises AdapterFileError: no config of PEFT. UnsupportedAdapterError: a method that is not read. PluginError: another
@@ -120,7 +121,9 @@ def check_method(config: Mapping[str, Any], known: Mapping[str, Method], path: P
         refusal = NOT_READ[method]
         cure = f"{refusal.reason}; {refusal.cure}"
     raise UnsupportedAdapterError(
-        f"peft_type must be one of {', '.join(known)}, and is {abbreviate(method)}: {cure}", path=path
+        f"peft_type must be one of {', '.join(known)}, and is {abbreviate(method)}: {cure}",
+        path=path,
+        problems=known.refused,
     )
 
 
