@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 
 from onnx_lora.errors import MissingDependencyError
-from onnx_lora.extras import how_to_install
+from onnx_lora.extras import how_to_install_for
 
 __all__ = ["lazy_names", "load_object"]
 
@@ -25,10 +25,10 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         try:
             module = import_module(homes[name])
         except ModuleNotFoundError as error:
-            cure = how_to_install(error.name or "")
+            cure = how_to_install_for(name, error.name or "")
             if cure is None:
                 raise
-            raise MissingDependencyError(f"{package}.{name} needs {error.name}; install it: {cure}") from error
+            raise MissingDependencyError(f"onnx_lora.{name} needs {error.name}; install it: {cure}") from error
         value = getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import onnx_lora
-from onnx_lora.extras import EXTRAS, how_to_install
+from onnx_lora.extras import EXTRAS, how_to_install, how_to_install_for
 
 ROOT = Path(onnx_lora.__file__).parent.parent
 PACKAGE = ROOT / "onnx_lora"
@@ -128,6 +128,18 @@ def test_what_the_tests_import_is_declared() -> None:
 def test_the_extra_that_an_error_names_brings_the_library(module: str, extra: str) -> None:
     assert _distribution(module) in _brought_by(extra)
     assert how_to_install(f"{module}.part") == f"pip install 'onnx-lora[{extra}]'"
+
+
+@pytest.mark.parametrize("name", ["attach", "export", "quantize", "verify", "Pipeline"])
+def test_what_a_public_name_needs_is_installed_at_once(name: str) -> None:
+    """Not the smallest extra of the first library that is missing, and then the next one's."""
+    cure = how_to_install_for(name, "onnx_ir") or ""
+    extras = cure.partition("[")[2].partition("]")[0].split(",")
+    assert set(extras) <= {"attach", "diffusion", "export"}
+    brought = set().union(*map(_brought_by, extras))
+    assert {"onnx", "onnx-ir", "sympy"} <= brought
+    assert ("torch" in brought) == (name not in ("attach", "quantize"))
+    assert how_to_install_for(name, "nobody_knows") is None
 
 
 def test_an_unknown_library_has_no_extra() -> None:

@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from onnx_lora.runtime.measurement import Advice, GraphMeasurement
 
@@ -14,10 +15,26 @@ __all__ = ["WORTH", "advise"]
 WORTH = 0.05
 
 
+# Below it a median is what the machine did at that moment.
+_FEW_ROUNDS = 5
+
+
 def advise(
     graphs: Sequence[GraphMeasurement], *, why_not_delta: str | None, why_not_folded: str | None, rounding: float | None
 ) -> Advice:
     """What follows from the times of all graphs. One of the two reasons at most is given."""
+    advice = _decide(graphs, why_not_delta, why_not_folded, rounding)
+    fewest = min((graph.calls[-1].rounds for graph in graphs), default=_FEW_ROUNDS)
+    if fewest >= _FEW_ROUNDS:
+        return advice
+    times = "once" if fewest == 1 else f"{fewest} times"
+    caveat = f"Each call was timed {times} only: measure longer before you decide (rounds, seconds)."
+    return replace(advice, reasons=(*advice.reasons, caveat))
+
+
+def _decide(
+    graphs: Sequence[GraphMeasurement], why_not_delta: str | None, why_not_folded: str | None, rounding: float | None
+) -> Advice:
     if why_not_delta is not None:
         reasons = [f"Fold: this adapter can only be folded ({why_not_delta})."]
         reasons.append(f"Where adapters switch, each switch is a fold, which took {_seconds(_fold_seconds(graphs))}.")
@@ -27,7 +44,7 @@ def advise(
         return Advice("delta", "delta", (f"Delta: this adapter is not folded here ({why_not_folded}).", points))
     apart, folded = _last_call(graphs)
     overhead = apart / folded - 1
-    compared = f"a call takes {_seconds(apart)} with the adapter apart and {_seconds(folded)} folded, {overhead:+.1%}"
+    compared = f"a call takes {_seconds(apart)} with the adapter apart and {_seconds(folded)} folded, {_more(overhead)}"
     switching = (
         f"Delta if adapters switch: the next call takes another one at no cost, and each keeps "
         f"{_size(sum(graph.adapter_bytes for graph in graphs))}; a fold took {_seconds(_fold_seconds(graphs))}, and "
@@ -63,12 +80,17 @@ def _cost_of_points(graphs: Sequence[GraphMeasurement]) -> str:
     without = sum(graph.calls[-1].without_adapter for graph in graphs)
     return (
         f"Calls without an adapter take {_seconds(without)} on the graph with points, and {_seconds(base)} on the one "
-        f"without ({without / base - 1:+.1%})."
+        f"without ({_more(without / base - 1)})."
     )
 
 
 def _fold_seconds(graphs: Sequence[GraphMeasurement]) -> float:
     return sum(graph.fold or 0.0 for graph in graphs)
+
+
+def _more(overhead: float) -> str:
+    """How much longer a call takes: in percent, or, where that is no number to read, by how many times."""
+    return f"{overhead:+.1%}" if overhead < 9 else f"{overhead + 1:.0f} times as long"
 
 
 def _seconds(value: float) -> str:

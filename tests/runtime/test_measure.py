@@ -128,8 +128,8 @@ def test_numbers_out_of_range_are_refused(package: Package, name: str, value: fl
 # --- the advice -----------------------------------------------------------------------------------
 
 
-def graph_with(delta: float | None, folded: float | None) -> GraphMeasurement:
-    call = CallTimes("one call", 0.010, 0.0101, delta, folded, 30)
+def graph_with(delta: float | None, folded: float | None, rounds: int = 30) -> GraphMeasurement:
+    call = CallTimes("one call", 0.010, 0.0101, delta, folded, rounds)
     return GraphMeasurement("model", (call,), 1.0, 1.1, 0.05, 2.0, 10**6, 10**8, None)
 
 
@@ -152,6 +152,14 @@ def test_a_small_overhead_is_not(delta: float) -> None:
     advice = advice_of(delta, 0.010)
     assert (advice.fixed, advice.switching) == ("delta", "delta")
     assert "below 5% folding is not worth it" in advice.reasons[0]
+
+
+def test_few_rounds_are_said_and_many_times_are_no_percentage() -> None:
+    graph = graph_with(1.0, 0.010, rounds=2)
+    advice = advise([graph], why_not_delta=None, why_not_folded=None, rounding=None)
+    assert "100 times as long" in advice.reasons[0]
+    assert "timed 2 times only" in advice.reasons[-1]
+    assert not any("only: measure longer" in reason for reason in advice_of(1.0, 0.010).reasons)
 
 
 def test_of_a_quantized_base_exactness_counts_first() -> None:
