@@ -16,7 +16,7 @@ from onnx_lora.exporter.frontends.exporters.optimum_references import reference_
 from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
-from onnx_lora.exporter.frontends.quiet import quiet, without_bars
+from onnx_lora.exporter.frontends.quiet import quiet, quiet_imports, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.ort_check import open_graph
@@ -98,7 +98,8 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
 
 
 def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, str]:
-    with quiet(), library_failures(config.model, _export_for(task)):
+    # Optimum looks for diffusers, which notes what else is installed.
+    with quiet(), quiet_imports(), library_failures(config.model, _export_for(task)):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
         import torch
         from optimum.exporters.tasks import TasksManager
