@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from onnx_lora import bind
-from onnx_lora.adapters import Delta
+from onnx_lora.adapters import Delta, MatrixDelta
 from onnx_lora.adapters.effect import effects
 from onnx_lora.cli import cli
+from onnx_lora.errors import PluginError
 from onnx_lora.heat import Heat
+from onnx_lora.kinds import Kind
+from onnx_lora.points import Array
+from onnx_lora.runtime.merge import fold_weight, plan_edits
 from tests.adapters.building import PackageBuilder, adapter, delta, lora, numbers, peft_folder
 
 
@@ -56,3 +63,42 @@ def test_inspect_draws_and_prints(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     assert "‖ΔW‖" in CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", "p", name])
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """Another distribution's method that makes one row of a weight, which NumPy would stretch to all of them."""
+
+    made: Callable[[Array], Any]
+    method: str = "Stretched"
+
+    def explain_misfit(self, shape: tuple[int, ...], kind: Kind) -> str | None:
+        return None
+
+    def apply_to(self, weight: Array) -> Array:
+        return self.made(weight)  # type: ignore[no-any-return]
+
+    def as_factors(self, weight: Array) -> MatrixDelta | None:
+        return None
+
+    def output_scale(self) -> Array | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "made, found",
+    [
+        (lambda weight: weight[:1], r"float32 of shape \(1, 4\)"),
+        (lambda weight: weight[:, :1], r"float32 of shape \(6, 1\)"),
+        (lambda weight: weight.astype(np.int64), r"int64 of shape \(6, 4\)"),
+        (lambda weight: 1.0, "float"),
+    ],
+)
+def test_a_weight_of_another_shape_is_not_stretched(tmp_path: Path, made: Callable[[Array], Any], found: str) -> None:
+    package = PackageBuilder(tmp_path / "p").point("l.0.q", 4, 6).open()
+    bound = bind(replace(adapter(None), changes={"l.0.q": Stretched(made)}), package)
+    with pytest.raises(PluginError, match=f"'Stretched' must make .*{found}"):
+        effects(bound, package)
+    (edit,) = plan_edits(package.graph(), bound)
+    with pytest.raises(PluginError, match=f"'Stretched' must make .*{found}"):
+        fold_weight(edit, package)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter
+from onnx_lora.adapters.factors import apply_change
 
 if TYPE_CHECKING:
     from onnx_lora.package import Package
@@ -44,7 +45,7 @@ def _change_norm(bound: BoundAdapter, point: InjectionPoint, weight: Array) -> f
     before = weight.astype(np.float32)
     after: Array = before.copy()
     if change is not None:
-        after = point.from_torch(change.apply_to(point.to_torch(before)))
+        after = point.from_torch(apply_change(change, point.to_torch(before)))
     elif scale is not None:
         if point.lora_a in bound.tensors:
             after = after + bound.tensors[point.lora_a][0] @ bound.tensors[point.lora_b][0]

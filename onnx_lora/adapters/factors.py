@@ -11,11 +11,13 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Delta, HasTensors, MatrixDelta
 from onnx_lora.adapters.problems import finite_problem, value_problems
+from onnx_lora.errors import PluginError
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array, InjectionPoint
 
 __all__ = [
+    "apply_change",
     "as_matrices",
     "as_torch",
     "change_as_factors",
@@ -173,6 +175,24 @@ def change_as_factors(change: Change, point: InjectionPoint, weight: Array) -> M
     wide = np.promote_types(weight.dtype, np.float32)
     torch_weight = point.to_torch(weight)
     return change.as_factors(torch_weight.astype(wide, copy=False))
+
+
+def apply_change(change: Change, weight: Array) -> Array:
+    """The weight that a change makes of `weight`, both in PyTorch's shape, in float32 or wider.
+
+    Raises PluginError: it is of another shape or type. NumPy would stretch such a weight to the one that it replaces.
+    Only a method of another distribution can do that: ours are tested.
+    """
+    changed = change.apply_to(weight)
+    if not isinstance(changed, np.ndarray) or changed.shape != weight.shape or changed.dtype.kind != "f":
+        found = type(changed).__name__
+        if isinstance(changed, np.ndarray):
+            found = f"{changed.dtype} of shape {changed.shape}"
+        raise PluginError(
+            f"the method {change.method!r} must make floating point of shape {weight.shape} of the weight, and makes "
+            f"{found}; correct the distribution that brought it, or uninstall it"
+        )
+    return changed
 
 
 def depends_on_weight(change: Change, delta: MatrixDelta, shape: tuple[int, ...]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Replacement
-from onnx_lora.adapters.factors import finite_problems
+from onnx_lora.adapters.factors import apply_change, finite_problems
 from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.heads import OFTEN_TIED
@@ -71,7 +71,7 @@ class WeightLayout:
         self.digests[weight.name] = weight.sha256
         base = self.package.default(weight)
         wide = np.promote_types(base.dtype, np.float32)
-        changed = change.apply_to(base.astype(wide))
+        changed = apply_change(change, base.astype(wide))
         self.layout.put(weight.name, changed, weight.dtype)
 
     def add_replacement(self, name: str, replacement: Replacement) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnx_lora.adapters import BoundAdapter, Change
+from onnx_lora.adapters.factors import apply_change
 from onnx_lora.errors import BindError
 from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
@@ -84,7 +85,8 @@ class MethodEdit:
         whole = package.module_weight(point)
         whole = whole.astype(np.promote_types(whole.dtype, np.float32))
         whole[:, outputs] = part.window(values)
-        new = point.from_torch(self.change.apply_to(point.to_torch(whole)))[:, outputs]
+        changed = apply_change(self.change, point.to_torch(whole))
+        new = point.from_torch(changed)[:, outputs]
         with np.errstate(over="ignore"):
             part.window(values)[...] = new
         _check_fits(self.module, part.window(values), values.dtype, new)
