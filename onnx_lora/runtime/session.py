@@ -105,20 +105,29 @@ class AdapterSession:
         return MappingProxyType({name: loaded.bound for name, loaded in self._store.loaded.items()})
 
     def load_adapter(
-        self, name: str, adapter: AnyAdapter, *, strict: bool = False, allow_unproven: bool = False
+        self,
+        name: str,
+        adapter: AnyAdapter,
+        *,
+        strict: bool = False,
+        allow_unproven: bool = False,
+        replace: bool = False,
     ) -> BoundAdapter:
         """Make an adapter available to calls as `name`; its `coverage` says what it does here.
 
         `adapter`: a PEFT folder, a converted file, or what `read_adapter` or `bind` returned. One that names another
         base than the package's is noted in its coverage and logged as a warning, or refused if `strict`.
-        `allow_unproven`: take points at which the graph may compute something else than the module.
+        `allow_unproven`: take points at which the graph may compute something else than the module. `replace`: an
+        adapter of this name makes way once the new one is ready. Every call has the one or the other: those that run
+        finish with the old one, and if the new one is refused the old one stays.
 
         Raises SelectionError: the name is taken or no name. AdapterError: it cannot be read, does not fit, or can only
         be folded.
         """
         if not isinstance(name, str) or not name:
             raise SelectionError(f"an adapter's name must be a string that is not empty, and is {name!r}")
-        self._store.check_free(name)
+        if not replace:
+            self._store.check_free(name)
         bound = bind_adapter(adapter, self._package.allowing_unproven(allow_unproven), name=name, strict=strict)
         problem = base_problem(bound.origin.base_model, self._package)
         if problem is not None:
@@ -126,7 +135,7 @@ class AdapterSession:
         for doubt in explain_doubts(bound.base_digests, self._package):
             logger.warning("adapter %r: %s", name, doubt)
         refuse_fold_only(bound, bound.coverage.fold_only)
-        self._store.add(name, bound)
+        self._store.add(name, bound, replace=replace)
         return bound
 
     def unload_adapter(self, name: str) -> None:

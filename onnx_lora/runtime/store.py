@@ -48,8 +48,11 @@ class Store:
         """The adapters of this moment; a snapshot that later changes leave alone."""
         return self._loaded
 
-    def add(self, name: str, bound: BoundAdapter) -> None:
+    def add(self, name: str, bound: BoundAdapter, *, replace: bool = False) -> None:
         """Put a bound adapter on the device, and keep what its rows may meet; no call reads a file later.
+
+        `replace`: an adapter of this name makes way in the moment in which the new one is ready, so that the name
+        always stands for one of the two.
 
         Raises SelectionError: the name is taken. PackageError: the base's own values cannot be read.
         """
@@ -57,8 +60,12 @@ class Store:
         values = self._device.values(self._graph.inputs(part.tensors))
         loaded = Loaded(bound, part, values, self._find_defaults(part))
         with self._lock:
-            self.check_free(name)
+            if not replace:
+                self.check_free(name)
+            gone = self._loaded.get(name)
             self._loaded = {**self._loaded, name: loaded}
+            if gone is not None:
+                self._drop_composed(gone)
 
     def _find_defaults(self, part: BoundAdapter) -> dict[str, Array]:
         """The base's own values of every weight of the modules in which an adapter replaces one: a row of the base
@@ -82,7 +89,10 @@ class Store:
     def check_free(self, name: str) -> None:
         """Raises SelectionError: the name is taken."""
         if name in self._loaded:
-            raise SelectionError(f"an adapter {name!r} is loaded already; unload it first, or choose another name")
+            raise SelectionError(
+                f"an adapter {name!r} is loaded already; put this one in its place with replace=True, or choose "
+                "another name"
+            )
 
     def remove(self, name: str) -> None:
         """Forget an adapter and everything composed of it. Raises SelectionError: it is not loaded."""
@@ -91,9 +101,13 @@ class Store:
                 raise SelectionError(explain_unknown(name, self._loaded))
             gone = self._loaded[name]
             self._loaded = {other: loaded for other, loaded in self._loaded.items() if other != name}
-            stale = [key for key in self._composed if _uses(key, gone)]
-            for key in stale:
-                self._size -= self._composed.pop(key).size
+            self._drop_composed(gone)
+
+    def _drop_composed(self, gone: Loaded) -> None:
+        """Forget everything composed of an adapter. The lock must be held."""
+        stale = [key for key in self._composed if _uses(key, gone)]
+        for key in stale:
+            self._size -= self._composed.pop(key).size
 
     def values(self, selection: Selection, loaded: Mapping[str, Loaded]) -> Values:
         """The tensors of a selection made from the snapshot `loaded`; none for the base.

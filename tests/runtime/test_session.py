@@ -128,6 +128,29 @@ def test_an_adapter_loaded_again_under_its_name_is_another(session):
     assert not np.allclose(logits(session, ["a", "b"])[0], stale[1][0])
 
 
+def test_a_replaced_adapter_gives_its_answers_and_no_mixture_of_the_old_one(session):
+    new = tiny.adapter("a", 9)
+    session.run(None, DATA.feeds, adapter={"a": 0.5, "b": 0.5})
+    session.load_adapter("a", new, replace=True)
+    assert_close(session.run(None, DATA.feeds, adapter="a")[0], tiny.oracle(DATA, (new, 1.0)))
+    mixed = session.run(None, DATA.feeds, adapter={"a": 0.5, "b": 0.5})[0]
+    assert_close(mixed, tiny.oracle(DATA, (new, 0.5), (session.adapters["b"], 0.5)))
+
+
+def test_replacing_a_name_that_is_free_loads_it(session):
+    new = tiny.adapter("c", 9)
+    session.load_adapter("c", new, replace=True)
+    assert_close(session.run(None, DATA.feeds, adapter="c")[0], tiny.oracle(DATA, (new, 1.0)))
+
+
+def test_an_adapter_that_is_refused_leaves_the_one_in_its_place(session):
+    before = session.run(None, DATA.feeds, adapter="a")[0]
+    wrong = tiny.adapter("w", 1, dtype="float16")
+    with pytest.raises(BindError):
+        session.load_adapter("a", wrong, replace=True)
+    assert_same_bits(session.run(None, DATA.feeds, adapter="a")[0], before)
+
+
 def test_without_room_for_mixtures_the_answers_are_the_same(package, session):
     cramped = open_session(package, composed_bytes=0)
     for choice in ({"a": 0.5, "b": 0.5}, ["a", None]):

@@ -163,3 +163,23 @@ def test_loading_and_unloading_while_others_run_is_safe(package):
     _in_threads(work)
     assert sum(answers[2::2]) > 10
     assert min(answers[1::2]) > 10
+
+
+@pytest.mark.slow
+def test_no_call_finds_the_name_of_a_replaced_adapter_empty(package):
+    session = open_session(package)
+    versions = [tiny.adapter("v", rank, rank=rank) for rank in range(1, 9)]
+    allowed = [tiny.oracle(DATA, (version, 1.0)) for version in versions]
+    session.load_adapter("v", versions[0])
+    answers = [0] * THREADS
+
+    def work(index: int) -> None:
+        if index < 2:
+            session.load_adapter("v", versions[answers[index] % len(versions)], replace=True)
+        else:
+            answer = session.run(None, DATA.feeds, adapter={"v": 1.0})[0]
+            assert_close(answer, min(allowed, key=lambda each: np.abs(each - answer).max()))
+        answers[index] += 1
+
+    _in_threads(work)
+    assert min(answers) > 10

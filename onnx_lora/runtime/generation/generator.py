@@ -114,10 +114,16 @@ class TextGenerator:
         return self._room.context
 
     def load_adapter(
-        self, name: str, adapter: AnyAdapter, *, strict: bool = False, allow_unproven: bool = False
+        self,
+        name: str,
+        adapter: AnyAdapter,
+        *,
+        strict: bool = False,
+        allow_unproven: bool = False,
+        replace: bool = False,
     ) -> BoundAdapter:
-        """As `AdapterSession.load_adapter`."""
-        return self._session.load_adapter(name, adapter, strict=strict, allow_unproven=allow_unproven)
+        """As `AdapterSession.load_adapter`. Generations that run finish with the adapter that they began with."""
+        return self._session.load_adapter(name, adapter, strict=strict, allow_unproven=allow_unproven, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """As `AdapterSession.unload_adapter`. Generations that run finish with it; a kept cache that it filled can
