@@ -5,13 +5,17 @@ read a file. It knows points and replaceable weights, and no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable
+
+import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.adapters.point_layout import PointLayout
+from onnx_lora.adapters.problems import list_first
 from onnx_lora.adapters.rebinding import rebind
 from onnx_lora.adapters.tensor_layout import TensorLayout
 from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter, is_base_weight
@@ -21,6 +25,9 @@ from onnx_lora.package import Package
 from onnx_lora.points import matching
 
 __all__ = ["bind"]
+
+# Names in one note.
+_MOST_NAMES = 3
 
 
 @public
@@ -48,15 +55,18 @@ def bind(
     points = _lay_out_points(adapter, package, layout)
     weights = _lay_out_weights(adapter, package, layout)
     digests = _module_digests(adapter, package) | weights.digests
+    idle = _idle_modules(adapter, package)
     problems = [
         *aligned.problems,
-        *_name_problems(adapter, weights.replaced, package),
+        *_name_problems(adapter, idle, weights.replaced, package),
         *_conflicts(adapter, package),
         *layout.problems,
         *_saved_module_problems(adapter, package),
         *_base_problems(adapter, digests, package),
     ]
     notes = [*adapter.notes, *weights.notes]
+    if idle:
+        notes.append(f"{list_first(idle, _MOST_NAMES)}: not in the package, and B is zero: there is nothing to apply")
     changed = dict.fromkeys([*digests, *weights.replaced])
     doubts = explain_doubts(changed, package)
     if package.allow_unproven:
@@ -145,9 +155,30 @@ def _module_digests(adapter: Adapter, package: Package) -> dict[str, str]:
 # --- checks ------------------------------------------------------------------------------------
 
 
-def _name_problems(adapter: Adapter, replaced: Iterable[str], package: Package) -> list[str]:
-    """Modules without a point, and parameters that the package cannot replace."""
-    modules = [module for module in _changed_modules(adapter, package) if module not in package.points]
+def _idle_modules(adapter: Adapter, package: Package) -> list[str]:
+    """Modules that no graph of the package has, with a delta that changes nothing, as an unused pooler keeps it from a
+    training on all linear modules. None where the package has no module of the adapter: it is of another model then."""
+    has_own = any(module in package.modules for module in _changed_modules(adapter, package))
+    if not has_own:
+        return []
+    idle: list[str] = []
+    for module, delta in adapter.deltas.items():
+        is_elsewhere = module in package.modules or module in adapter.changes
+        if not is_elsewhere and _changes_nothing(delta):
+            idle.append(module)
+    return idle
+
+
+def _changes_nothing(delta: Delta | MatrixDelta) -> bool:
+    """Whether `scale · b · a` is zero whatever the base, and nothing else is changed."""
+    is_finite = bool(np.isfinite(delta.a).all()) and math.isfinite(delta.scale)
+    return is_finite and not _rescales(delta) and not delta.b.any()
+
+
+def _name_problems(adapter: Adapter, idle: Collection[str], replaced: Iterable[str], package: Package) -> list[str]:
+    """Modules without a point, and parameters that the package cannot replace. `idle`: modules that need none."""
+    changed = _changed_modules(adapter, package)
+    modules = [module for module in changed if module not in package.points and module not in idle]
     parameters = [name for name in replaced if name not in package.replaceable]
     return [*explain_modules(modules, package), *explain_parameters(parameters, package)]
 

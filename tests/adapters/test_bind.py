@@ -82,6 +82,32 @@ def test_deltas_without_effect_are_counted(package: Package) -> None:
     assert coverage.notes == ("1 of 2 deltas change nothing, their B is zero",)
 
 
+def test_a_pair_that_changes_nothing_of_a_module_that_is_not_there_is_noted(package: Package) -> None:
+    idle = Delta(numbers(3, 4), np.zeros((4, 3), np.float32), 1.0)
+    coverage = bound(package, {"bert.l0.q": delta(4, 6), "pooler.dense": idle}).coverage
+    assert coverage.applied == ("bert.l0.q",)
+    assert coverage.notes == ("pooler.dense: not in the package, and B is zero: there is nothing to apply",)
+
+
+@pytest.mark.parametrize("name", ["pooler.dense", "bert.l0.k"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        Delta(numbers(3, 4), np.zeros((4, 3), np.float32), 1.0, magnitude=numbers(4)),
+        Delta(np.full((3, 4), np.inf, np.float32), np.zeros((4, 3), np.float32), 1.0),
+        Delta(numbers(3, 4), np.full((4, 3), 1e-30, np.float32), 1.0),
+    ],
+    ids=["DoRA", "not finite", "nearly zero"],
+)
+def test_a_pair_that_may_change_something_needs_its_module(package: Package, name: str, other: Delta) -> None:
+    assert f"{name}: " in str(refused(package, {"bert.l0.q": delta(4, 6), name: other}))
+
+
+def test_an_untrained_adapter_of_another_model_is_refused(package: Package) -> None:
+    idle = Delta(numbers(3, 4), np.zeros((4, 3), np.float32), 1.0)
+    assert "x.q: the package has no such module" in str(refused(package, {"x.q": idle, "x.v": idle}))
+
+
 def test_digests_of_what_is_touched_are_kept(package: Package) -> None:
     digests = bound(package, {"bert.l0.q": delta(4, 6)}, {"bert.norm.weight": numbers(4)}).base_digests
     assert digests == {
