@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
@@ -41,7 +42,9 @@ def bind_adapter(
     if isinstance(adapter, Adapter | BoundAdapter):
         return bind(adapter, package, strict=strict)
     if isinstance(adapter, (str, os.PathLike)):
-        return bind(read_adapter(adapter, name=name), package, strict=strict)
+        # The name is the caller's for it: which of several a folder holds, `read_adapter` is told.
+        read = read_adapter(adapter)
+        return bind(replace(read, name=name or read.name), package, strict=strict)
     raise SelectionError(f"an adapter must be a path, an Adapter or a BoundAdapter, and is a {type(adapter).__name__}")
 
 

@@ -243,7 +243,7 @@ def test_weights_under_another_name_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
     peft_folder(tmp_path / "checkpoint-100")
-    with pytest.raises(AdapterFileError, match="checkpoint-100 has one: give that folder"):
+    with pytest.raises(AdapterFileError, match="none was chosen: checkpoint-100; choose one"):
         read_adapter(tmp_path)
 
 
@@ -295,7 +295,7 @@ def test_prefixes_and_adapter_names_in_keys_do_not_matter(tmp_path: Path, prefix
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = lora("m.q", 4, 6)
     tensors = {key.replace(".weight", f".{name}.weight"): v for name in ("x", "y") for key, v in tensors.items()}
-    with pytest.raises(AdapterFileError, match="more than one adapter: x, y"):
+    with pytest.raises(AdapterFileError, match="several adapters in one file, and none was chosen: x, y"):
         read_adapter(peft_folder(tmp_path, tensors))
 
 

@@ -6,15 +6,16 @@ A format of another distribution is such an object too, named by an entry point 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.package import Package
 
-__all__ = ["AdapterFormat", "ReadsInitial", "Row", "WritesBound", "WritesPortable"]
+__all__ = ["AdapterFormat", "ReadsInitial", "ReadsMemory", "Row", "WritesBound", "WritesPortable"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ class ReadsInitial(Protocol):
 
     def read_with_initial(self, place: Place, name: str | None, initial: Path) -> Adapter:
         """As `AdapterFormat.read`, where `initial` is the folder of the adapter before its training."""
+
+
+@runtime_checkable
+class ReadsMemory(Protocol):
+    """A format whose tensors and config may come from memory."""
+
+    def read_memory(
+        self, tensors: Mapping[str, Any], config: Mapping[str, Any] | Path, name: str | None, initial: Path | None
+    ) -> Adapter:
+        """The adapter of these tensors and this config, or the one in the file `config`. Raises as `AdapterFormat.read`
+        and `ReadsInitial.read_with_initial` do."""
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Delta, MatrixDelta, PortableAdapter, Replacement
-from onnx_lora.adapters.formats.format import AdapterFormat, ReadsInitial, Row, WritesBound, WritesPortable
+from onnx_lora.adapters.formats.format import AdapterFormat, ReadsInitial, ReadsMemory, Row, WritesBound, WritesPortable
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.adapters.formats.unknown import explain_unknown
 from onnx_lora.adapters.plugins import Plugins
@@ -21,7 +21,15 @@ from onnx_lora.boundary import call_foreign
 from onnx_lora.errors import PluginError
 from onnx_lora.package import Package
 
-__all__ = ["GROUP", "RegisteredFormat", "find_format", "format_names", "holds_graph_inputs", "recognise"]
+__all__ = [
+    "GROUP",
+    "RegisteredFormat",
+    "find_format",
+    "format_names",
+    "format_of_memory",
+    "holds_graph_inputs",
+    "recognise",
+]
 
 T = TypeVar("T")
 
@@ -46,6 +54,9 @@ _ASKED_FIRST = ("onnx_adapter", "gguf")
 
 # Whose reader says what is missing in a folder that is nobody's.
 _OF_ANY_FOLDER = "peft"
+
+# Whose tensors and config are taken from memory too.
+_OF_MEMORY = "peft"
 
 _PLUGINS: Plugins[AdapterFormat] = Plugins(GROUP, AdapterFormat, _OURS)
 
@@ -184,6 +195,13 @@ def recognise(place: Place) -> RegisteredFormat:
     if place.is_folder:
         return find_format(_OF_ANY_FOLDER)
     raise explain_unknown(place, _file_endings(), _PLUGINS.refused)
+
+
+def format_of_memory() -> ReadsMemory:
+    """The format whose tensors and config may come from memory."""
+    own = find_format(_OF_MEMORY).format
+    assert isinstance(own, ReadsMemory)
+    return own
 
 
 def _file_endings() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -109,22 +109,25 @@ class Names:
         if ".original_module." in name:
             return Key("base copy", name)
         is_of_copy = False
+        adapter = ""
         for marker in _COPIES:
             module, found, rest = name.partition(marker)
             if not found:
                 continue
             first, _, below = rest.partition(".")
             is_adapter = below != "" and (first == "default" or first in adapters)
+            adapter = first if is_adapter else adapter
             name = f"{module}.{below if is_adapter else rest}"
             is_of_copy = True
         own = self._parse_own(name, is_of_copy=is_of_copy)
         if own is not None:
-            return own
+            return replace(own, adapter=own.adapter or adapter)
         reason = self._explain_refusal(f".{name}")
         if reason is not None:
             return Key("refused", reason)
         parameter = _LAYERS.sub("", name)
-        return Key("parameter", parameter, is_of_copy=is_of_copy, is_in_base_layer=".base_layer." in name)
+        is_inside = ".base_layer." in name
+        return Key("parameter", parameter, adapter=adapter, is_of_copy=is_of_copy, is_in_base_layer=is_inside)
 
     def _parse_own(self, name: str, *, is_of_copy: bool) -> Key | None:
         """The key of one of the method's tensors; None: it is none of them."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, PortableAdapter
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.peft.config import CONFIG
-from onnx_lora.adapters.formats.peft.reader import read_peft
+from onnx_lora.adapters.formats.peft.reader import read_memory, read_peft
 from onnx_lora.adapters.formats.peft.writer import write_peft
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.package import Package
@@ -30,10 +32,15 @@ class PeftFormat:
         return fields is not None and "peft_type" in fields
 
     def read(self, place: Place, name: str | None) -> Adapter:
-        return read_peft(place.path, name or place.default_name)
+        return read_peft(place.path, name)
 
     def read_with_initial(self, place: Place, name: str | None, initial: Path) -> Adapter:
-        return read_peft(place.path, name or place.default_name, initial)
+        return read_peft(place.path, name, initial)
+
+    def read_memory(
+        self, tensors: Mapping[str, Any], config: Mapping[str, Any] | Path, name: str | None, initial: Path | None
+    ) -> Adapter:
+        return read_memory(tensors, config, name, initial)
 
     def write_portable(self, adapter: PortableAdapter, out: Path, package: Package | None) -> None:
         del package

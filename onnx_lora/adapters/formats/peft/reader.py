@@ -3,19 +3,27 @@ read; those that it would ignore or read otherwise are refused by name. It knows
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Origin
+from onnx_lora.adapters.formats.files.memory import MEMORY, as_json, as_tensor_file
 from onnx_lora.adapters.formats.files.reading import open_reading
 from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.formats.peft.building import build_adapter
-from onnx_lora.adapters.formats.peft.config import CONFIG, read_config
+from onnx_lora.adapters.formats.peft.config import CONFIG, parse_config, read_config
 from onnx_lora.adapters.formats.peft.initial import without_initial
+from onnx_lora.adapters.formats.peft.keys import Names
+from onnx_lora.adapters.formats.peft.rules import PeftConfig
+from onnx_lora.adapters.formats.peft.several import AdapterFolder, choose_folder, choose_tensors
 from onnx_lora.adapters.methods.method import MERGE
+from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError
+from onnx_lora.points import Array
 
-__all__ = ["read_peft"]
+__all__ = ["read_memory", "read_peft"]
 
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -23,26 +31,48 @@ _PICKLE = "adapter_model.bin"
 _MOST_FILES = 12  # of a folder, in a message
 
 
-def read_peft(folder: Path, name: str, initial: Path | None = None) -> Adapter:
-    """Read a PEFT folder.
+def read_peft(folder: Path, name: str | None = None, initial: Path | None = None) -> Adapter:
+    """Read a PEFT folder. `name`: of one of several adapters; of a single one, what it is to be called.
 
     `initial`: the folder of the same adapter before its training, saved with `init_lora_weights=True`. It says what
     PiSSA, OLoRA, CorDA and LoRA-GA took out of the base's weights before training.
 
-    Raises AdapterFileError: a file is missing or damaged, its tensors and its config disagree, or the two adapters do.
-    UnsupportedAdapterError: a method, or a tensor of one, that is refused.
+    Raises AdapterFileError: a file is missing or damaged, its tensors and its config disagree, or the two adapters do;
+    there are several, and `name` chooses none. UnsupportedAdapterError: a method, or a tensor of one, that is refused.
     """
-    trained = _read_folder(folder, name, with_initial=initial is not None)
-    if initial is None:
-        return trained
-    before = _read_folder(initial, initial.name, with_initial=True)
-    return without_initial(trained, before)
+    chosen = choose_folder(folder, name, initial)
+    trained = _read_folder(chosen, name, with_initial=initial is not None)
+    return trained if initial is None else without_initial(trained, _read_initial(initial))
 
 
-def _read_folder(folder: Path, name: str, *, with_initial: bool) -> Adapter:
+def read_memory(
+    tensors: Mapping[str, Any], config: Mapping[str, Any] | Path, name: str | None, initial: Path | None = None
+) -> Adapter:
+    """An adapter of PEFT's tensors, by the keys that PEFT writes: numpy arrays, or tensors of torch, which are copied.
+    `config`: the fields of PEFT's config, `adapter_config.json`, or the folder that holds it. `initial`: as for
+    `read_peft`, which this raises the same errors as."""
+    content = as_tensor_file(tensors)
+    path = Path(MEMORY)
+    with_initial = initial is not None
+    if isinstance(config, Path):
+        rules = read_config(config / CONFIG if config.is_dir() else config, with_initial=with_initial)
+    else:
+        rules = parse_config(as_json(config), path, with_initial=with_initial)
+    own = choose_tensors(content.tensors, Names(rules.method, METHODS), AdapterFolder(path), name)
+    origin = Origin(MEMORY, content.sha256, "peft", rules.method_name, rules.base_model)
+    trained = _make_adapter(name or MEMORY, own, rules, origin, path)
+    return trained if initial is None else without_initial(trained, _read_initial(initial))
+
+
+def _read_initial(folder: Path) -> Adapter:
+    return _read_folder(choose_folder(folder, None), None, with_initial=True)
+
+
+def _read_folder(chosen: AdapterFolder, name: str | None, *, with_initial: bool) -> Adapter:
+    folder = chosen.path
     present = _list_files(folder)
     if CONFIG not in present:
-        found = _explain_missing_config(folder, present)
+        found = _explain_missing_config(present)
         raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
     config = read_config(folder / CONFIG, with_initial=with_initial)
     weights = [folder / name for name in (_SAFETENSORS, _PICKLE) if name in present]
@@ -51,15 +81,28 @@ def _read_folder(folder: Path, name: str, *, with_initial: bool) -> Adapter:
         raise AdapterFileError(f"must hold {_SAFETENSORS} (or {_PICKLE}); found {found}", path=folder)
     with open_reading(weights[0]) as file:
         content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
-    builder = build_adapter(content.tensors, config)
+    notes = list(chosen.notes)
     if len(weights) > 1:
-        builder.notes.insert(0, f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+        notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+    tensors = choose_tensors(content.tensors, Names(config.method, METHODS), chosen, name)
+    origin = Origin(str(folder), content.sha256, "peft", config.method_name, config.base_model)
+    return _make_adapter(name or folder.resolve().name, tensors, config, origin, weights[0], notes)
+
+
+def _make_adapter(
+    name: str, tensors: Mapping[str, Array], config: PeftConfig, origin: Origin, path: Path, notes: Sequence[str] = ()
+) -> Adapter:
+    """The adapter of these tensors. `path`: of what errors are about.
+
+    Raises AdapterFileError: the tensors and the config disagree. UnsupportedAdapterError: a tensor that is refused.
+    """
+    builder = build_adapter(tensors, config)
+    builder.notes[:0] = notes
     builder.refuse(
-        weights[0],
+        path,
         unsupported=f"holds what cannot be applied exactly; {MERGE}",
         damaged=f"its tensors must be what {CONFIG} says, and are not",
     )
-    origin = Origin(str(folder), content.sha256, "peft", config.method_name, config.base_model)
     saved_modules = (*config.targets.saved_names, *config.task_heads)
     return builder.adapter(name, origin, saved_modules=saved_modules)
 
@@ -71,12 +114,9 @@ def _list_files(folder: Path) -> list[str]:
         raise AdapterFileError(f"cannot be read: {error}", path=folder) from error
 
 
-def _explain_missing_config(folder: Path, present: list[str]) -> str:
+def _explain_missing_config(present: list[str]) -> str:
     """What there is instead of a config, and what to do."""
     found = ", ".join(present[:_MOST_FILES]) or "nothing"
-    below = [entry for entry in present if (folder / entry / CONFIG).is_file()]
-    if below:
-        return f"{found}; {', '.join(below[:5])} has one: give that folder"
     if "onnx_lora.json" in present:
         return f"{found}: it is a package of onnx-lora, not an adapter"
     if _SAFETENSORS in present or _PICKLE in present:
