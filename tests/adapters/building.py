@@ -98,9 +98,16 @@ class PackageBuilder:
         return self
 
     def weight(
-        self, name: str, inputs: int, outputs: int, *, free: bool = False, per_row: bool = True
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        free: bool = False,
+        per_row: bool = True,
+        values: Array | None = None,
     ) -> PackageBuilder:
-        values = numbers(outputs, inputs, seed=77, dtype=self.dtype)
+        values = numbers(outputs, inputs, seed=77, dtype=self.dtype) if values is None else values
         part = self._store(name, values.T)
         self.replaceable.append(
             WholeWeight(name, LinearWeight(), values.shape, self.dtype, free, per_row, digest(values), (part,))
