@@ -103,8 +103,10 @@ def _make_adapter(
         unsupported=f"holds what cannot be applied exactly; {MERGE}",
         damaged=f"its tensors must be what {CONFIG} says, and are not",
     )
-    saved_modules = (*config.targets.saved_names, *config.task_heads)
-    return builder.adapter(name, origin, saved_modules=saved_modules)
+    # PEFT loads no file without the modules that the config names; a head that only the task names may be the base's.
+    saved_modules = config.targets.saved_names
+    task_heads = tuple(head for head in config.task_heads if head not in saved_modules)
+    return builder.adapter(name, origin, saved_modules=saved_modules, task_heads=task_heads)
 
 
 def _list_files(folder: Path) -> list[str]:
