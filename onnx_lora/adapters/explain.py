@@ -146,7 +146,7 @@ def _explain_prefix(missing: Sequence[str], known: Sequence[str]) -> str | None:
     return (
         f"{missing[0]}{more}: the name of every missing module {difference}; the adapter was "
         "trained on the model inside another class: export the class it was trained on (attach an ONNX file with "
-        "--checkpoint, whose names then count), or rename its tensors"
+        "--checkpoint, whose names then count), or rename its tensors, and the config's expressions with them"
     )
 
 

@@ -12,7 +12,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
+from onnx_lora.adapters.language_models import LAYOUTS, readings
 from onnx_lora.adapters.problems import list_first
+from onnx_lora.adapters.wrappers import without_module
 from onnx_lora.errors import BindError
 
 if TYPE_CHECKING:
@@ -25,8 +27,10 @@ __all__ = [
     "KnownModules",
     "MissingPart",
     "NamingRule",
+    "OtherClass",
     "OwnName",
     "UnknownPart",
+    "Wrapped",
     "explain_names",
     "flat_name",
     "with_package_names",
@@ -87,10 +91,12 @@ def _part_of(graph_name: str, modules: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Explained:
-    """What a rule says of names: `meant`, the package's name by the file's; and what it cannot decide."""
+    """What a rule says of names: `meant`, the package's name by the file's; what it cannot decide; and what a user
+    should know of the names."""
 
     meant: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class NamingRule(Protocol):
@@ -139,6 +145,59 @@ class FlatName:
             within_part = module.removeprefix(f"{part}.")
             spellings.append(f"{part}.{flat_name(within_part)}")
         return spellings
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """The file was saved from inside a wrapper, which left a part of its own in names: the others are the package's."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        meant = {name: without_module(name) for name in names if name not in known}
+        if not meant or any(own == name or own not in known for name, own in meant.items()):
+            return None
+        return Explained(meant)
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        del known
+        spellings = [f"module.{module}"]
+        first, dot, rest = module.partition(".")
+        if dot:
+            spellings.append(f"{first}._orig_mod.{rest}")
+        return spellings
+
+
+@dataclass(frozen=True)
+class OtherClass:
+    """The file is of a class that keeps the same language model elsewhere than the package's class does."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        if all(name in known for name in names):
+            return None
+        found = readings(names, known.__contains__)
+        if not found:
+            return None
+        if len(found) > 1:
+            meanings = " or ".join(reading.names[names[0]] for reading in found)
+            return Explained(
+                problems=(f"{names[0]} (and {len(names) - 1} more): may mean {meanings}; rename its tensors",)
+            )
+        [reading] = found
+        note = (
+            f"the adapter was trained on another class of this model: its modules {reading.own}… are this package's "
+            f"{reading.other}…"
+        )
+        return Explained(reading.names, notes=(note,))
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        del known
+        spellings: list[str] = []
+        for own in LAYOUTS:
+            part = own.part_of(module)
+            if part is not None:
+                spellings.extend(other.name_of(part) for other in LAYOUTS)
+        return [name for name in dict.fromkeys(spellings) if name != module]
 
 
 @dataclass(frozen=True)
@@ -200,7 +259,7 @@ class UnknownPart:
 
 
 # The first rule that says something of an adapter's names counts for all of them.
-RULES: tuple[NamingRule, ...] = (FlatName(), OwnName(), MissingPart(), UnknownPart())
+RULES: tuple[NamingRule, ...] = (FlatName(), Wrapped(), OtherClass(), OwnName(), MissingPart(), UnknownPart())
 
 
 def explain_names(names: Sequence[str], known: KnownModules, *, flat: bool = False) -> Explained:
@@ -239,7 +298,9 @@ def with_package_names(adapter: Adapter, package: Package) -> Adapter:
             path=adapter.origin.path,
             problems=problems,
         )
-    return _renamed(adapter, explained.meant) if explained.meant else adapter
+    if explained.meant:
+        adapter = _renamed(adapter, explained.meant)
+    return replace(adapter, notes=(*adapter.notes, *explained.notes)) if explained.notes else adapter
 
 
 def _module_names(adapter: Adapter) -> list[str]:

@@ -148,7 +148,13 @@ def of_one_model() -> KnownModules:
     return KnownModules({"mid.q": "", "up.v": ""})
 
 
-@pytest.mark.parametrize("known", [of_pipeline(), of_one_model()], ids=["pipeline", "model"])
+def of_language_model() -> KnownModules:
+    return KnownModules({"model.layers.0.q": "", "lm_head": ""})
+
+
+@pytest.mark.parametrize(
+    "known", [of_pipeline(), of_one_model(), of_language_model()], ids=["pipeline", "model", "language model"]
+)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 def test_every_spelling_of_a_rule_is_understood_by_it(rule: Any, known: KnownModules) -> None:
     for module in known.parts:

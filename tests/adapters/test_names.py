@@ -10,6 +10,7 @@ import pytest
 
 from onnx_lora import Package, bind
 from onnx_lora.adapters import Adapter
+from onnx_lora.adapters.language_models import LAYOUTS, ModelLayout
 from onnx_lora.adapters.module_names import KnownModules, with_package_names
 from onnx_lora.errors import BindError
 from onnx_lora.manifest import MANIFEST, GraphInfo
@@ -154,3 +155,71 @@ def test_names_that_the_package_has_are_left_alone(tmp_path: Path) -> None:
     package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": ["q"]})
     own = of("unet.q")
     assert with_package_names(own, package) is own
+
+
+# --- names of wrappers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spelling", ["module.layers.0.q", "layers.0.module.q", "_orig_mod.layers.0.q", "layers.0._fsdp_wrapped_module.q"]
+)
+def test_what_a_wrapper_left_in_names_is_taken_off(tmp_path: Path, spelling: str) -> None:
+    package = single(tmp_path / "p", "layers.0.q", "layers.0.v")
+    assert names(with_package_names(of(spelling, "layers.0.v"), package)) == ["layers.0.q", "layers.0.v"]
+
+
+def test_a_module_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "module.q", "q")
+    assert names(with_package_names(of("module.q"), package)) == ["module.q"]
+
+
+def test_a_wrapped_and_a_bare_name_of_one_module_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BindError, match=r"layers\.0\.q: layers\.0\.q and module\.layers\.0\.q both mean it"):
+        bind(of("layers.0.q", "module.layers.0.q"), single(tmp_path / "p", "layers.0.q"))
+
+
+# --- classes with the same language model ------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_package", LAYOUTS, ids=lambda layout: layout.body)
+@pytest.mark.parametrize("of_adapter", LAYOUTS, ids=lambda layout: layout.body)
+def test_another_classs_names_are_the_packages(
+    tmp_path: Path, of_adapter: ModelLayout, of_package: ModelLayout
+) -> None:
+    parts = [("body", "layers.0.q"), ("head", "")]
+    package = single(tmp_path / "p", *map(of_package.name_of, parts))
+    own = with_package_names(of(*map(of_adapter.name_of, parts)), package)
+    assert names(own) == list(map(of_package.name_of, parts))
+    assert bool(own.notes) == (list(map(of_adapter.name_of, parts)) != names(own))
+
+
+def test_what_a_model_has_beside_its_language_model_is_renamed_too(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "model.language_model.layers.0.q", "model.visual.blocks.0.qkv")
+    own = of("model.layers.0.q", "visual.blocks.0.qkv")
+    assert names(with_package_names(own, package)) == list(package.points)
+
+
+def test_an_adapter_of_the_vision_tower_too_is_refused_by_a_text_only_package(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "model.layers.0.q")
+    own = of("model.language_model.layers.0.q", "model.visual.blocks.0.qkv")
+    with pytest.raises(BindError) as caught:
+        bind(own, package)
+    assert "model.visual.blocks.0.qkv: the package has no such module" in str(caught.value)
+    assert "model.language_model.layers.0.q: the package has no such module" in str(caught.value)
+
+
+def test_two_language_models_that_names_may_mean_are_both_named(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", "thinker.model.layers.0.q", "talker.model.layers.0.q")
+    with pytest.raises(BindError, match=r"may mean thinker\.model\.layers\.0\.q or talker\.model\.layers\.0\.q"):
+        bind(of("model.layers.0.q"), package)
+
+
+def test_whole_weights_are_of_the_other_class_too(tmp_path: Path) -> None:
+    package = PackageBuilder(tmp_path / "p").point("model.layers.0.q", 4, 6).whole("model.norm.weight", 4).open()
+    own = adapter({"language_model.model.layers.0.q": delta(4, 6)}, {"language_model.model.norm.weight": numbers(4)})
+    coverage = bind(own, package).coverage
+    assert (coverage.applied, coverage.replaced) == (("model.layers.0.q",), ("model.norm.weight",))
+    assert coverage.notes == (
+        "the adapter was trained on another class of this model: its modules language_model.model.… are this package's "
+        "model.…",
+    )

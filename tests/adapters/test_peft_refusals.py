@@ -660,3 +660,29 @@ def test_another_methods_tensor_beside_lora_is_refused(tmp_path: Path, name: str
     folder = peft_folder(tmp_path, lora("m.q", 4, 6) | {f"m.q.{name}": numbers(2, 2)})
     with pytest.raises(UnsupportedAdapterError, match=name):
         read_adapter(folder)
+
+
+# --- what wrappers leave in keys ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "module.base_model.model.m.q",
+        "_orig_mod.base_model.model.m.q",
+        "module._orig_mod.base_model.model.m.q",
+        "base_model.model._orig_mod.m.q",
+        "base_model.model.m._fsdp_wrapped_module.q",
+        "_fsdp_wrapped_module.base_model.model.m._checkpoint_wrapped_module.q",
+    ],
+)
+def test_what_wrappers_leave_in_keys_is_no_part_of_a_name(tmp_path: Path, key: str) -> None:
+    tensors = {f"{key}.{name.rpartition('m.q.')[2]}": values for name, values in lora("m.q", 4, 6).items()}
+    adapter = read_adapter(peft_folder(tmp_path, tensors, target_modules=r"m\.q", alpha_pattern={r"^m\.q": 6}))
+    assert {module: delta.scale for module, delta in adapter.deltas.items()} == {"m.q": 3.0}
+
+
+def test_a_module_saved_twice_with_other_numbers_is_refused(tmp_path: Path) -> None:
+    wrapped = {f"module.{name}": values for name, values in lora("m.q", 4, 6, seed=9).items()}
+    with pytest.raises(AdapterFileError, match=r"there are two different tensors for lora_A of m\.q"):
+        read_adapter(peft_folder(tmp_path, lora("m.q", 4, 6) | wrapped))

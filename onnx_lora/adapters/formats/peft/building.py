@@ -3,7 +3,7 @@ modules and parameters count. It knows no folder and no file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from onnx_lora.adapters.formats.peft.parameters import find_parameter_pairs
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.formats.peft.tensors import FileTensors, sort_tensors
 from onnx_lora.adapters.formats.peft.ties import Ties
+from onnx_lora.adapters.language_models import readings
 from onnx_lora.adapters.methods.method import Contribution, Module
 from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.adapters.methods.tokens import LORA_TOKENS
@@ -44,12 +45,14 @@ def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBu
 @dataclass
 class _Building:
     """The steps from the tensors of a file to what the builder holds. `added`: what the methods' tensors do to whole
-    parameters, by parameter."""
+    parameters, by parameter. `names_in_config`: the names by which the config's rules know modules, where they are
+    others than the file's."""
 
     config: PeftConfig
     found: FileTensors
     builder: AdapterBuilder
     added: dict[str, Replacement] = field(default_factory=dict)
+    names_in_config: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Check the modules against the config, and read each. Raises ExpressionError: the config's expressions take
@@ -66,6 +69,8 @@ class _Building:
         pairs = find_parameter_pairs(self.found.modules, self.config)
         self.builder.changes.update(pairs.changes)
         self.builder.problems += pairs.problems
+        if not pairs.taken:
+            self._read_names()
         for name, tensors in self.found.modules.items():
             if name not in pairs.taken:
                 self._check_place(name, tensors)
@@ -79,14 +84,44 @@ class _Building:
         """Which modules PEFT tied."""
         return Ties(self.found.modules, self.config)
 
+    def _read_names(self) -> None:
+        """Find out by which names the config's rules know the modules: their own, or those of another class of the
+        model, as where a tool renamed the tensors and left the config as it was."""
+        rejects = self.config.targets.rejects
+        modules = [name for name, tensors in self.found.modules.items() if LORA_TOKENS not in tensors]
+        if not modules or any(rejects(module) is None for module in modules):
+            return
+        fitting = readings(modules, lambda name: rejects(name) is None)
+        outcomes = {self._ranks_of(reading.names.values()) for reading in fitting}
+        if len(outcomes) > 1:
+            meanings = " or ".join(reading.other for reading in fitting)
+            self.builder.problems.append(
+                f"the config knows the modules by other names, which may begin with {meanings}, and their ranks and "
+                "alphas depend on it; correct target_modules, rank_pattern and alpha_pattern"
+            )
+        elif fitting:
+            self.names_in_config = fitting[0].names
+            self.builder.notes.append(
+                f"the config is of another class of this model: its rules were read with {fitting[0].other}… for the "
+                f"file's {fitting[0].own}…"
+            )
+
+    def _ranks_of(self, names: Iterable[str]) -> tuple[tuple[int, float], ...]:
+        """The config's rank and alpha for each of the names."""
+        return tuple((self.config.ranks.rank_of(name), self.config.ranks.alpha_of(name)) for name in names)
+
+    def _name_in_config(self, module: str) -> str:
+        return self.names_in_config.get(module, module)
+
     def _check_place(self, module: str, tensors: Mapping[str, Array]) -> None:
         """Whether PEFT would load the tensors of a module at all."""
-        if self.config.ranks.alpha_is_ambiguous(module):
+        name = self._name_in_config(module)
+        if self.config.ranks.alpha_is_ambiguous(name):
             self.builder.notes.append(
                 f"{module}: several alphas of alpha_pattern match; as in PEFT the file's first counts, which is "
                 "not the one of the training where PEFT sorted them on saving"
             )
-        reason = self.config.targets.rejects(module)
+        reason = self.config.targets.rejects(name)
         if reason is not None and LORA_TOKENS not in tensors and not self.ties.twins(module):
             self.builder.problems.append(
                 f"{module}: has {self.config.method.name} tensors that PEFT would ignore, because {reason}; correct "
@@ -106,14 +141,15 @@ class _Building:
     def _read(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Let the method read a module."""
         ranks = self.config.ranks
+        in_config = self._name_in_config(name)
         module = Module(
             name=name,
             tensors=tensors,
             shared=self.found.shared,
             fields=self.config.fields,
-            rank=ranks.rank_of(name),
-            alpha=ranks.alpha_of(name),
-            scale=ranks.scale_of(name),
+            rank=ranks.rank_of(in_config),
+            alpha=ranks.alpha_of(in_config),
+            scale=ranks.scale_of(in_config),
         )
         with self.builder.reading(name):
             self._take(module, self.config.method.read(module))

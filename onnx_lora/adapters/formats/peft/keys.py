@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from onnx_lora.adapters.wrappers import without_wrappers
+
 if TYPE_CHECKING:
     from onnx_lora.adapters.methods.method import Method
     from onnx_lora.adapters.plugins import Plugins
 
 __all__ = ["Key", "Names"]
 
-# What PEFT and torch.compile put around a model; PEFT within PEFT does it twice.
-_PREFIX = re.compile(r"^(?:base_model\.model\.|_orig_mod\.)+")
+# What PEFT puts around a model, and DDP around PEFT; PEFT within PEFT does it twice.
+_PREFIX = re.compile(r"^(?:module\.)+(?=base_model\.)|^(?:base_model\.model\.)+")
 
 # What stands before a trained copy of a whole module: of modules_to_save, and of LN tuning.
 _COPIES = (".modules_to_save.", ".ln_tuning_layers.")
@@ -96,14 +98,14 @@ class Names:
         """The adapter names left in the keys of the method's own tensors."""
         names: set[str] = set()
         for key in keys:
-            own = self._parse_own(_PREFIX.sub("", key), is_of_copy=False)
+            own = self._parse_own(_without_prefix(key), is_of_copy=False)
             if own is not None and own.adapter:
                 names.add(own.adapter)
         return frozenset(names)
 
     def parse(self, key: str, adapters: frozenset[str]) -> Key:
         """What the tensor `key` is; `adapters` are names that copies of whole modules may hold too."""
-        name = _PREFIX.sub("", key)
+        name = _without_prefix(key)
         if ".original_module." in name:
             return Key("base copy", name)
         is_of_copy = False
@@ -157,6 +159,14 @@ class Names:
             if pattern.search(dotted):
                 return reason
         return _OF_ANOTHER_METHOD if self._of_other_methods.search(dotted) else None
+
+
+def _without_prefix(key: str) -> str:
+    """The key without what stands around the model's own names."""
+    name = without_wrappers(key)
+    while _PREFIX.match(name):
+        name = _PREFIX.sub("", name)
+    return name
 
 
 def _any_of(names: Iterable[str]) -> str:
