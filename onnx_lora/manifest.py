@@ -135,6 +135,10 @@ class Manifest:
     graphs: tuple[GraphInfo, ...]
     """The package's graphs, at least one."""
 
+    untrained: tuple[str, ...] | None = None
+    """Parameters that the checkpoint lacked, and that are random numbers: a head for an adapter to bring. None: nobody
+    knows whether there are any."""
+
     @property
     def minimum_reader(self) -> int:
         """The lowest format version whose readers read this package rightly."""

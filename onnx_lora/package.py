@@ -104,6 +104,15 @@ class Package:
         return points
 
     @cached_property
+    def digests(self) -> Mapping[str, str]:
+        """The SHA-256 of the base's own weights: of every point by its module, of every replaceable weight by its
+        name."""
+        digests = {module: point.sha256 for module, point in self.points.items()}
+        for name, weight in self.replaceable.items():
+            digests[name] = weight.sha256
+        return digests
+
+    @cached_property
     def replaceable(self) -> Mapping[str, WholeWeight]:
         """Every replaceable weight by torch parameter name, over all graphs; `per_row` where every graph has it."""
         weights: dict[str, WholeWeight] = {}

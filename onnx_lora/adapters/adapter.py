@@ -163,6 +163,7 @@ class Adapter:
     `bases.py`. `made_of`: `Package.mark` of the base's weights from which a module's tensors were computed, by module.
 
     `saved_modules`: modules whose whole weights the file must hold, because PEFT cannot load it otherwise.
+    `task_heads`: heads that the adapter's task names; where the file lacks one, the base's own stays.
     `with_tied_heads`: embeddings whose change the adapter's tool applies to an output head that is tied to the table as
     well. `flat_names`: the names of modules have `_` for `.`, and only a package tells which modules they mean.
     `notes`: what a user should know, and cannot see in the tensors.
@@ -180,6 +181,7 @@ class Adapter:
     with_tied_heads: frozenset[str] = frozenset()
     made_of: Mapping[str, str] = field(default_factory=dict)
     base_number: int | None = None
+    task_heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
+from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, explain_parameters
+from onnx_lora.adapters.own_heads import judge_own_heads
 from onnx_lora.adapters.point_layout import PointLayout
 from onnx_lora.adapters.problems import list_first
 from onnx_lora.adapters.rebinding import rebind
 from onnx_lora.adapters.tensor_layout import TensorLayout
-from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter, is_base_weight
+from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package
@@ -55,6 +57,9 @@ def bind(
     points = _lay_out_points(adapter, package, layout)
     weights = _lay_out_weights(adapter, package, layout)
     digests = _module_digests(adapter, package) | weights.digests
+    changed = dict.fromkeys([*digests, *weights.replaced])
+    own_heads = judge_own_heads(adapter, package)
+    digests |= own_heads.digests
     idle = _idle_modules(adapter, package)
     problems = [
         *aligned.problems,
@@ -62,12 +67,12 @@ def bind(
         *_conflicts(adapter, package),
         *layout.problems,
         *_saved_module_problems(adapter, package),
+        *own_heads.problems,
         *_base_problems(adapter, digests, package),
     ]
-    notes = [*adapter.notes, *weights.notes]
+    notes = [*adapter.notes, *weights.notes, *own_heads.notes]
     if idle:
         notes.append(f"{list_first(idle, _MOST_NAMES)}: not in the package, and B is zero: there is nothing to apply")
-    changed = dict.fromkeys([*digests, *weights.replaced])
     doubts = explain_doubts(changed, package)
     if package.allow_unproven:
         notes.extend(doubts)
@@ -237,7 +242,7 @@ def _saved_module_problems(adapter: Adapter, package: Package) -> list[str]:
         if name in in_model and name not in brought:
             problems.append(
                 f"{name}: the config says that PEFT saved this module whole, the model has it, and the file holds no "
-                "tensor of it; get the whole file, or correct modules_to_save and task_type"
+                "tensor of it; get the whole file, or correct modules_to_save"
             )
     return problems
 
@@ -254,10 +259,12 @@ def _base_problems(adapter: Adapter, digests: dict[str, str], package: Package) 
     known = adapter.base_digests
     others: list[str] = []
     if known:
-        others = [name for name, digest in digests.items() if known.get(name) != digest]
+        # Among them may be those of a head that the adapter does not change, and means.
+        wanted = {name: package.digests[name] for name in known if name in package.digests} | digests
+        others = [name for name, digest in wanted.items() if known.get(name) != digest]
     if others:
         problems.append(
-            f"it was bound to another base: {len(others)} of {len(digests)} base weights differ, the first is "
+            f"it was bound to another base: {len(others)} of {len(wanted)} base weights differ, the first is "
             f"{others[0]}; convert the adapter again for this package, or take the package it belongs to"
         )
     return problems

@@ -329,6 +329,7 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         replacements=_with_keys(adapter.replacements, parameter),
         base_digests=_with_keys(adapter.base_digests, module_or_parameter),
         saved_modules=tuple(module(name) for name in adapter.saved_modules),
+        task_heads=tuple(module(name) for name in adapter.task_heads),
         made_of=_with_keys(adapter.made_of, module),
         with_tied_heads=frozenset(module(name) for name in adapter.with_tied_heads),
         flat_names=False,

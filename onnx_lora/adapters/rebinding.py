@@ -130,12 +130,9 @@ def _pair_problems(tensors: Mapping[str, Array], package: Package) -> list[str]:
 
 def _base_problems(bound: BoundAdapter, package: Package) -> list[str]:
     """Modules and parameters whose weights are others than those that the adapter was bound to or made from."""
-    digests = {module: point.sha256 for module, point in package.points.items()}
-    for name, weight in package.replaceable.items():
-        digests[name] = weight.sha256
     problems: list[str] = []
     for name, digest in bound.base_digests.items():
-        found = digests.get(name)
+        found = package.digests.get(name)
         if found == digest:
             continue
         own = "none" if found is None else found[:12]

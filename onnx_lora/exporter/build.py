@@ -60,7 +60,7 @@ def build(
     for offer, place in zip(offers, places, strict=True):
         infos.append(GraphWriter(offer, chosen, store, place, asked, progress).write())
     check_agreement(infos, loaded.graphs[0].file)
-    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", loaded.record, tuple(infos))
+    manifest = Manifest(FORMAT_VERSION, f"onnx-lora {__version__}", loaded.record, tuple(infos), loaded.untrained)
     (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     _copy_companions(loaded.companions, folder)
     return Package.open(folder)

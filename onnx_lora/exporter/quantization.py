@@ -119,6 +119,7 @@ def quantize(
             weights=read_package_weights(whole),
             companions=companions_of(whole.path),
             scratch=Path(scratch),
+            untrained=whole.manifest.untrained,
         )
         built = build(folder, loaded, _points_of(whole), progress=progress)
         if not built.quantized:

@@ -66,6 +66,7 @@ class PackageBuilder:
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
         self.config: dict[str, Any] = {}
+        self.source: dict[str, str] = {}
 
     def _store(self, name: str, values: Array) -> WeightPart:
         stored = StoredTensor("weights.bin", len(self.data), values.shape, values.dtype.name)
@@ -98,9 +99,16 @@ class PackageBuilder:
         return self
 
     def weight(
-        self, name: str, inputs: int, outputs: int, *, free: bool = False, per_row: bool = True
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        free: bool = False,
+        per_row: bool = True,
+        values: Array | None = None,
     ) -> PackageBuilder:
-        values = numbers(outputs, inputs, seed=77, dtype=self.dtype)
+        values = numbers(outputs, inputs, seed=77, dtype=self.dtype) if values is None else values
         part = self._store(name, values.T)
         self.replaceable.append(
             WholeWeight(name, LinearWeight(), values.shape, self.dtype, free, per_row, digest(values), (part,))
@@ -139,7 +147,7 @@ class PackageBuilder:
             (self.folder / name).write_bytes(data)
         if self.config:
             (self.folder / "config.json").write_text(json.dumps(self.config))
-        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", {}, (graph,)).to_json())
+        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", self.source, (graph,)).to_json())
         return Package.open(self.folder)
 
 

@@ -350,7 +350,8 @@ def test_tensors_that_peft_would_ignore_are_refused(tmp_path: Path, config: dict
     "key, reason",
     [
         ("m.q.lora_E", "AdaLoRA"),
-        ("m.q.lora_A", "AdaLoRA"),
+        ("m.q.lora_A", "loralib .microsoft/LoRA. and AdaLoRA name it"),
+        ("m.q.adapter.linear_in.weight", "NeMo's, .* Megatron Bridge"),
         ("m.q.lora_diag.default", "KaSA"),
         ("m.q.lora_novelty.weight", "not known here"),
         ("m.q.hada_w1_a", "another method"),
@@ -363,6 +364,24 @@ def test_tensors_of_other_methods_are_refused_by_name(tmp_path: Path, key: str, 
     with pytest.raises(UnsupportedAdapterError, match=reason) as caught:
         read_adapter(peft_folder(tmp_path, tensors))
     assert P + key in str(caught.value)
+
+
+@pytest.mark.parametrize("key, value", [("trainer_version", "2026.1"), ("unsloth_version", "2025.3.19.dev0+cu124")])
+def test_the_version_of_what_wrote_the_config_changes_nothing(tmp_path: Path, key: str, value: str) -> None:
+    assert read_adapter(peft_folder(tmp_path, **{key: value})).deltas
+
+
+def test_what_ms_swift_adds_to_the_config_changes_nothing(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path, lora_dtype="bfloat16", lorap_lr_ratio=16.0, lorap_emb_lr=1e-6)
+    assert read_adapter(folder).deltas
+
+
+@pytest.mark.parametrize(
+    "key, value", [("adapter_version", 2), ("lora_version", "v2"), ("lora_version", "2"), ("version", "1.0" + "!")]
+)
+def test_a_field_that_may_switch_something_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"{key}: not known here, and may change"):
+        read_adapter(peft_folder(tmp_path, **{key: value}))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,13 @@ class AdapterBuilder:
     # --- the adapter -----------------------------------------------------------------------------
 
     def adapter(
-        self, name: str, origin: Origin, *, saved_modules: tuple[str, ...] = (), flat_names: bool = False
+        self,
+        name: str,
+        origin: Origin,
+        *,
+        saved_modules: tuple[str, ...] = (),
+        task_heads: tuple[str, ...] = (),
+        flat_names: bool = False,
     ) -> Adapter:
         """What was collected. Where `origin.method` is empty, it becomes the names of the methods that were put in.
 
@@ -135,6 +141,7 @@ class AdapterBuilder:
             replacements=self.replacements,
             origin=replace(origin, method=method),
             saved_modules=saved_modules,
+            task_heads=task_heads,
             notes=tuple(dict.fromkeys(self.notes)),
             changes=self.changes,
             flat_names=flat_names,

@@ -75,6 +75,8 @@ class OnnxFiles:
             weights=weights,
             companions=companions_of(own_folder),
             names=GenaiNames.of_folder(own_folder) if weights is None else None,
+            # A module with a name has the checkpoint's weights.
+            untrained=None if weights is None else (),
         )
 
     def load_original(self, package: Package) -> Original:

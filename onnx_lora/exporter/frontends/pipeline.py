@@ -120,6 +120,7 @@ class Pipeline:
             companions=_companions(root, folder / "files"),
             scratch=folder,
             original=Original(networks, partial(references, networks)),
+            untrained=(),
         )
 
     def load_original(self, package: Package) -> Original:  # noqa: ARG002 - its own task and precision say it all

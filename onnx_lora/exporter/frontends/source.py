@@ -45,7 +45,7 @@ class Loaded:
     `record`: what the manifest says of the source. `weights`: the model's, by their torch names. `companions`: files
     that belong to the model and go into the package. Files in `scratch` were made for the package alone, and may be
     moved. `names`: GenAI's table of modules, for graphs without weights to compare. `original`: the model in PyTorch,
-    where loading needed it anyway.
+    where loading needed it anyway. `untrained`: as in `Manifest`.
     """
 
     graphs: tuple[GraphFile, ...]
@@ -55,6 +55,7 @@ class Loaded:
     scratch: Path | None = None
     names: GenaiNames | None = None
     original: Original | None = None
+    untrained: tuple[str, ...] | None = None
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import Replacement
 from onnx_lora.adapters.formats.builder import AdapterBuilder
 from onnx_lora.adapters.formats.peft.keys import Names
+from onnx_lora.adapters.formats.peft.loralib import with_peft_names
 from onnx_lora.adapters.formats.peft.parameters import find_parameter_pairs
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.formats.peft.tensors import FileTensors, sort_tensors
@@ -31,7 +32,8 @@ def build_adapter(tensors: Mapping[str, Array], config: PeftConfig) -> AdapterBu
     builder's `problems` and `unsupported`."""
     builder = AdapterBuilder()
     names = Names(config.method, METHODS)
-    building = _Building(config, sort_tensors(tensors, names, builder), builder)
+    found = sort_tensors(with_peft_names(tensors, config, builder), names, builder)
+    building = _Building(config, found, builder)
     try:
         building.run()
     except ExpressionError as error:

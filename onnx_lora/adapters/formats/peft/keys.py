@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from onnx_lora.adapters.methods.method import MERGE
 from onnx_lora.adapters.wrappers import without_wrappers
 
 if TYPE_CHECKING:
@@ -25,16 +26,31 @@ _COPIES = (".modules_to_save.", ".ln_tuning_layers.")
 # The layers that PEFT puts between a module's name and its tensors.
 _LAYERS = re.compile(r"(?:\.base_layer|\.token_adapter)++(?=\.)")
 
+_ONE_TRAINING = "get the config and the weights of one training"
+
 # Why a key that is none of the method's is refused; the first match counts. What none of them matches, and what is no
 # tensor of another method, is a whole parameter: `bind` refuses one that the base does not have.
 _REFUSED = (
-    (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)|\.lora_[AB]$"), "AdaLoRA's, and the config is another method's"),
-    (re.compile(r"\.lora_diag(\.|$)"), "KaSA's diagonal is not applied"),
+    (re.compile(r"\.lora_E(\.|$)|\.ranknum(\.|$)"), f"AdaLoRA's, and the config is another method's; {_ONE_TRAINING}"),
+    (
+        re.compile(r"\.lora_[AB]$"),
+        "named as loralib (microsoft/LoRA) and AdaLoRA name it, without .weight, and the config, or the rest of the "
+        f"file, is of neither; {_ONE_TRAINING}",
+    ),
+    (re.compile(r"\.lora_diag(\.|$)"), f"KaSA's diagonal is not applied; {MERGE}"),
     (re.compile(r"\.oft_r(\.|$)"), "OFT's of PEFT before 0.14, which no later PEFT reads; train it again"),
     (re.compile(r"\.lora_[^.]*(\.|$)"), "a tensor of LoRA that is not known here; upgrade onnx-lora"),
-    (re.compile(r"\.(token_adapter|trainable_tokens_\w+)(\.|$)"), "single trained tokens, which this method has not"),
+    (
+        re.compile(r"\.(token_adapter|trainable_tokens_\w+)(\.|$)"),
+        f"single trained tokens, which this method has not; {_ONE_TRAINING}",
+    ),
+    (
+        re.compile(r"\.adapter\.(linear_in|linear_out|layer_norm)\."),
+        "NeMo's, of a module by Megatron's name; export the adapter in Hugging Face's format with Megatron Bridge "
+        "(AutoBridge.export_adapter_ckpt)",
+    ),
 )
-_OF_ANOTHER_METHOD = "a tensor of another method than the config's"
+_OF_ANOTHER_METHOD = f"a tensor of another method than the config's; {_ONE_TRAINING}"
 
 # The beginnings of the tensors' names of methods that are not read.
 _METHODS_NOT_READ = frozenset({"road", "waveft"})

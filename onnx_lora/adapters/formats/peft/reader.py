@@ -18,7 +18,6 @@ from onnx_lora.adapters.formats.peft.initial import without_initial
 from onnx_lora.adapters.formats.peft.keys import Names
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
 from onnx_lora.adapters.formats.peft.several import AdapterFolder, choose_folder, choose_tensors
-from onnx_lora.adapters.methods.method import MERGE
 from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
@@ -100,11 +99,13 @@ def _make_adapter(
     builder.notes[:0] = notes
     builder.refuse(
         path,
-        unsupported=f"holds what cannot be applied exactly; {MERGE}",
+        unsupported="holds what cannot be applied exactly",
         damaged=f"its tensors must be what {CONFIG} says, and are not",
     )
-    saved_modules = (*config.targets.saved_names, *config.task_heads)
-    return builder.adapter(name, origin, saved_modules=saved_modules)
+    # PEFT loads no file without the modules that the config names; a head that only the task names may be the base's.
+    saved_modules = config.targets.saved_names
+    task_heads = tuple(head for head in config.task_heads if head not in saved_modules)
+    return builder.adapter(name, origin, saved_modules=saved_modules, task_heads=task_heads)
 
 
 def _list_files(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ What a method refuses of its own fields stands in its file. The reference is PEF
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,16 @@ _HARMLESS = frozenset(
         "revision",
         "target_modules",
         "task_type",
+        # ms-swift's: the type that the factors were trained in, and LoRA+'s learning rates.
+        "lora_dtype",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
     }
 )
+
+# Of what wrote the config: `trainer_version`, `transformers_version`. As a text of numbers it switches nothing.
+_VERSION_FIELD = re.compile(r"\w+_version")
+_VERSION = re.compile(r"\d+\.\d[0-9A-Za-z.+-]*")
 
 # `init_lora_weights` that leave the base alone; with all others the base was changed before training.
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -137,12 +146,18 @@ def refusals(config: Mapping[str, Any], method: Method, *, with_initial: bool) -
     problems.extend(_init_problems(config.get("init_lora_weights"), with_initial=with_initial))
     known = _HARMLESS | method.fields | set(method.refused)
     for key in sorted(config):
-        if config[key] and key not in known:
+        if config[key] and key not in known and not _is_version(key, config[key]):
             problems.append(
                 f"{key}: not known here, and may change what the adapter computes; upgrade onnx-lora, or remove it "
                 "from the config if it only concerns training"
             )
     return problems
+
+
+def _is_version(key: str, value: object) -> bool:
+    """Whether a field says which version of a program wrote the config."""
+    has_name = _VERSION_FIELD.fullmatch(key) is not None
+    return has_name and isinstance(value, str) and _VERSION.fullmatch(value) is not None
 
 
 def _init_problems(init: object, *, with_initial: bool) -> list[str]:

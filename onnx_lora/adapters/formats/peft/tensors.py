@@ -10,7 +10,7 @@ import numpy as np
 
 from onnx_lora.adapters.formats.builder import AdapterBuilder
 from onnx_lora.adapters.formats.peft.keys import Key, Names
-from onnx_lora.adapters.methods.method import Method
+from onnx_lora.adapters.methods.method import MERGE, Method
 from onnx_lora.adapters.problems import type_problem
 from onnx_lora.points import Array
 
@@ -71,7 +71,9 @@ class _Sorter:
         if parsed.kind == "refused":
             self.builder.unsupported.append(f"{key}: {parsed.name}")
         elif parsed.kind == "module" and parsed.is_in_base_layer:
-            self.builder.unsupported.append(f"{key}: is of torch's MultiheadAttention, no part of which is applied")
+            self.builder.unsupported.append(
+                f"{key}: is of torch's MultiheadAttention, no part of which is applied; {MERGE}"
+            )
         elif parsed.kind == "base copy":
             self.builder.notes.append(f"{key}: the base's own copy beside a saved module, which PEFT does not use")
         elif _is_counter(parsed, values):
@@ -111,7 +113,7 @@ def _is_counter(parsed: Key, values: Array) -> bool:
     """Whether it is a batch norm's count."""
     if parsed.kind != "parameter" or parsed.name.rpartition(".")[2] != _COUNTER:
         return False
-    return values.dtype.kind in "iu" and values.size == 1
+    return values.dtype.kind in "iuf" and values.size == 1
 
 
 def _are_same(one: Array, other: Array) -> bool:

@@ -35,10 +35,11 @@ _NAMED = 5  # names of tensors in a message
 
 def check_whole(
     model: Any, account: Mapping[str, Any], path: str | os.PathLike[str], read: str | os.PathLike[str]
-) -> None:
+) -> tuple[str, ...]:
     """Check `account`, which `from_pretrained` gave of loading `model`, which the user calls `path`, from `read`.
 
-    Another class than the checkpoint's own may get new heads, which adapters bring: that is logged.
+    Another class than the checkpoint's own may get new heads, which adapters bring: their parameters are given back,
+    and logged.
 
     Raises ModelError: weights are missing, or of another shape; or the file is of a newer transformers, and holds
     weights that the installed one leaves out or ties.
@@ -69,6 +70,7 @@ def check_whole(
             path,
             _listed(new),
         )
+    return tuple(new)
 
 
 def _missing(model: Any, account: Mapping[str, Any]) -> list[str]:

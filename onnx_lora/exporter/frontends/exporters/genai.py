@@ -123,7 +123,7 @@ class GenaiExporter:
             self._build(Wish(config.model, built, precision, config.layers, read), folder, progress)
             progress("load the checkpoint", 0, 1)
             # Only now: the builder had it in memory too.
-            model = _load(config, read, precision.name)
+            model, untrained = _load(config, read, precision.name)
         record = {
             "made_by": self.name,
             "from": config.name,
@@ -143,12 +143,13 @@ class GenaiExporter:
             companions=_companions(config, built, model),
             scratch=folder,
             original=Original(model, partial(references, model)),
+            untrained=untrained,
         )
 
     def load_original(self, request: ExportRequest, package: Package) -> Original:  # noqa: ARG002 - others need it
         """The torch model that the builder would export. Raises ModelError, MissingDependencyError."""
         with request.config.open_readable() as read:
-            model = _load(request.config, read, request.precision.name)
+            model, _ = _load(request.config, read, request.precision.name)
         return Original(model, partial(references, model))
 
     def _build(self, wish: Wish, scratch: Path, progress: Progress) -> None:
@@ -172,10 +173,11 @@ def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Mo
     """
     config = ModelConfig.read(model)
     with config.open_readable() as read:
-        return _load(config, read, precision)
+        return _load(config, read, precision)[0]
 
 
-def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> nn.Module:
+def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and its parameters that the checkpoint lacks."""
     with quiet(), library_failures(config.model, "loaded by transformers"), without_bars():
         import torch
         import transformers
@@ -189,9 +191,9 @@ def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> 
             attn_implementation="eager",
             **LOADING,
         )
-        check_whole(loaded, account, config.model, read)
+        untrained = check_whole(loaded, account, config.model, read)
     evaluated: nn.Module = loaded.eval()
-    return evaluated
+    return evaluated, untrained
 
 
 def references(model: Any) -> list[Reference]:

@@ -54,7 +54,7 @@ class OptimumExporter:
         the exporter failed. MissingDependencyError: torch or optimum-onnx is not installed.
         """
         config = request.config
-        model, task = _load(config, request.task, request.precision.name)
+        model, task, untrained = _load(config, request.task, request.precision.name)
         with quiet(), library_failures(config.model, _export_for(task)), without_norm_fusion():
             from optimum.exporters.onnx import onnx_export_from_model
 
@@ -73,12 +73,13 @@ class OptimumExporter:
             companions=_companions(config, folder),
             scratch=folder,
             original=Original(model, partial(references, model, task)),
+            untrained=untrained,
         )
 
     def load_original(self, request: ExportRequest, package: Package) -> Original:
         """The torch model that Optimum would export. Where no task is told, a decoder has its cache if the package's
         graphs have one. Raises ModelError, MissingDependencyError."""
-        model, task = _load(request.config, request.task, request.precision.name)
+        model, task, _ = _load(request.config, request.task, request.precision.name)
         if request.task is None and task.endswith(_WITH_PAST) and not _has_cache(package):
             task = task.removesuffix(_WITH_PAST)
             model.config.use_cache = False
@@ -95,10 +96,12 @@ def load_model(model: str | os.PathLike[str], *, task: str | None, precision: st
 
     Raises ModelError: no such checkpoint, or Optimum does not export it for this task. MissingDependencyError.
     """
-    return _load(ModelConfig.read(model), task, precision)
+    loaded, chosen, _ = _load(ModelConfig.read(model), task, precision)
+    return loaded, chosen
 
 
-def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, str]:
+def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, str, tuple[str, ...] | None]:
+    """The model, its task, and its parameters that the checkpoint lacks; None: its library does not tell."""
     # Optimum looks for diffusers, which notes what else is installed.
     with quiet(), quiet_imports(), library_failures(config.model, _export_for(task)):
         import optimum.exporters.onnx.model_configs  # noqa: F401 - registers the architectures
@@ -115,18 +118,19 @@ def _load(config: ModelConfig, task: str | None, precision: str) -> tuple[Any, s
             "local_files_only": Path(read).is_dir(),
             "trust_remote_code": False,
         }
+        untrained: tuple[str, ...] | None = None
         theirs = _read_their_config(read) if library == "transformers" else None
         chosen = TasksManager.map_from_synonym(task or _task_of(config, read, library, theirs))
         if theirs is not None:
             kind = _class_for(chosen, theirs)
             loaded, account = kind.from_pretrained(str(read), **options, **LOADING)
-            check_whole(loaded, account, config.model, read)
+            untrained = check_whole(loaded, account, config.model, read)
         else:
             loaded = TasksManager.get_model_from_task(
                 chosen, str(read), framework="pt", library_name=library, **options
             )
         chosen = _settle_task(loaded, chosen, library, config, is_given=task is not None)
-    return loaded.eval(), chosen
+    return loaded.eval(), chosen, untrained
 
 
 def _read_their_config(read: str | os.PathLike[str]) -> Any:
