@@ -55,6 +55,9 @@ class Unplaced:
     reason: str
     """Why it got no point."""
 
+    modules: tuple[str, ...] = ()
+    """The modules it may belong to, as far as names and weights tell."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphInfo:

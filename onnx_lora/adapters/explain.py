@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,9 @@ def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
     for graph in package.manifest.graphs:
         untargeted.update(graph.untargeted)
     problems = _explain_missing_points([module for module in modules if module in untargeted])
-    missing = [module for module in modules if module not in untargeted]
+    reasons = _reasons_by_module(package) | _reasons_of_left_out(modules, package)
+    problems += _explain_unplaced([module for module in modules if module not in untargeted], reasons)
+    missing = [module for module in modules if module not in untargeted and module not in reasons]
     known = sorted(untargeted | set(package.points))
     common = _explain_prefix(missing, known) or _explain_node_names(missing, known, package)
     if common is not None:
@@ -100,6 +102,40 @@ def _explain_missing_modules(modules: Sequence[str], known: Sequence[str], packa
         if unplaced:
             text += f"; {unplaced} weighted nodes of its graphs could not be placed, see `unplaced` in onnx_lora.json"
         problems.append(text)
+    return problems
+
+
+def _reasons_by_module(package: Package) -> dict[str, str]:
+    """Why nodes that may be a module's got no point, by the module."""
+    reasons: dict[str, str] = {}
+    for graph in package.manifest.graphs:
+        for node in graph.unplaced:
+            reasons |= dict.fromkeys(node.modules, node.reason)
+    return reasons
+
+
+def _reasons_of_left_out(modules: Sequence[str], package: Package) -> dict[str, str]:
+    """Why modules of a model's parts that its export left out have no point."""
+    reasons: dict[str, str] = {}
+    for part in package.manifest.source.get("left_out", "").split(", "):
+        for module in modules:
+            if part and (module == part or module.startswith(f"{part}.")):
+                reasons[module] = (
+                    f"the package holds the language model alone, for text, and leaves out {part}; train the adapter "
+                    "without it (target_modules, exclude_modules)"
+                )
+    return reasons
+
+
+def _explain_unplaced(modules: Sequence[str], reasons: Mapping[str, str]) -> list[str]:
+    """Modules whose nodes got no point: one entry for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for module in modules:
+        if module in reasons:
+            by_reason.setdefault(reasons[module], []).append(module)
+    problems: list[str] = []
+    for reason, names in by_reason.items():
+        problems.append(f"{list_first(names, _MOST_NAMES)}: the package has no point there: {reason}")
     return problems
 
 

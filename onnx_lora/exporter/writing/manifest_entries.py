@@ -101,7 +101,7 @@ def _name(initializer: ir.Value) -> NamedTensor:
 
 def describe_unplaced(nodes: Sequence[UnplacedNode]) -> tuple[Unplaced, ...]:
     """The nodes that get no point, as the manifest lists them."""
-    return tuple(Unplaced(node.node, node.reason) for node in nodes)
+    return tuple(Unplaced(node.node, node.reason, node.modules) for node in nodes)
 
 
 def describe_whole_weight(

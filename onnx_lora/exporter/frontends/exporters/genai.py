@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.errors import ExportError
+from onnx_lora.exporter.foreign_libraries import attempt
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
@@ -23,6 +25,7 @@ from onnx_lora.exporter.frontends.exporters.genai_builder import NoTokenizer, Wi
 from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
+from onnx_lora.exporter.frontends.language_part import find_text_class, language_part_of
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.request import GraphFile
@@ -59,10 +62,10 @@ MEASURED = frozenset(
     }
 )
 
-# What the builder exports for, by Optimum's names; None: what the config says.
-_TASKS = (None, "text-generation", "text-generation-with-past", "causal-lm", "causal-lm-with-past")
+# What the builder exports for, by Optimum's names; None: what the config says. Its graphs always have a cache.
+_TASKS = (None, "text-generation-with-past", "causal-lm-with-past")
 
-# What a package's manifest calls its task: the builder's graphs always have a cache.
+# What a package's manifest calls its task.
 _TASK = "text-generation-with-past"
 
 # GroupQueryAttention's kernels rotate and multiply this many numbers at once.
@@ -94,13 +97,13 @@ class GenaiExporter:
         is_needed = request.via == self.name or request.precision.quantized
         if request.task not in _TASKS:
             task = f"the task is {request.task!r}"
-            return Refusal(f"{_wanted(request)} is for text generation, and {task}; {_INSTEAD}")
+            return Refusal(f"{_wanted(request)} is for {_TASK}, and {task}; {_INSTEAD}")
         if not _is_installed():
             return Refusal(f"{_wanted(request)} needs onnxruntime-genai", install=_INSTALL)
-        fields = request.config.translated
-        if not is_needed and request.config.architecture not in MEASURED:
-            return Refusal(f"its graph of {request.config.architecture or 'this model'} was not measured")
-        if not is_needed and "quantization_config" in fields:
+        architecture, fields = _language_model(request.config)
+        if not is_needed and architecture not in MEASURED:
+            return Refusal(f"its graph of {architecture or 'this model'} was not measured")
+        if not is_needed and "quantization_config" in request.config.fields:
             # The builder unpacks weights that are quantized already, and nobody here does, to compare with.
             return Refusal("its weights are quantized already, and there is nothing to compare them with")
         problem = _unfit_heads(fields)
@@ -118,12 +121,7 @@ class GenaiExporter:
         builder failed. StorageError, MissingDependencyError.
         """
         config, precision = request.config, request.precision
-        built = folder / "built"
-        with config.open_readable() as read:
-            self._build(Wish(config.model, built, precision, config.layers, read), folder, progress)
-            progress("load the checkpoint", 0, 1)
-            # Only now: the builder had it in memory too.
-            model, untrained = _load(config, read, precision.name)
+        built, language = folder / "built", folder / "language"
         record = {
             "made_by": self.name,
             "from": config.name,
@@ -132,6 +130,14 @@ class GenaiExporter:
             "builder": f"onnxruntime-genai {builder_version()}",
         }
         record |= config.base
+        with config.open_readable() as read:
+            if _larger_class(config) is not None:
+                record |= _save_language_part(config, read, precision.name, language)
+            built_from = language if language.is_dir() else read
+            self._build(Wish(config.model, built, precision, config.layers, built_from), folder, progress)
+            progress("load the checkpoint", 0, 1)
+            # Only now: the builder had it in memory too.
+            model, untrained = _load(config, read, precision.name)
         if precision.quantized:
             record |= {"block_size": str(precision.block_size), "accuracy_level": str(precision.accuracy_level)}
         with library_failures(config.model, "run"):
@@ -140,7 +146,7 @@ class GenaiExporter:
             graphs=(GraphFile("model", built / "model.onnx", calls=calls["model"]),),
             record=record,
             weights=read_module_weights(model, heads=heads_of(model)),
-            companions=_companions(config, built, model),
+            companions=_companions(config, language, built, model),
             scratch=folder,
             original=Original(model, partial(references, model)),
             untrained=untrained,
@@ -182,7 +188,8 @@ def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> 
         import torch
         import transformers
 
-        loaded, account = transformers.AutoModelForCausalLM.from_pretrained(
+        kind = getattr(transformers, _larger_class(config) or "AutoModelForCausalLM")
+        loaded, account = kind.from_pretrained(
             str(read),
             torch_dtype=torch.float16 if precision == "fp16" else torch.float32,
             local_files_only=Path(read).is_dir(),
@@ -194,6 +201,60 @@ def _load(config: ModelConfig, read: str | os.PathLike[str], precision: str) -> 
         untrained = check_whole(loaded, account, config.model, read)
     evaluated: nn.Module = loaded.eval()
     return evaluated, untrained
+
+
+def _language_model(config: ModelConfig) -> tuple[str, Mapping[str, Any]]:
+    """The class of transformers whose graph is built, and its config: the checkpoint's own, or those of the language
+    model within. Raises ModelError: see `ModelConfig.translated`."""
+    theirs = _read_as_theirs(config)
+    text_class = None if theirs is None else find_text_class(theirs)
+    if theirs is None or text_class is None:
+        return config.architecture, config.translated
+    return text_class, theirs.get_text_config(decoder=True).to_dict()
+
+
+def _larger_class(config: ModelConfig) -> str | None:
+    """The class of a checkpoint that reads pictures or speech too, whose language model is built alone; None: it is of
+    another sort."""
+    theirs = _read_as_theirs(config)
+    if theirs is None or find_text_class(theirs) is None:
+        return None
+    return str(theirs.architectures[0])
+
+
+def _read_as_theirs(config: ModelConfig) -> Any:
+    """transformers' own object of a config, or None where it knows no such model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config.translated.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    with quiet(), library_failures(config.model, "read"):
+        return CONFIG_MAPPING[kind].from_dict(dict(config.translated))
+
+
+def _save_language_part(
+    config: ModelConfig, read: str | os.PathLike[str], precision: str, folder: Path
+) -> dict[str, str]:
+    """Write the language model of a larger one into `folder`, with its tokenizer, as a checkpoint that the builder
+    reads. Gives what the manifest says of it. Raises ModelError: see `language_part_of`."""
+    with quiet(), library_failures(config.model, "saved by transformers"):
+        whole, _ = _load(config, read, precision)
+        part = language_part_of(whole, config.model)
+        part.model.save_pretrained(folder)
+        if config.is_local:
+            for file in companions_of(Path(config.model)):
+                if not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
+        else:
+            attempt(partial(_save_tokenizer, read, folder))  # of which the builder says that there is none
+    return part.as_record(config.name)
+
+
+def _save_tokenizer(read: str | os.PathLike[str], folder: Path) -> None:
+    import transformers
+
+    transformers.AutoTokenizer.from_pretrained(str(read), trust_remote_code=False).save_pretrained(folder)
 
 
 def references(model: Any) -> list[Reference]:
@@ -257,15 +318,17 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
 
 
-def _companions(config: ModelConfig, built: Path, model: Any) -> tuple[Path, ...]:
-    """The builder's files, and those of the checkpoint that it leaves out: its configs above all."""
+def _companions(config: ModelConfig, language: Path, built: Path, model: Any) -> tuple[Path, ...]:
+    """The builder's files, and those of the checkpoint that it leaves out: its configs above all. `language`: the
+    checkpoint of the language model, where that alone was built."""
     checkpoint = Path(config.model)
     if not config.is_local:
         checkpoint = built / "others"
         model.config.save_pretrained(checkpoint)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(checkpoint)
-    files = {file.name: file for file in companions_of(checkpoint)}
-    for file in companions_of(built):
-        files[file.name] = file
+    files: dict[str, Path] = {}
+    for folder in (checkpoint, language, built):
+        if folder.is_dir():
+            files |= {file.name: file for file in companions_of(folder)}
     return tuple(files.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ def reference_of(name: str, part: Any, config: Any) -> Reference:
 
         # Models write into their cache: every run gets a fresh copy.
         arguments = config.rename_ambiguous_inputs(copy.deepcopy(inputs))
+        if "use_cache" in inspect.signature(part.forward).parameters:
+            # Gemma 3's class for pictures heeds no config here.
+            arguments["use_cache"] = bool(getattr(config, "use_past", False))
         with quiet(), config.patch_model_for_export(part), torch.inference_mode():
             outputs = part(**arguments)
         flat: dict[str, Array] = {}
