@@ -66,6 +66,7 @@ class PackageBuilder:
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
         self.config: dict[str, Any] = {}
+        self.source: dict[str, str] = {}
 
     def _store(self, name: str, values: Array) -> WeightPart:
         stored = StoredTensor("weights.bin", len(self.data), values.shape, values.dtype.name)
@@ -146,7 +147,7 @@ class PackageBuilder:
             (self.folder / name).write_bytes(data)
         if self.config:
             (self.folder / "config.json").write_text(json.dumps(self.config))
-        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", {}, (graph,)).to_json())
+        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", self.source, (graph,)).to_json())
         return Package.open(self.folder)
 
 

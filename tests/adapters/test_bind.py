@@ -353,3 +353,14 @@ def test_a_head_that_may_be_among_unplaced_nodes_is_not_passed_over(tmp_path: Pa
     builder.unplaced = (Unplaced("MatMul_7", "no name"),)
     error = refused(builder.open(), None, _in_place(embed_tokens=numbers(9, 4)))
     assert "the package does not show whether one is" in str(error)
+
+
+def test_modules_called_after_nodes_hint_at_the_checkpoint(tmp_path: Path) -> None:
+    builder = PackageBuilder(tmp_path / "p").point("n101", 4, 6).point("n102", 4, 6)
+    builder.source = {"made_by": "attach", "from": "a.onnx"}
+    error = refused(builder.open(), {"layers.0.q_proj": delta(4, 6), "layers.0.v_proj": delta(4, 6)})
+    (problem,) = error.problems
+    assert (
+        "layers.0.q_proj (and 1 more): the package has no such module; its own are called n101, n102, after" in problem
+    )
+    assert "attach the file again with the checkpoint" in problem

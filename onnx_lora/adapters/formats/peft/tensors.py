@@ -113,7 +113,7 @@ def _is_counter(parsed: Key, values: Array) -> bool:
     """Whether it is a batch norm's count."""
     if parsed.kind != "parameter" or parsed.name.rpartition(".")[2] != _COUNTER:
         return False
-    return values.dtype.kind in "iu" and values.size == 1
+    return values.dtype.kind in "iuf" and values.size == 1
 
 
 def _are_same(one: Array, other: Array) -> bool:
