@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from onnx_lora.codec import NEEDED_SINCE  # noqa: E402
 from onnx_lora.kinds import KINDS  # noqa: E402
-from onnx_lora.manifest import FORMAT_VERSION, GraphInfo, Manifest, Unplaced  # noqa: E402
+from onnx_lora.manifest import FORMAT_VERSION, GraphInfo, KnownWeight, Manifest, Unplaced  # noqa: E402
 from onnx_lora.older_manifests import OLDEST_VERSION  # noqa: E402
 from onnx_lora.points import (  # noqa: E402
     Branch,
@@ -54,6 +54,7 @@ _CLASSES: Mapping[str, type] = {
     "A branch": Branch,
     "A replaceable weight": WholeWeight,
     "An unplaced node": Unplaced,
+    "A weight without a point": KnownWeight,
 }
 
 # What the types of fields are called in JSON.
@@ -67,6 +68,7 @@ _WORDS = {
     "GraphInfo": "a graph",
     "Branch": "a branch",
     "Unplaced": "an unplaced node",
+    "KnownWeight": "a weight without a point",
     "WeightPart": "a part of a weight",
     "StoredTensor": "a stored tensor",
     "NamedTensor": "a named tensor",
@@ -85,6 +87,7 @@ _MANY = {
     "Branch": "branches",
     "WholeWeight": "replaceable weights",
     "Unplaced": "unplaced nodes",
+    "KnownWeight": "weights without a point",
     "WeightPart": "parts of a weight",
 }
 

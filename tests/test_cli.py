@@ -81,12 +81,20 @@ def desk(tmp_path_factory: pytest.TempPathFactory, packages: Make) -> Path:
 def test_inspect_tells_packages_and_adapters_apart(desk: Path) -> None:
     package = _json("inspect", "bert", folder=desk)
     assert package["points"] == 13
-    assert package["replaceable"] == {"classifier.weight": "2 × 32", "classifier.bias": "2"}
-    adapter = _json("inspect", "head", "--package", "bert", folder=desk)
-    assert (adapter["modules"], adapter["ranks"]) == (2, {"rank 4": "2 modules"})
-    assert adapter["applied"] == "2 of 13 points"
-    assert set(adapter["replaced"]) == {"classifier.bias", "classifier.weight"}
-    assert "times" in adapter["smaller_than_the_base"]
+    assert package["replaceable"] == [
+        {"name": "classifier.weight", "shape": [2, 32]},
+        {"name": "classifier.bias", "shape": [2]},
+    ]
+    assert len(package["modules"]) == 13
+    shown = _json("inspect", "head", "--package", "bert", folder=desk)
+    adapter, coverage = shown["adapter"], shown["coverage"]
+    assert (adapter["modules"], adapter["ranks"]) == (2, [{"rank": 4, "modules": 2}])
+    assert (len(coverage["applied"]), coverage["points"]) == (2, 13)
+    assert set(coverage["replaced"]) == {"classifier.bias", "classifier.weight"}
+    assert coverage["base_size_bytes"] == package["size_bytes"] > coverage["size_bytes"]
+    text = _call("inspect", "head", "--package", "bert", folder=desk).stdout
+    assert "2 of 13 points" in text
+    assert "times smaller than the base" in text
 
 
 def test_run_blends_and_mixes_rows(desk: Path) -> None:
@@ -100,7 +108,7 @@ def test_run_blends_and_mixes_rows(desk: Path) -> None:
     blend = np.load(desk / "blend.npz")["logits"]
     assert_close(blend, session.run(None, FEEDS, adapter={"a": 1.0, "b": 0.5})[0])
     rows = _json("run", "bert", "--input", "feeds.npz", "--output", "r.npz", *adapters, "--rows", "-,b", folder=desk)
-    assert rows["outputs"] == {"logits": [2, 2]}
+    assert rows["outputs"] == [{"name": "logits", "shape": [2, 2], "dtype": "float32"}]
     assert_close(np.load(desk / "r.npz")["logits"], session.run(None, FEEDS, adapter=[None, {"b": 0.5}])[0])
 
 
@@ -126,7 +134,7 @@ def test_an_adapter_of_another_base_is_noted_and_strictly_refused(desk: Path, tm
         _json("convert", adapter, converted, *package, folder=desk),
         _json("inspect", converted, *package, folder=desk),
     ]
-    assert all(any("'org/another-bert'" in note for note in each["notes"]) for each in facts)
+    assert all(any("'org/another-bert'" in note for note in each["coverage"]["notes"]) for each in facts)
     loaded = ["--adapter", f"it={adapter}"]
     calls: list[list[object]] = [
         ["inspect", adapter, *package],
@@ -149,7 +157,7 @@ def test_convert_writes_a_blend_as_one_file(desk: Path, tmp_path: Path, name: st
         options = [option for adapter in adapters for option in ("--adapter", adapter)]
         _json("run", "bert", "--input", "feeds.npz", "--output", tmp_path / out, *options, folder=desk)
     assert_close(np.load(tmp_path / "one.npz")["logits"], np.load(tmp_path / "two.npz")["logits"])
-    method = _json("inspect", file, folder=desk)["method"]
+    method = _json("inspect", file, folder=desk)["adapter"]["method"]
     assert method == ("blend of head:1, plain:0.5" if name.endswith("safetensors") else "")
 
 
@@ -177,7 +185,8 @@ def test_fold_writes_a_model_that_answers_as_the_adapter(desk: Path) -> None:
 def test_verify_against_peft(desk: Path, checkpoints: Make) -> None:
     facts = _json("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "head", folder=desk)
     assert facts["agrees"]
-    assert set(facts["largest_difference"]) == {"model, base", "model, adapter"}
+    assert {(entry["graph"], entry["case"]) for entry in facts["outputs"]} == {("model", "base"), ("model", "adapter")}
+    assert all(entry["difference"] <= entry["allowed"] for entry in facts["outputs"])
 
 
 def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
@@ -399,10 +408,11 @@ def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkp
     for entry in (entry for graph in manifest["graphs"] for entry in (*graph["points"], *graph["replaceable"])):
         entry["unproven"] = "of a test"
     (doubted / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-    shown = _json("inspect", doubted, folder=desk)["unproven"]
-    assert set(shown) == {"of a test"}
-    assert len(shown["of a test"]) == 13 + 2
-    assert "unproven, because of a test" in str(_json("inspect", "head", "--package", doubted, folder=desk)["notes"])
+    (shown,) = _json("inspect", doubted, folder=desk)["unproven"]
+    assert shown["reason"] == "of a test"
+    assert len(shown["names"]) == 13 + 2
+    inspected = _json("inspect", "head", "--package", doubted, folder=desk)
+    assert "unproven, because of a test" in str(inspected["coverage"]["notes"])
     into: tuple[object, ...] = ("--input", "feeds.npz", "--output")
     commands: dict[str, tuple[object, ...]] = {
         "run": ("run", doubted, *into, tmp_path / "o.npz", "--adapter", "a=head"),
@@ -417,6 +427,7 @@ def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkp
     # A converted file is an adapter like any other.
     converted = ("run", doubted, *into, tmp_path / "p.npz", "--adapter", f"a={tmp_path / 'c.safetensors'}")
     assert _call(*converted, folder=desk).returncode == 2
-    _json("verify", doubted, "--reference", checkpoints("bert"), folder=desk)
-    assert _json("inspect", doubted, folder=desk)["unproven"] == {}
+    proven = _json("verify", doubted, "--reference", checkpoints("bert"), folder=desk)
+    assert (len(proven["proven"]), proven["unproven"]) == (13 + 2, [])
+    assert _json("inspect", doubted, folder=desk)["unproven"] == []
     _json(*converted, folder=desk)

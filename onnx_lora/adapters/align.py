@@ -16,6 +16,7 @@ from onnx_lora.adapters.bases import base_number
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.module_names import with_package_names
+from onnx_lora.adapters.shared_storage import spread_to_shared_storage
 from onnx_lora.adapters.tied import spread_to_tied_heads
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def align(adapter: Adapter, package: Package) -> AlignedAdapter:
         problems.append(_OTHER_NUMBER)
     named = with_package_names(adapter, package)
     config = config_of(package) if _asks_for_config(named) else {}
-    spread = spread_to_tied_heads(_completed(named, config), package, config)
-    problems.extend(spread.problems)
+    stored = spread_to_shared_storage(_completed(named, config), package, config)
+    spread = spread_to_tied_heads(stored.adapter, package, config)
+    problems.extend([*stored.problems, *spread.problems])
     return AlignedAdapter(_without_packed_branches(spread.adapter, package), package, tuple(problems))
 
 
@@ -71,7 +73,8 @@ def _is_of_base(adapter: Adapter, package: Package) -> bool:
 def _asks_for_config(adapter: Adapter) -> bool:
     """Whether the model's config must be asked what the adapter means: for a number, or for what is tied."""
     asking = [change for change in adapter.changes.values() if isinstance(change, NeedsConfig | OfTable)]
-    return bool(asking or adapter.with_tied_heads)
+    writes = any(replacement.in_place for replacement in adapter.replacements.values())
+    return bool(asking or writes or adapter.with_tied_heads)
 
 
 def _completed(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
+from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.adapters.own_heads import judge_own_heads
@@ -19,7 +20,7 @@ from onnx_lora.adapters.point_layout import PointLayout
 from onnx_lora.adapters.problems import list_first
 from onnx_lora.adapters.rebinding import rebind
 from onnx_lora.adapters.tensor_layout import TensorLayout
-from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter, is_base_weight
+from onnx_lora.adapters.weight_layout import WeightLayout, is_bare_parameter
 from onnx_lora.boundary import public
 from onnx_lora.errors import BindError
 from onnx_lora.package import Package

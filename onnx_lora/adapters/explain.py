@@ -52,10 +52,25 @@ def explain_modules(modules: Sequence[str], package: Package) -> list[str]:
     problems = _explain_missing_points([module for module in modules if module in untargeted])
     missing = [module for module in modules if module not in untargeted]
     known = sorted(untargeted | set(package.points))
-    difference = _explain_prefix(missing, known)
-    if difference is not None:
-        return [*problems, difference]
+    common = _explain_prefix(missing, known) or _explain_node_names(missing, known, package)
+    if common is not None:
+        return [*problems, common]
     return [*problems, *_explain_missing_modules(missing, known, package)]
+
+
+def _explain_node_names(missing: Sequence[str], known: Sequence[str], package: Package) -> str | None:
+    """What to say if the package's modules are called after the nodes of a file that was attached without a checkpoint,
+    and no adapter's can be; None if they are called otherwise."""
+    is_attached = package.manifest.source.get("made_by") == "attach"
+    shared = set(map(_last_part, missing)) & set(map(_last_part, known))
+    if not missing or not known or not is_attached or shared:
+        return None
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    return (
+        f"{missing[0]}{more}: the package has no such module; its own are called {list_first(known, _MOST_NAMES)}, "
+        "after the nodes of the graph; attach the file again with the checkpoint that it was exported from "
+        "(checkpoint=..., --checkpoint), whose names then count"
+    )
 
 
 def _explain_missing_points(modules: Sequence[str]) -> list[str]:

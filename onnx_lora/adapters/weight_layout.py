@@ -5,41 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Replacement
+from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.adapters.factors import apply_change, finite_problems
 from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
-from onnx_lora.heads import OFTEN_TIED
 from onnx_lora.kinds import LINEAR
-from onnx_lora.points import Array, InjectionPoint, WholeWeight, digest
+from onnx_lora.points import WholeWeight
 
 if TYPE_CHECKING:
     from onnx_lora.package import Package
 
-__all__ = ["WeightLayout", "is_bare_parameter", "is_base_weight"]
+__all__ = ["WeightLayout", "is_bare_parameter"]
 
 
 def is_bare_parameter(name: str, package: Package) -> bool:
     """Whether `name` is a bare parameter that the package can replace, and no module."""
     weight = package.replaceable.get(name)
     return weight is not None and not weight.has_rows and name not in package.points
-
-
-def is_base_weight(name: str, value: Array, package: Package) -> bool:
-    """Whether a whole weight is equal to the base's own, in the type that the package keeps it in."""
-    module, _, parameter = name.rpartition(".")
-    owner: InjectionPoint | WholeWeight | None = package.replaceable.get(name)
-    if owner is None and parameter == "weight":
-        owner = package.points.get(module)
-    if owner is None:
-        return False
-    with np.errstate(over="ignore"):
-        return digest(value.astype(owner.dtype)) == owner.sha256
 
 
 @dataclass
@@ -81,11 +68,6 @@ class WeightLayout:
         if replacement.in_place and is_base_weight(name, replacement.value, self.package):
             self.notes.append(f"{name}: equal to the base's own, nothing to replace")
             return
-        if replacement.in_place and self._may_share_storage(name):
-            self.layout.problems.append(
-                f"{name}: PEFT writes it over the base's weight, and over every weight tied to that; "
-                "save the adapter with the module in modules_to_save, or merge it and export that"
-            )
         self.replaced.append(name)
         weight = self.package.replaceable.get(name)
         if weight is not None:
@@ -146,41 +128,3 @@ class WeightLayout:
         module, _, parameter = name.rpartition(".")
         point = self.package.points.get(module)
         return parameter != "bias" or point is None or point.bias != "none"
-
-    def _may_share_storage(self, name: str) -> bool:
-        """Whether another module may share the parameter's storage: by its name, or by equal values."""
-        module, _, parameter = name.rpartition(".")
-        if parameter != "weight":
-            return False
-        return module.rpartition(".")[2] in OFTEN_TIED or self._has_equal_weight(module)
-
-    def _has_equal_weight(self, module: str) -> bool:
-        """Whether another module of the package has the same weight."""
-        for own_digest in self._weights_by_module.get(module, ()):
-            if self._modules_by_weight[own_digest] != {module}:
-                return True
-        return False
-
-    @cached_property
-    def _weights_by_module(self) -> Mapping[str, set[str]]:
-        """The digests of every module's weight."""
-        owners: list[InjectionPoint | WholeWeight] = [*self.package.points.values(), *self.package.replaceable.values()]
-        found: dict[str, set[str]] = {}
-        for owner in owners:
-            if _is_weight(owner):
-                found.setdefault(owner.module, set()).add(owner.sha256)
-        return found
-
-    @cached_property
-    def _modules_by_weight(self) -> Mapping[str, set[str]]:
-        """The modules that have a weight of this digest."""
-        found: dict[str, set[str]] = {}
-        for module, digests in self._weights_by_module.items():
-            for own in digests:
-                found.setdefault(own, set()).add(module)
-        return found
-
-
-def _is_weight(owner: InjectionPoint | WholeWeight) -> bool:
-    """Whether its values are a module's weight, and not a bias or a norm, which may be equal by accident."""
-    return isinstance(owner, InjectionPoint) or (owner.name.endswith(".weight") and len(owner.shape) > 1)

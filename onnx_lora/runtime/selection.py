@@ -20,6 +20,9 @@ AdapterChoice: TypeAlias = OneChoice | list[OneChoice] | tuple[OneChoice, ...]
 # Adapters and their weights, by name, sorted: no adapter is the base.
 Choice: TypeAlias = tuple[tuple[str, float], ...]
 
+# Names of adapters in a message.
+_MOST_NAMES = 3
+
 _KINDS = "an adapter's name, a mapping from names to weights, or None for the base"
 
 
@@ -50,13 +53,14 @@ def parse(adapter: AdapterChoice, loaded: Collection[str]) -> Selection:
 
 
 def explain_unknown(name: str, loaded: Collection[str]) -> str:
-    """That there is no such adapter, and what there is."""
-    there = ", ".join(map(repr, sorted(loaded))) or "none"
-    said = f"no adapter {name!r} is loaded; loaded: {there}"
-    close = get_close_matches(name, loaded, n=3)
-    if close:
-        said += f"; did you mean {' or '.join(map(repr, close))}?"
-    return said
+    """That there is no such adapter, and what there is: all of a few, the closest of many."""
+    said = f"no adapter {name!r} is loaded"
+    if not loaded:
+        return f"{said}; none is"
+    if len(loaded) <= _MOST_NAMES:
+        return f"{said}; loaded: {', '.join(map(repr, sorted(loaded)))}"
+    closest = get_close_matches(name, sorted(loaded), n=_MOST_NAMES, cutoff=0)
+    return f"{said}; the closest of {len(loaded)} are {', '.join(map(repr, closest))}"
 
 
 def _parse_rows(

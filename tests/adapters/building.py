@@ -13,7 +13,7 @@ import safetensors.numpy
 from onnx_lora import Adapter, BoundAdapter, Package, bind
 from onnx_lora.adapters import Delta, Origin, Replacement
 from onnx_lora.kinds import EMBEDDING
-from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, KnownWeight, Manifest, Unplaced
 from onnx_lora.points import Array, Branch, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
 from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
@@ -65,7 +65,9 @@ class PackageBuilder:
         self.replaceable: list[WholeWeight] = []
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
+        self.tables: tuple[KnownWeight, ...] | None = None
         self.config: dict[str, Any] = {}
+        self.source: dict[str, str] = {}
 
     def _store(self, name: str, values: Array) -> WeightPart:
         stored = StoredTensor("weights.bin", len(self.data), values.shape, values.dtype.name)
@@ -97,10 +99,23 @@ class PackageBuilder:
         )
         return self
 
+    def untargeted_weight(self, module: str, values: Array) -> PackageBuilder:
+        """A module without a point whose weight is known by its digest."""
+        self.untargeted = (*self.untargeted, module)
+        self.tables = (*(self.tables or ()), KnownWeight(module, self.dtype, digest(values)))
+        return self
+
     def weight(
-        self, name: str, inputs: int, outputs: int, *, free: bool = False, per_row: bool = True
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        free: bool = False,
+        per_row: bool = True,
+        values: Array | None = None,
     ) -> PackageBuilder:
-        values = numbers(outputs, inputs, seed=77, dtype=self.dtype)
+        values = numbers(outputs, inputs, seed=77, dtype=self.dtype) if values is None else values
         part = self._store(name, values.T)
         self.replaceable.append(
             WholeWeight(name, LinearWeight(), values.shape, self.dtype, free, per_row, digest(values), (part,))
@@ -134,12 +149,13 @@ class PackageBuilder:
             tuple(self.replaceable),
             self.untargeted,
             self.unplaced,
+            self.tables,
         )
         for name, data in (("model.onnx", b"x"), ("base.onnx", b"x"), ("weights.bin", self.data or b"x")):
             (self.folder / name).write_bytes(data)
         if self.config:
             (self.folder / "config.json").write_text(json.dumps(self.config))
-        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", {}, (graph,)).to_json())
+        (self.folder / MANIFEST).write_text(Manifest(FORMAT_VERSION, "test", self.source, (graph,)).to_json())
         return Package.open(self.folder)
 
 

@@ -257,7 +257,7 @@ def test_another_bases_copy_is_refused(package: Package) -> None:
 def test_a_head_that_may_be_tied_is_not_overwritten_alone(tmp_path: Path) -> None:
     package = PackageBuilder(tmp_path / "package").weight("lm_head.weight", 4, 9).open()
     error = refused(package, None, {"lm_head.weight": Replacement(numbers(9, 4), in_place=True)})
-    assert "every weight tied to that" in str(error)
+    assert "every weight tied to it" in str(error)
     assert bound(package, None, {"lm_head.weight": numbers(9, 4)}).coverage.replaced == ("lm_head.weight",)
 
 
@@ -301,3 +301,83 @@ def test_what_was_bound_is_read_from_no_file_again(tmp_path: Path) -> None:
             file.write(bytes(value.nbytes))
     assert_same_bits(it.tensors["q.lora_A.weight"][0, :, 0], values["a"][0])
     assert_same_bits(it.tensors["norm.weight"], values["norm"])
+
+
+# --- weights that others may share -------------------------------------------------------------
+
+
+def _tied(folder: Path, *, head: bool = True, says: object = True) -> PackageBuilder:
+    """A table and a head of equal weights, both replaceable."""
+    builder = PackageBuilder(folder)
+    builder.config = {} if says is None else {"tie_word_embeddings": says}
+    same = numbers(9, 4, seed=5)
+    builder.table_weight("embed_tokens", same)
+    return builder.weight("lm_head.weight", 4, 9, values=same) if head else builder
+
+
+def _in_place(**values: object) -> dict[str, Replacement]:
+    return {f"{name}.weight": Replacement(value, in_place=True) for name, value in values.items()}  # type: ignore[arg-type]
+
+
+def test_a_table_is_written_to_the_head_that_is_tied_to_it(tmp_path: Path) -> None:
+    new = numbers(9, 4, seed=6)
+    own = bound(_tied(tmp_path / "p").open(), None, _in_place(embed_tokens=new))
+    assert set(own.coverage.replaced) == {"embed_tokens.weight", "lm_head.weight"}
+    assert_same_bits(own.tensors["lm_head.weight"][0], np.ascontiguousarray(new.T))
+    assert own.coverage.notes == ("lm_head gets the weight of embed_tokens too: the two are tied",)
+
+
+def test_a_head_that_is_not_tied_keeps_its_weight(tmp_path: Path) -> None:
+    own = bound(_tied(tmp_path / "p", says=False).open(), None, _in_place(embed_tokens=numbers(9, 4, seed=6)))
+    assert own.coverage.replaced == ("embed_tokens.weight",)
+
+
+def test_tied_modules_of_two_values_are_refused(tmp_path: Path) -> None:
+    package = _tied(tmp_path / "p").open()
+    values = _in_place(embed_tokens=numbers(9, 4, seed=6), lm_head=numbers(9, 4, seed=7))
+    error = refused(package, None, values)
+    assert "embed_tokens.weight: lm_head may be tied to it, and the file holds another value" in str(error)
+    # The base's own value is another value too, where PEFT would write both to one place.
+    base = package.default(package.replaceable["embed_tokens.weight"])
+    error = refused(package, None, _in_place(embed_tokens=base, lm_head=numbers(9, 4, seed=7)))
+    assert "lm_head.weight: embed_tokens may be tied to it, and the file holds another value" in str(error)
+
+
+def test_a_table_without_a_head_in_the_graph_has_nothing_to_share(tmp_path: Path) -> None:
+    own = bound(_tied(tmp_path / "p", head=False, says=None).open(), None, _in_place(embed_tokens=numbers(9, 4)))
+    assert own.coverage.replaced == ("embed_tokens.weight",)
+
+
+def test_a_head_that_may_be_among_unplaced_nodes_is_not_passed_over(tmp_path: Path) -> None:
+    builder = _tied(tmp_path / "p", head=False, says=None)
+    builder.unplaced = (Unplaced("MatMul_7", "no name"),)
+    error = refused(builder.open(), None, _in_place(embed_tokens=numbers(9, 4)))
+    assert "the package does not show whether one is" in str(error)
+
+
+def test_modules_called_after_nodes_hint_at_the_checkpoint(tmp_path: Path) -> None:
+    builder = PackageBuilder(tmp_path / "p").point("n101", 4, 6).point("n102", 4, 6)
+    builder.source = {"made_by": "attach", "from": "a.onnx"}
+    error = refused(builder.open(), {"layers.0.q_proj": delta(4, 6), "layers.0.v_proj": delta(4, 6)})
+    (problem,) = error.problems
+    assert (
+        "layers.0.q_proj (and 1 more): the package has no such module; its own are called n101, n102, after" in problem
+    )
+    assert "attach the file again with the checkpoint" in problem
+
+
+def test_a_table_that_is_the_bases_own_needs_nothing_replaceable(tmp_path: Path) -> None:
+    same = numbers(9, 4, seed=5)
+    builder = PackageBuilder(tmp_path / "p").point("q", 4, 6)
+    package = builder.untargeted_weight("embed_tokens", same).untargeted_weight("lm_head", same).open()
+    own = bound(package, {"q": delta(4, 6)}, _in_place(embed_tokens=same, lm_head=same))
+    assert own.coverage.replaced == ()
+    assert own.coverage.notes[0] == "embed_tokens.weight: equal to the base's own, nothing to replace"
+    error = refused(package, None, _in_place(embed_tokens=numbers(9, 4, seed=6)))
+    assert "lm_head is tied to it, and the package cannot replace that" in str(error)
+
+
+def test_a_head_without_a_point_that_has_another_weight_is_not_tied(tmp_path: Path) -> None:
+    builder = _tied(tmp_path / "p", head=False, says=None).untargeted_weight("lm_head", numbers(9, 4, seed=8))
+    own = bound(builder.open(), None, _in_place(embed_tokens=numbers(9, 4, seed=6)))
+    assert own.coverage.replaced == ("embed_tokens.weight",)

@@ -169,6 +169,19 @@ def test_end_tokens_are_one_or_several(copy: Path) -> None:
         TextGenerator(copy)
 
 
+@pytest.mark.parametrize(
+    "graph, found", [(None, "it has the graphs decoder_"), ("decoder_model", "it has the input enc")]
+)
+def test_an_encoder_decoder_is_called_what_it_is(
+    packages: Callable[[str], Path], graph: str | None, found: str
+) -> None:
+    with pytest.raises(
+        PackageError, match="is of an encoder-decoder, and text is generated here with decoders"
+    ) as caught:
+        TextGenerator(packages("t5"), graph=graph)
+    assert caught.value.problems[0].startswith(found)
+
+
 def test_a_graph_that_is_no_decoder_is_refused(packages: Callable[[str], Path]) -> None:
     with pytest.raises(PackageError, match="must be a decoder with a cache") as caught:
         TextGenerator(packages("bert"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnx_lora.errors import SelectionError
-from onnx_lora.runtime.selection import Selection, parse
+from onnx_lora.runtime.selection import Selection, explain_unknown, parse
 from tests.runtime import tiny
 
 LOADED = {"sql", "polite"}
@@ -22,7 +22,7 @@ def test_each_kind_of_choice():
 @pytest.mark.parametrize(
     "choice, message",
     [
-        ("sq", "no adapter 'sq' is loaded; loaded: 'polite', 'sql'; did you mean 'sql'?"),
+        ("sq", "no adapter 'sq' is loaded; loaded: 'polite', 'sql'"),
         ("zzz", "no adapter 'zzz' is loaded; loaded: 'polite', 'sql'"),
         ({"sql": 1, "x": 1}, "no adapter 'x'"),
         ({"sql": float("nan")}, "finite"),
@@ -79,3 +79,10 @@ def test_a_message_about_a_blend_uses_the_names_of_the_session(session):
     with pytest.raises(SelectionError, match=r"'head' of weight 0\.5") as caught:
         session.run(None, tiny.batch().feeds, adapter={"head": 0.5})
     assert "elsewhere" not in str(caught.value)
+
+
+def test_a_wrong_name_among_many_is_told_the_closest_and_how_many_there_are() -> None:
+    many = {f"task-{index}" for index in range(200)}
+    said = explain_unknown("tsk-17", many)
+    assert said == "no adapter 'tsk-17' is loaded; the closest of 200 are 'task-17', 'task-197', 'task-187'"
+    assert explain_unknown("x", ()) == "no adapter 'x' is loaded; none is"

@@ -148,7 +148,10 @@ METHOD = Method(
             "`ensure_weight_tying`",
             "delta or whole weight of each of the tied modules; refused where the file holds only one of them",
         ),
-        DocsRow("embeddings saved whole (resized, `save_embedding_layers`)", "whole weights"),
+        DocsRow(
+            "embeddings saved whole (resized, `save_embedding_layers`)",
+            "whole weights, for the modules that are tied to them too, as PEFT writes both at one place",
+        ),
         DocsRow("PiSSA, OLoRA, CorDA, LoRA-GA", "delta of twice the rank, with the initial adapter"),
     ),
     # With what may stand behind an adapter's name: modules have a weight, bare parameters nothing.

@@ -17,6 +17,7 @@ from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.configs.names import short_name
 from onnx_lora.exporter.frontends.quiet import quiet
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.unfused import without_norm_fusion
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
 
@@ -115,7 +116,7 @@ class TorchModule:
             batch = {0: torch.export.Dim("batch_size")}
             by_name = {name: batch if value.ndim else None for name, value in keywords.items()}
             dynamic_shapes = by_name or tuple(batch if value.ndim else None for value in positional)
-        with quiet():
+        with quiet(), without_norm_fusion():
             torch.onnx.export(
                 self.module.eval(),
                 positional,

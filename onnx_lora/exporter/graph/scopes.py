@@ -8,7 +8,7 @@ import re
 
 import onnx_ir as ir
 
-__all__ = ["classes_around", "has_fused_norm", "module_around", "path_of", "scopes_around"]
+__all__ = ["FUSING_NORMS", "classes_around", "has_fused_norm", "module_around", "path_of", "scopes_around"]
 
 # torch.onnx (dynamo) writes the module path of every node here, and the classes of the modules.
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
@@ -17,7 +17,7 @@ _CLASSES = "pkg.torch.onnx.class_hierarchy"
 # What onnxscript's rewriter, behind torch.onnx (dynamo), says of a node that it made, and what its rules are called
 # that multiply a batch norm into a weight.
 _RULE_NAME = "pkg.onnxscript.rewriter.rule_name"
-_FUSING_NORMS = "FuseBatchNorm"
+FUSING_NORMS = "FuseBatchNorm"
 
 # TorchScript's exporter, and the GenAI builder: `/model/layers.0/self_attn/q_proj/MatMul_1`; quantizers add
 # `_Q4`, `_matmul_Q4` or `_quant`.
@@ -48,7 +48,7 @@ def path_of(node: ir.Node) -> str | None:
 
 def has_fused_norm(node: ir.Node) -> bool:
     """Whether torch.onnx (dynamo) multiplied a batch norm into a node's weight, by what it wrote down."""
-    return _FUSING_NORMS in node.metadata_props.get(_RULE_NAME, "")
+    return FUSING_NORMS in node.metadata_props.get(_RULE_NAME, "")
 
 
 def _listed(node: ir.Node, key: str) -> list[str]:

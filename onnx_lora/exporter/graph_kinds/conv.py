@@ -3,6 +3,7 @@ groups."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -110,7 +111,20 @@ def _refuse(module: Any, plain: type) -> str | None:
         return f"{type(module).__name__} convolves in a way of its own"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"it pads with {getattr(module, 'padding_mode', '')} values, and PEFT's A beside it with zeros"
+    if not _is_made_like(type(module)):
+        return f"PEFT makes A and B by the module's class, and {type(module).__name__} is not made as a convolution is"
     return None
+
+
+def _is_made_like(kind: type) -> bool:
+    """Whether a class is made from the arguments that PEFT's A and B are made from."""
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(1, 1, 1, 1, 0, bias=False)
+        signature.bind(1, 1, 1, 1, groups=1, bias=False)
+    except TypeError:
+        return False
+    return True
 
 
 class _ConvBranch:

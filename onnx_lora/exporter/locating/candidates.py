@@ -26,7 +26,10 @@ _WEIGHTED = re.compile(
     r"(Decoder|Longformer|Packed|Q)?Attention|.*(BlockQuantized|Conv|GRU|Gemm|LSTM|MatMul|MoE|RNN).*"
 )
 
-_FUSED = "a batch norm is multiplied into its weight, or may be: give the checkpoint, and export without fusing them"
+_FUSED = (
+    "fused batch norm: a batch norm is multiplied into its weight, or may be; export the checkpoint with "
+    "`onnx-lora export`, which keeps them apart"
+)
 
 
 def find_candidate(node: ir.Node, *, named: bool) -> Occurrence | UnplacedNode | None:

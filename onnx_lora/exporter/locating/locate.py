@@ -16,7 +16,7 @@ from onnx_lora.exporter.locating.candidates import agrees, as_first_call, find_c
 from onnx_lora.exporter.locating.located import Located, Occurrence, UnplacedNode, have_same_weight, label_of
 from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights, Match, numbers_in
 from onnx_lora.exporter.weights.never_called import NEVER_CALLED, find_never_called
-from onnx_lora.exporter.weights.scaling import find_scaled_axis
+from onnx_lora.exporter.weights.scaling import Axis, find_scaled_axis
 from onnx_lora.points import FLOAT_TYPES, Array
 
 __all__ = ["locate"]
@@ -30,6 +30,15 @@ _CAUSES = {
     "inputs": "SmoothQuant, AWQ: the activation it reads is divided by that, which a branch beside it would miss",
     "outputs": "a scale or a norm behind it was multiplied in, which a branch beside it would miss",
 }
+
+# Numbers of an output's that say whether they are another's, scaled: of one or two anything is.
+_TELLING = 4
+
+# A convolution's inputs nobody scales; where a norm scales all outputs alike, both axes explain it.
+_FUSED = (
+    "fused batch norm: a norm or a scale behind it was multiplied in, which a branch beside it would miss; export the "
+    "checkpoint with `onnx-lora export`, which keeps them apart"
+)
 
 
 def locate(graph: ir.Graph, checkpoint: CheckpointWeights | None = None) -> Located:
@@ -116,9 +125,11 @@ def _drop_tied(occurrences: Sequence[Occurrence]) -> tuple[list[Occurrence], lis
 
 @dataclass(frozen=True, slots=True)
 class _Unknown:
-    """Why it cannot be said which of the checkpoint's modules a node computes."""
+    """Why it cannot be said which of the checkpoint's modules a node computes, and modules that it may be, which its
+    name does not tell."""
 
     reason: str
+    modules: tuple[str, ...] = ()
 
 
 def _identify_all(
@@ -131,8 +142,8 @@ def _identify_all(
     for one in candidates:
         result = _identify(one, checkpoint, embedded)
         if isinstance(result, _Unknown):
-            modules = _name_modules(one.guess, checkpoint)
-            unknown.append(UnplacedNode(label_of(one.node), result.reason, modules, other_weight=True))
+            modules = dict.fromkeys((*_name_modules(one.guess, checkpoint), *result.modules))
+            unknown.append(UnplacedNode(label_of(one.node), result.reason, tuple(modules), other_weight=True))
         else:
             placed.extend(result)
     return placed, unknown
@@ -203,7 +214,7 @@ def _identify(
         # A head tied to the embeddings: the checkpoint has its values under the other name.
         tied = [replace(one, reference=ways[0][0].read)]
         return _compare_rounded(tied, weight, ways[0])
-    return _Unknown(_explain_unknown(one, weight, checkpoint))
+    return _explain_unknown(one, weight, checkpoint)
 
 
 def _choose_way(one: Occurrence, weight: Array, ways: list[list[Match]]) -> Sequence[Occurrence] | _Unknown:
@@ -271,16 +282,38 @@ def _read_by_input(match: Match) -> Array:
     return matrix[:, match.first : match.first + match.outputs]
 
 
-def _explain_unknown(one: Occurrence, weight: Array, checkpoint: CheckpointWeights) -> str:
+def _explain_unknown(one: Occurrence, weight: Array, checkpoint: CheckpointWeights) -> _Unknown:
     """Why a weight is no module's of the checkpoint."""
     if one.guess in checkpoint.refused:
-        return checkpoint.refused[one.guess]
+        return _Unknown(checkpoint.refused[one.guess])
+    if one.graph_kind.takes_norms:
+        return _explain_kernel(one, weight, checkpoint)
     if one.module not in checkpoint.modules:
-        return "no weight of the checkpoint equals its weight"
-    difference = ""
-    for reference in checkpoint.matrices(one.module):
+        return _Unknown("no weight of the checkpoint equals its weight")
+    scaled = _find_scaled(weight, one.module, checkpoint)
+    difference = "" if scaled is None else f", but that with its {scaled} scaled ({_CAUSES[scaled]})"
+    return _Unknown(f"its weight is not the checkpoint's {one.module}.weight{difference}")
+
+
+def _explain_kernel(one: Occurrence, weight: Array, checkpoint: CheckpointWeights) -> _Unknown:
+    """The same of a convolution. What was multiplied into its kernel may have cost it its name, so every kernel of the
+    checkpoint is tried."""
+    fused: list[str] = []
+    if len(weight) >= _TELLING:
+        for module in checkpoint.modules_like(weight, type(one.product.kind)):
+            if _find_scaled(weight, module, checkpoint) is not None:
+                fused.append(module)
+    if fused:
+        return _Unknown(_FUSED, tuple(fused))
+    if one.module not in checkpoint.modules:
+        return _Unknown("no weight of the checkpoint equals its weight")
+    return _Unknown(f"its weight is not the checkpoint's {one.module}.weight")
+
+
+def _find_scaled(weight: Array, module: str, checkpoint: CheckpointWeights) -> Axis | None:
+    """The axis along which a weight is the checkpoint's of a module, but scaled; None: it is not."""
+    for reference in checkpoint.matrices(module):
         scaled = find_scaled_axis(weight, reference) if reference.shape == weight.shape else None
         if scaled is not None:
-            difference = f", but that with its {scaled} scaled ({_CAUSES[scaled]})"
-            break
-    return f"its weight is not the checkpoint's {one.module}.weight{difference}"
+            return scaled
+    return None

@@ -168,6 +168,12 @@ class CheckpointWeights:
                 yield values.T
                 yield values
 
+    def modules_like(self, weight: Array, kind: type[Kind]) -> Iterator[str]:
+        """The modules that may be of a kind and whose weight is `[in, out]` as large as `weight`."""
+        for known in self.weights:
+            if any(known.inputs_and_outputs(in_out=in_out) == weight.shape for in_out in known.layouts(kind)):
+                yield known.module
+
     def find_piece(self, weight: Array, guess: str, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as some of one module's outputs: gate and up of one weight.
 

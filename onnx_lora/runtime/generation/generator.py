@@ -10,14 +10,14 @@ from typing import Any, overload
 
 from onnx_lora.adapters import BoundAdapter
 from onnx_lora.boundary import public
-from onnx_lora.errors import CacheError, InputError, PromptError
+from onnx_lora.errors import CacheError, InputError, PackageError, PromptError
 from onnx_lora.package import Package
 from onnx_lora.runtime._ort import Device, Providers
-from onnx_lora.runtime.binding import AnyAdapter, AnyPackage
+from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, open_package
 from onnx_lora.runtime.generation.cache import Cache
 from onnx_lora.runtime.generation.chat import Chat, ChatTemplate
 from onnx_lora.runtime.generation.families import make_memory
-from onnx_lora.runtime.generation.graph import DecoderGraph
+from onnx_lora.runtime.generation.graph import OF_ENCODER_DECODER, DecoderGraph
 from onnx_lora.runtime.generation.memory import Memory
 from onnx_lora.runtime.generation.prompts import OnePrompt, Prompt, Room, encode_prompts, is_batch
 from onnx_lora.runtime.generation.results import Generation
@@ -82,8 +82,11 @@ class TextGenerator:
                 raise InputError("graph, providers and options must be given where a session is started, not over one")
             self._session = package
         elif isinstance(package, str | os.PathLike | Package):
+            opened = open_package(package)
+            if graph is None:
+                _check_decoder_only(opened)
             self._session = AdapterSession(
-                package,
+                opened,
                 graph=graph,
                 providers=providers,
                 provider_options=provider_options,
@@ -275,6 +278,14 @@ class TextGenerator:
         if not sampling.stops and not TextTokenizer.possible(self._session.package.path):
             return None
         return self._tokenizer.decode
+
+
+def _check_decoder_only(package: Package) -> None:
+    """Raises PackageError: the package has an encoder and a decoder, which no single graph stands for."""
+    names = [graph.name for graph in package.manifest.graphs]
+    parts = {name.partition("_")[0] for name in names}
+    if parts >= {"encoder", "decoder"}:
+        raise PackageError(OF_ENCODER_DECODER, path=package.path, problems=[f"it has the graphs {', '.join(names)}"])
 
 
 def _find_decoder(session: AdapterSession, settings: Settings) -> DecoderGraph:

@@ -16,7 +16,7 @@ from onnx_lora.errors import PackageError, RunError
 from onnx_lora.points import Array
 from onnx_lora.runtime.generation.settings import MOST, Names, Settings
 
-__all__ = ["DecoderGraph", "Part", "make_zeros"]
+__all__ = ["OF_ENCODER_DECODER", "DecoderGraph", "Part", "make_zeros"]
 
 # NodeProto.op_type (field 4, 19 bytes) of the operator whose cache may be one buffer for past and present. Graphs
 # with it take their rows' lengths from the attention mask's sums, and number positions from them.
@@ -24,6 +24,14 @@ _SHARED_OPERATOR = b"\x22\x13GroupQueryAttention"
 
 _NUMBERS: dict[str, np.dtype[Any]] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+# What the decoder of an encoder-decoder takes from the encoder, by Optimum's name.
+_ENCODED = "encoder_hidden_states"
+
+OF_ENCODER_DECODER = (
+    "is of an encoder-decoder, and text is generated here with decoders alone; run its graphs one by one with "
+    f"AdapterSession(package, graph=...), what the encoder gives as the decoder's {_ENCODED}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,8 @@ def _check_kind(
     outputs: Mapping[str, Any],
 ) -> None:
     """Raises PackageError: the graph is something else than a decoder."""
+    if _ENCODED in inputs:
+        raise PackageError(OF_ENCODER_DECODER, path=file, problems=[f"it has the input {_ENCODED}"])
     first, _ = names.layer(0)[0]
     problems = [f"it has no input {name}" for name in (names.ids, names.mask) if name not in inputs]
     if names.logits not in outputs:

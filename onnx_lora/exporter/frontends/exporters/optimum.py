@@ -18,6 +18,7 @@ from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_imports, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.unfused import without_norm_fusion
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.ort_check import open_graph
 from onnx_lora.exporter.request import GraphFile
@@ -54,7 +55,7 @@ class OptimumExporter:
         """
         config = request.config
         model, task, untrained = _load(config, request.task, request.precision.name)
-        with quiet(), library_failures(config.model, _export_for(task)):
+        with quiet(), library_failures(config.model, _export_for(task)), without_norm_fusion():
             from optimum.exporters.onnx import onnx_export_from_model
 
             onnx_export_from_model(model, folder, task=task, no_post_process=True, do_validation=False)
