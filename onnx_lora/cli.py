@@ -10,7 +10,7 @@ import io
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -19,6 +19,7 @@ import click
 from onnx_lora import __version__
 from onnx_lora.boundary import translate
 from onnx_lora.errors import InternalError, OnnxLoraError, printable
+from onnx_lora.results import ErrorResult, as_json
 
 __all__ = ["COMMANDS", "cli", "main"]
 
@@ -95,7 +96,7 @@ def main() -> None:
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:
         if as_json:
-            _echo_error("UsageError", printable(error.format_message()))
+            _echo_error(ErrorResult("UsageError", printable(error.format_message()), None, (), error.exit_code))
         said = io.StringIO()
         error.show(said)
         click.echo(printable(said.getvalue()), err=True, nl=False)
@@ -106,12 +107,12 @@ def main() -> None:
 
 def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:
     if as_json:
-        _echo_error(type(error).__name__, error.message, error.path, error.problems)
+        _echo_error(ErrorResult.of(error))
     if isinstance(error, InternalError):
         click.echo(printable("".join(traceback.format_exception(cause)), _TRACEBACK_LIMIT), err=True)
     click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
 
 
-def _echo_error(kind: str, message: str, path: str | None = None, problems: Sequence[str] = ()) -> None:
-    click.echo(json.dumps({"error": kind, "message": message, "path": path, "problems": problems}))
+def _echo_error(result: ErrorResult) -> None:
+    click.echo(json.dumps(as_json(result)))

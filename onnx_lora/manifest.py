@@ -25,6 +25,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
     "GraphInfo",
+    "KnownWeight",
     "Manifest",
     "Unplaced",
     "parse_manifest",
@@ -60,6 +61,20 @@ class Unplaced:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownWeight:
+    """The weight of a module without a point, by its digest."""
+
+    module: str
+    """The torch module path."""
+
+    dtype: str
+    """The type that the graph keeps it in."""
+
+    sha256: str
+    """SHA-256 of it in torch's layout, C order."""
+
+
+@dataclass(frozen=True, slots=True)
 class GraphInfo:
     """One graph of a package, with injection points and without."""
 
@@ -86,6 +101,10 @@ class GraphInfo:
 
     unplaced: tuple[Unplaced, ...] = ()
     """Nodes with weights that got no point."""
+
+    tables: tuple[KnownWeight, ...] | None = None
+    """Of the untargeted modules the tables of embeddings, and those whose weight may be one with a table: output heads,
+    and what has a table's shape. Quantized ones stay out. Left out by writers that did not compare them."""
 
     @property
     def modules(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ from onnx_lora.boundary import public, translate_unread
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import InputError, PackageError
 from onnx_lora.json_file import read_json
-from onnx_lora.manifest import MANIFEST, GraphInfo, Manifest, parse_manifest
+from onnx_lora.manifest import MANIFEST, GraphInfo, KnownWeight, Manifest, parse_manifest
 from onnx_lora.manifest_checks import find_problems
 from onnx_lora.points import NIBBLES, Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
 from onnx_lora.quantized import dequantize
@@ -126,6 +126,15 @@ class Package:
                     unproven=known.unproven or weight.unproven,
                 )
         return weights
+
+    @cached_property
+    def tables(self) -> Mapping[str, KnownWeight]:
+        """Of the modules without a point the tables of embeddings, and what may be tied to one, over all graphs."""
+        tables: dict[str, KnownWeight] = {}
+        for graph in self.manifest.graphs:
+            for known in graph.tables or ():
+                tables[known.module] = known
+        return tables
 
     @property
     def base_names(self) -> tuple[str, ...]:

@@ -19,8 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from onnx_lora import results
 from onnx_lora.errors import printable
-from onnx_lora.facts import Facts, format_shape, format_size
+from onnx_lora.results import GeneratedText, GenerateResult
+from onnx_lora.wording import format_size, in_words
 
 if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
@@ -36,6 +38,7 @@ __all__ = [
     "show_demo",
     "show_generations",
     "show_heat",
+    "show_json",
     "show_measurement",
     "show_piece",
     "show_writer",
@@ -69,17 +72,22 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def show(facts: Facts, *, as_json: bool) -> None:
-    """Facts as JSON, or as a table of two columns. Lists get a line for each item; tuples are shapes."""
+def show(result: object, *, as_json: bool) -> None:
+    """A command's result as JSON, or as a table of two columns. Lists get a line for each item."""
     if as_json:
-        click.echo(json.dumps(facts, default=str))
+        show_json(result)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts.items():
-        table.add_row(_make_cell(name.replace("_", " ")), _make_cell(_format_value(value)))
+    for name, value in in_words(result).items():
+        table.add_row(_make_cell(name), _make_cell(_format_value(value)))
     _open_stdout().print(table)
+
+
+def show_json(result: object) -> None:
+    """A command's result, one line of JSON on stdout."""
+    click.echo(json.dumps(results.as_json(result), allow_nan=False))
 
 
 def show_heat(heat: Heat) -> None:
@@ -99,9 +107,7 @@ def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
         lines = [f"{_format_line(str(name))}: {_format_value(item)}" for name, item in value.items()]
         return "\n".join(lines) or "none"
-    if isinstance(value, tuple):
-        return format_shape(value)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         lines = [_format_value(item) for item in value[:_LIST_LIMIT]]
         if len(value) > _LIST_LIMIT:
             lines.append(f"… and {len(value) - _LIST_LIMIT} more (--json has them all)")
@@ -146,11 +152,16 @@ class Clock:
         self._first = self._first or self._last
         self.tokens += 1
 
-    def facts(self) -> Facts:
-        """The prompt's share is left out of the rate: it belongs to the first token."""
+    @property
+    def first(self) -> float:
+        """Seconds until the first token."""
+        return self._first
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second. The prompt's share is left out: it belongs to the first token."""
         writing = self._last - self._first
-        rate = (self.tokens - 1) / writing if writing > 0 else 0.0
-        return {"tokens": self.tokens, "first_token_seconds": self._first, "tokens_per_second": rate}
+        return (self.tokens - 1) / writing if writing > 0 else 0.0
 
 
 def show_piece(text: str) -> None:
@@ -163,34 +174,24 @@ def _make_safe(text: str) -> str:
     return printable(text, len(text)) if sys.stdout.isatty() else text
 
 
-def show_generations(prompts: Sequence[str], results: Sequence[Written], clock: Clock, *, as_json: bool) -> None:
+def show_generations(prompts: Sequence[str], written: Sequence[Written], clock: Clock, *, as_json: bool) -> None:
     """The texts behind their prompts. A single prompt's was shown as it came, and lacks the end of its line."""
-    facts = clock.facts()
+    texts: list[GeneratedText] = []
+    for prompt, own in zip(prompts, written, strict=True):
+        texts.append(GeneratedText(prompt, own.text, own.tokens, own.prompt_tokens, own.reason))
     if as_json:
-        texts = [_describe_text(prompt, result) for prompt, result in zip(prompts, results, strict=True)]
-        click.echo(json.dumps({"generations": texts} | facts))
+        show_json(GenerateResult(texts, clock.tokens, clock.first, clock.rate))
         return
-    if len(results) == 1:
+    if len(texts) == 1:
         click.echo()
     else:
-        for index, (prompt, result) in enumerate(zip(prompts, results, strict=True), start=1):
-            click.echo(f"=== {index}: {_make_safe(prompt)}\n{_make_safe(result.text)}\n")
-    reasons = ", ".join(str(result.reason) for result in results)
+        for index, each in enumerate(texts, start=1):
+            click.echo(f"=== {index}: {_make_safe(each.prompt)}\n{_make_safe(each.text)}\n")
+    reasons = ", ".join(str(each.reason) for each in texts)
     click.echo(
-        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} a second, "
-        f"the first after {facts['first_token_seconds']:.2f} s; ended by {reasons}",
+        f"{clock.tokens} tokens, {clock.rate:.1f} a second, the first after {clock.first:.2f} s; ended by {reasons}",
         err=True,
     )
-
-
-def _describe_text(prompt: str, result: Written) -> Facts:
-    return {
-        "prompt": prompt,
-        "text": result.text,
-        "tokens": list(result.tokens),
-        "prompt_tokens": result.prompt_tokens,
-        "reason": result.reason,
-    }
 
 
 @contextmanager

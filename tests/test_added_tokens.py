@@ -121,6 +121,19 @@ def test_a_package_that_cannot_replace_the_head_says_so(tmp_path: Path) -> None:
         bind(read_adapter(tmp_path / "a"), package)
 
 
+def test_a_package_with_nothing_replaceable_takes_tables_that_are_the_bases_own(tmp_path: Path) -> None:
+    _save_base(tmp_path / "base", tied=True)
+    package = export(tmp_path / "base", tmp_path / "package", via="optimum", verify=False)
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    tuned = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    tuned.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    session = AdapterSession(package)
+    session.load_adapter("a", tmp_path / "a")
+    with torch.inference_mode():
+        expected = tuned(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert_close(session.run(["logits"], _feeds(session, IDS), adapter="a")[0], expected)
+
+
 @pytest.mark.parametrize("rows", [97, 101])
 def test_an_encoder_has_only_the_one_table(tmp_path: Path, rows: int) -> None:
     torch.manual_seed(0)

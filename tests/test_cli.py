@@ -26,6 +26,7 @@ from onnx_lora.cli import COMMANDS, main
 from onnx_lora.commands.options import read_feeds
 from onnx_lora.errors import FeedError
 from onnx_lora.manifest import MANIFEST
+from tests.support.json_schema import check_result
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
 
@@ -62,9 +63,13 @@ def _call(*arguments: object, folder: Path) -> Result:
 
 
 def _json(*arguments: object, folder: Path) -> Any:
+    """A command's result, which must be what the schema says."""
     result = _call(*arguments, "--json", folder=folder)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    (line,) = result.stdout.splitlines()
+    body = json.loads(line)
+    check_result(str(arguments[0]), body)
+    return body
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +86,29 @@ def desk(tmp_path_factory: pytest.TempPathFactory, packages: Make) -> Path:
 def test_inspect_tells_packages_and_adapters_apart(desk: Path) -> None:
     package = _json("inspect", "bert", folder=desk)
     assert package["points"] == 13
-    assert package["replaceable"] == {"classifier.weight": "2 × 32", "classifier.bias": "2"}
-    adapter = _json("inspect", "head", "--package", "bert", folder=desk)
-    assert (adapter["modules"], adapter["ranks"]) == (2, {"rank 4": "2 modules"})
-    assert adapter["applied"] == "2 of 13 points"
-    assert set(adapter["replaced"]) == {"classifier.bias", "classifier.weight"}
-    assert "times" in adapter["smaller_than_the_base"]
+    assert package["replaceable"] == [
+        {"name": "classifier.weight", "shape": [2, 32]},
+        {"name": "classifier.bias", "shape": [2]},
+    ]
+    assert len(package["modules"]) == 13
+    shown = _json("inspect", "head", "--package", "bert", folder=desk)
+    adapter, coverage = shown["adapter"], shown["coverage"]
+    assert (adapter["modules"], adapter["ranks"]) == (2, [{"rank": 4, "modules": 2}])
+    assert (len(coverage["applied"]), coverage["points"]) == (2, 13)
+    assert set(coverage["replaced"]) == {"classifier.bias", "classifier.weight"}
+    assert coverage["base_size_bytes"] == package["size_bytes"] > coverage["size_bytes"]
+    text = _call("inspect", "head", "--package", "bert", folder=desk).stdout
+    assert "2 of 13 points" in text
+    assert "times smaller than the base" in text
+
+
+@pytest.mark.slow
+def test_an_export_tells_machines_how_far_it_is_from_pytorch(checkpoints: Make, tmp_path: Path) -> None:
+    whole = _json("export", checkpoints("bert"), "p", folder=tmp_path)
+    assert whole["verification"]["agrees"]
+    cases = {entry["case"] for entry in whole["verification"]["outputs"]}
+    assert cases == {"base", "replaced", "adapter", "rows"}
+    assert _json("inspect", "p", folder=tmp_path) == whole | {"verification": None}
 
 
 def test_run_blends_and_mixes_rows(desk: Path) -> None:
@@ -100,7 +122,7 @@ def test_run_blends_and_mixes_rows(desk: Path) -> None:
     blend = np.load(desk / "blend.npz")["logits"]
     assert_close(blend, session.run(None, FEEDS, adapter={"a": 1.0, "b": 0.5})[0])
     rows = _json("run", "bert", "--input", "feeds.npz", "--output", "r.npz", *adapters, "--rows", "-,b", folder=desk)
-    assert rows["outputs"] == {"logits": [2, 2]}
+    assert rows["outputs"] == [{"name": "logits", "shape": [2, 2], "dtype": "float32"}]
     assert_close(np.load(desk / "r.npz")["logits"], session.run(None, FEEDS, adapter=[None, {"b": 0.5}])[0])
 
 
@@ -126,7 +148,7 @@ def test_an_adapter_of_another_base_is_noted_and_strictly_refused(desk: Path, tm
         _json("convert", adapter, converted, *package, folder=desk),
         _json("inspect", converted, *package, folder=desk),
     ]
-    assert all(any("'org/another-bert'" in note for note in each["notes"]) for each in facts)
+    assert all(any("'org/another-bert'" in note for note in each["coverage"]["notes"]) for each in facts)
     loaded = ["--adapter", f"it={adapter}"]
     calls: list[list[object]] = [
         ["inspect", adapter, *package],
@@ -149,7 +171,7 @@ def test_convert_writes_a_blend_as_one_file(desk: Path, tmp_path: Path, name: st
         options = [option for adapter in adapters for option in ("--adapter", adapter)]
         _json("run", "bert", "--input", "feeds.npz", "--output", tmp_path / out, *options, folder=desk)
     assert_close(np.load(tmp_path / "one.npz")["logits"], np.load(tmp_path / "two.npz")["logits"])
-    method = _json("inspect", file, folder=desk)["method"]
+    method = _json("inspect", file, folder=desk)["adapter"]["method"]
     assert method == ("blend of head:1, plain:0.5" if name.endswith("safetensors") else "")
 
 
@@ -177,7 +199,8 @@ def test_fold_writes_a_model_that_answers_as_the_adapter(desk: Path) -> None:
 def test_verify_against_peft(desk: Path, checkpoints: Make) -> None:
     facts = _json("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "head", folder=desk)
     assert facts["agrees"]
-    assert set(facts["largest_difference"]) == {"model, base", "model, adapter"}
+    assert {(entry["graph"], entry["case"]) for entry in facts["outputs"]} == {("model", "base"), ("model", "adapter")}
+    assert all(entry["difference"] <= entry["allowed"] for entry in facts["outputs"])
 
 
 def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
@@ -257,7 +280,9 @@ def test_damaged_feeds_are_refused_however_they_are_compressed(method: int, tmp_
 
 def test_errors_are_json_for_machines(desk: Path) -> None:
     result = _call("inspect", "nowhere", "--json", folder=desk)
-    assert json.loads(result.stdout)["error"] == "AdapterFileError"
+    body = json.loads(result.stdout)
+    check_result("error", body)
+    assert (body["error"], body["exit_code"]) == ("AdapterFileError", 2)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +296,8 @@ def test_errors_are_json_for_machines(desk: Path) -> None:
 def test_usage_errors_are_json_for_machines(desk: Path, arguments: list[str], message: str) -> None:
     result = _call(*arguments, "--json", folder=desk)
     body = json.loads(result.stdout)
-    assert (result.returncode, body["error"]) == (2, "UsageError")
+    check_result("error", body)
+    assert (result.returncode, body["error"], body["exit_code"]) == (2, "UsageError", 2)
     assert message in body["message"]
     assert message in result.stderr
 
@@ -399,10 +425,11 @@ def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkp
     for entry in (entry for graph in manifest["graphs"] for entry in (*graph["points"], *graph["replaceable"])):
         entry["unproven"] = "of a test"
     (doubted / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-    shown = _json("inspect", doubted, folder=desk)["unproven"]
-    assert set(shown) == {"of a test"}
-    assert len(shown["of a test"]) == 13 + 2
-    assert "unproven, because of a test" in str(_json("inspect", "head", "--package", doubted, folder=desk)["notes"])
+    (shown,) = _json("inspect", doubted, folder=desk)["unproven"]
+    assert shown["reason"] == "of a test"
+    assert len(shown["names"]) == 13 + 2
+    inspected = _json("inspect", "head", "--package", doubted, folder=desk)
+    assert "unproven, because of a test" in str(inspected["coverage"]["notes"])
     into: tuple[object, ...] = ("--input", "feeds.npz", "--output")
     commands: dict[str, tuple[object, ...]] = {
         "run": ("run", doubted, *into, tmp_path / "o.npz", "--adapter", "a=head"),
@@ -417,6 +444,7 @@ def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkp
     # A converted file is an adapter like any other.
     converted = ("run", doubted, *into, tmp_path / "p.npz", "--adapter", f"a={tmp_path / 'c.safetensors'}")
     assert _call(*converted, folder=desk).returncode == 2
-    _json("verify", doubted, "--reference", checkpoints("bert"), folder=desk)
-    assert _json("inspect", doubted, folder=desk)["unproven"] == {}
+    proven = _json("verify", doubted, "--reference", checkpoints("bert"), folder=desk)
+    assert (len(proven["proven"]), proven["unproven"]) == (13 + 2, [])
+    assert _json("inspect", doubted, folder=desk)["unproven"] == []
     _json(*converted, folder=desk)

@@ -104,11 +104,13 @@ ALLOWED = {
         "heads",
     },
     "heat": {"errors"},
-    "facts": {"package", "adapters", "exporter", "runtime"},
+    "results": {"errors", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},
+    "wording": {"results"},
     "report": {
         "heat",
         "errors",
-        "facts",
+        "results",
+        "wording",
         "points",
         "manifest",
         "package",
@@ -122,7 +124,7 @@ ALLOWED = {
     "demo": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "commands": {
         "heat",
-        "facts",
+        "results",
         "errors",
         "boundary",
         "staging",
@@ -137,7 +139,7 @@ ALLOWED = {
         "demo_text",
         "report",
     },
-    "cli": {"errors", "boundary", "commands"},
+    "cli": {"errors", "boundary", "commands", "results"},
     "__main__": {"cli", "extras"},
 }
 

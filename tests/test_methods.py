@@ -135,13 +135,13 @@ def test_trained_tokens_reach_what_is_tied(tied: bool, tmp_path: Path) -> None:
     assert_close(fold(package, bound).run(["logits"], feeds)[0], expected)
 
 
-def test_trained_tokens_are_refused_where_a_tie_cannot_be_told(tmp_path: Path) -> None:
+def test_trained_tokens_are_refused_where_the_tied_head_has_no_point(tmp_path: Path) -> None:
     _llama(True).save_pretrained(tmp_path / "base")
     model = get_peft_model(_llama(True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]))
     model.save_pretrained(tmp_path / "a")
     targets = ["q_proj", "embed_tokens"]
     package = export(tmp_path / "base", tmp_path / "out", via="optimum", targets=targets, verify=False)
-    with pytest.raises(BindError, match=r"must change lm_head too if the two are tied.* --targets including lm_head"):
+    with pytest.raises(BindError, match=r"must change lm_head too, which is tied to it.* --targets including lm_head"):
         bind(read_adapter(tmp_path / "a"), package)
 
 

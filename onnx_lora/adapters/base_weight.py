@@ -9,6 +9,7 @@ import numpy as np
 from onnx_lora.points import Array, digest
 
 if TYPE_CHECKING:
+    from onnx_lora.manifest import KnownWeight
     from onnx_lora.package import Package
     from onnx_lora.points import InjectionPoint, WholeWeight
 
@@ -18,9 +19,9 @@ __all__ = ["is_base_weight"]
 def is_base_weight(name: str, value: Array, package: Package) -> bool:
     """Whether a whole weight is equal to the base's own, in the type that the package keeps it in."""
     module, _, parameter = name.rpartition(".")
-    owner: InjectionPoint | WholeWeight | None = package.replaceable.get(name)
+    owner: InjectionPoint | WholeWeight | KnownWeight | None = package.replaceable.get(name)
     if owner is None and parameter == "weight":
-        owner = package.points.get(module)
+        owner = package.points.get(module) or package.tables.get(module)
     if owner is None:
         return False
     with np.errstate(over="ignore"):

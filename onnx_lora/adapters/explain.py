@@ -23,8 +23,9 @@ PROVE = (
 _STATISTICS = ".running_mean"
 
 _OF_BATCH_NORM = (
-    "of a batch norm, which exporters multiply into the convolution before it: then no package can replace it; merge "
-    "the adapter into the base with PEFT (merge_and_unload) and export that"
+    "of a batch norm, which the package cannot replace: export the checkpoint again with --replaceable {module}; a "
+    "graph that somebody else exported may hold the norm inside the convolution before it, and then merge the adapter "
+    "into the base with PEFT (merge_and_unload) and export that"
 )
 
 # Names in one message. Looking for close names is slow, and after a few the reader knows.
@@ -150,7 +151,7 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
         if module in package.modules:
             of_known.append(f"{name}: {_explain_irreplaceable(name, package)}")
         elif module in batch_norms:
-            of_batch_norms.append(f"{name}: {_OF_BATCH_NORM}")
+            of_batch_norms.append(f"{name}: {_OF_BATCH_NORM.format(module=module)}")
         else:
             missing.append(name)
     problems = [*of_known, *of_batch_norms]

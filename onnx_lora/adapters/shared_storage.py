@@ -16,6 +16,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import Adapter, Replacement
 from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.heads import OFTEN_TIED, TIED_OUTPUT_LAYERS
+from onnx_lora.manifest import KnownWeight
 
 if TYPE_CHECKING:
     from onnx_lora.package import Package
@@ -150,16 +151,18 @@ class _Ties:
         return False if is_comparable else None
 
     @cached_property
-    def _owners(self) -> Mapping[str, InjectionPoint | WholeWeight]:
+    def _owners(self) -> Mapping[str, InjectionPoint | WholeWeight | KnownWeight]:
         """By module, what of the package has the digest of its weight."""
-        owners: dict[str, InjectionPoint | WholeWeight] = dict(self.package.points)
+        owners: dict[str, InjectionPoint | WholeWeight | KnownWeight] = {**self.package.tables, **self.package.points}
         for weight in self.package.replaceable.values():
             if weight.name.endswith(".weight") and len(weight.shape) > 1:
                 owners[weight.module] = weight
         return owners
 
 
-def _is_quantized(owner: InjectionPoint | WholeWeight) -> bool:
+def _is_quantized(owner: InjectionPoint | WholeWeight | KnownWeight) -> bool:
+    if isinstance(owner, KnownWeight):
+        return False
     return any(part.quantized is not None for part in owner.parts)
 
 

@@ -100,8 +100,15 @@ class _Ties:
         points = self.package.points
         other_heads = [name for name in self._heads if name != table.module]
         without_point = [name for name in self._heads_without_points if name not in points or name == table.module]
-        if without_point:
-            head = without_point[0]
+        tied = self._tied_without_points(table)
+        if tied:
+            return (
+                f"{what} must change {tied[0]} too, which is tied to it, and the package has no point there; export "
+                f"again with --targets including {tied[0].rpartition('.')[2]}"
+            )
+        unknown = [name for name in without_point if not self._is_known_to_differ(name, table)]
+        if unknown:
+            head = unknown[0]
             return (
                 f"{what} must change {head} too if the two are tied, and without a point at {head} the package does "
                 f"not show whether they are; export again with --targets including {head.rpartition('.')[2]}. If they "
@@ -115,12 +122,28 @@ class _Ties:
                 f"{what} must change {incomparable[0]} too if the two are tied, and the package does not show whether "
                 f"they are, because it does not keep both unrounded and in one type. If they are not tied: {_UNTIE}"
             )
-        if not other_heads and (expected or self._has_unplaced):
+        if not other_heads and not without_point and (expected or self._has_unplaced):
             return (
                 f"{what} must change the output head that is tied to the table too, and the package has none with a "
                 f"point. If nothing is tied to it: {_UNTIE}"
             )
         return None
+
+    def _tied_without_points(self, table: InjectionPoint) -> list[str]:
+        """The modules without a point whose weight is the table's own."""
+        tied: list[str] = []
+        for known in self.package.tables.values():
+            is_equal = known.sha256 == table.sha256 and known.dtype == table.dtype
+            if is_equal and known.module not in self.package.points:
+                tied.append(known.module)
+        return tied
+
+    def _is_known_to_differ(self, module: str, table: InjectionPoint) -> bool:
+        """Whether the weight of a module without a point is known, and is not the table's."""
+        known = self.package.tables.get(module)
+        if known is None or known.dtype != table.dtype or table.is_quantized:
+            return False
+        return known.sha256 != table.sha256
 
     @cached_property
     def _has_unplaced(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.formats.registry import holds_graph_inputs
 from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
 from onnx_lora.errors import InputError
-from onnx_lora.facts import describe_adapter, describe_coverage, describe_package
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
+from onnx_lora.results import AdapterResult, ConvertResult, CoverageResult, InspectedAdapter, PackageResult
 
 __all__ = ["convert", "inspect"]
 
@@ -91,27 +92,27 @@ def convert(
     opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
     weighted = [(path, 1.0) for path in adapter] or list(map(parse_weighted, adapters))
     if len(weighted) == 1 and weighted[0][1] == 1.0:
-        facts = _convert_one(weighted[0][0], out, chosen, opened, initial, strict=strict)
+        result = _convert_one(weighted[0][0], out, chosen, opened, initial, strict=strict)
     else:
         if opened is None or initial is not None:
             raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
         parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
         bound = make_blend(parts, name=out.stem)
         write_adapter(bound, out, format=chosen, package=opened)
-        facts = describe_coverage(bound)
-    report.show(facts | {"written": str(out)}, as_json=as_json)
+        result = ConvertResult(str(out), chosen, None, CoverageResult.of(bound, opened))
+    report.show(result, as_json=as_json)
 
 
 def _convert_one(
     path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
-) -> dict[str, Any]:
+) -> ConvertResult:
     adapter = read_adapter(path, initial=initial)
     if package is None:
         write_adapter(adapter, out, format=kind)
-        return describe_adapter(adapter)
+        return ConvertResult(str(out), kind, AdapterResult.of(adapter), None)
     bound = bind(adapter, package, strict=strict)
     write_adapter(bound if holds_graph_inputs(kind) else adapter, out, format=kind, package=package)
-    return describe_coverage(bound)
+    return ConvertResult(str(out), kind, AdapterResult.of(adapter), CoverageResult.of(bound, package))
 
 
 def choose_format(out: Path, kind: str | None) -> str:
@@ -149,22 +150,23 @@ def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, a
     """
     if plot is not None and package is None:
         raise click.UsageError("--plot shows what an adapter does to a package; give --package")
-    heat = None
     if package is None and (path / MANIFEST).is_file():
-        facts = describe_package(Package.open(path), full=True)
-    elif package is None:
-        facts = describe_adapter(read_adapter(path))
-    else:
-        opened = Package.open(package, allow_unproven=True)  # to be told of it
-        adapter = read_adapter(path)
-        bound = bind(adapter, opened, strict=strict)
-        facts = describe_adapter(adapter) | describe_coverage(bound, opened)
-        if plot is not None:
-            moved = effects(bound, opened)
-            heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)
-            with new_output(plot, PICTURES) as temporary:
-                heat.draw(temporary)
-            facts |= {"effect": dict(moved), "written": str(plot)} if as_json else {"written": str(plot)}
-    report.show(facts, as_json=as_json)
-    if heat is not None and not as_json:
+        report.show(PackageResult.of(Package.open(path)), as_json=as_json)
+        return
+    adapter = read_adapter(path)
+    if package is None:
+        report.show(InspectedAdapter(AdapterResult.of(adapter), None, {}, None), as_json=as_json)
+        return
+    opened = Package.open(package, allow_unproven=True)  # to be told of it
+    bound = bind(adapter, opened, strict=strict)
+    result = InspectedAdapter(AdapterResult.of(adapter), CoverageResult.of(bound, opened), {}, None)
+    if plot is None:
+        report.show(result, as_json=as_json)
+        return
+    moved = effects(bound, opened)
+    heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)
+    with new_output(plot, PICTURES) as temporary:
+        heat.draw(temporary)
+    report.show(replace(result, effect=dict(moved), written=str(plot)), as_json=as_json)
+    if not as_json:
         report.show_heat(heat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
 
@@ -15,8 +15,11 @@ from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
 from onnx_lora.errors import InputError
 from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
-from onnx_lora.facts import describe_package, describe_verification, group_by_reason
 from onnx_lora.package import Package
+from onnx_lora.results import PackageResult, VerifyResult
+
+if TYPE_CHECKING:
+    from onnx_lora.exporter import Comparison
 
 __all__ = ["attach", "export", "quantize", "verify"]
 
@@ -115,9 +118,10 @@ def export(
 
     options |= {"task": task, "via": via, "precision": precision, "verify": verify}
     options |= {"block_size": block_size, "accuracy_level": accuracy_level}
+    verified: list[Comparison] = []
     with report.progress("exporting") as progress:
-        package = run_export(model, out, progress=progress, **options)
-    report.show(describe_package(package), as_json=as_json)
+        package = run_export(model, out, progress=progress, verified=verified.extend, **options)
+    report.show(PackageResult.of(package, verified if verify else None), as_json=as_json)
 
 
 @click.command()
@@ -136,7 +140,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 
     with report.progress("attaching") as progress:
         package = run_attach(file, out, checkpoint=checkpoint, progress=progress, **options)
-    report.show(describe_package(package), as_json=as_json)
+    report.show(PackageResult.of(package), as_json=as_json)
 
 
 @click.command()
@@ -172,7 +176,7 @@ def quantize(
 
     with report.progress("quantizing") as progress:
         result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
-    report.show(describe_package(result), as_json=as_json)
+    report.show(PackageResult.of(result), as_json=as_json)
 
 
 @click.command()
@@ -194,11 +198,7 @@ def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -
     tensors = None if adapter is None else _bind_peft_folder(adapter, opened)
     with report.progress("verifying"):
         comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
-    now = Package.open(package)
-    facts = describe_verification(comparisons)
-    if opened.unproven:
-        facts |= {"proven_now": len(opened.unproven) - len(now.unproven), "unproven": group_by_reason(now.unproven)}
-    report.show(facts, as_json=as_json)
+    report.show(VerifyResult.of(comparisons, opened, Package.open(package)), as_json=as_json)
 
 
 def _bind_peft_folder(path: Path, package: Package) -> Mapping[str, Any]:

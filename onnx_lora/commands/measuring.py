@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -67,6 +66,6 @@ def measure(
             progress=progress,
         )
     if as_json:
-        report.show(asdict(result), as_json=True)
+        report.show_json(result)
     else:
         report.show_measurement(result)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -23,8 +22,8 @@ from onnx_lora.commands.options import (
     strict_option,
     unproven_option,
 )
-from onnx_lora.facts import describe_rounding
 from onnx_lora.package import Package
+from onnx_lora.results import DemoRun, FoldResult, RunOutput, RunResult
 
 if TYPE_CHECKING:
     from onnx_lora.adapters import BoundAdapter
@@ -73,8 +72,8 @@ def run(
         values = session.run(None, read_feeds(feeds), adapter=choice)
         results = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
         np.savez(temporary, **results)
-    shapes = {name: value.shape for name, value in results.items()}
-    report.show({"outputs": shapes, "written": str(output)}, as_json=as_json)
+    outputs = [RunOutput(name, value.shape, value.dtype.name) for name, value in results.items()]
+    report.show(RunResult(outputs, str(output)), as_json=as_json)
 
 
 def sampling_options(command: Callable[P, R]) -> Callable[..., R]:
@@ -200,11 +199,7 @@ def fold(
             requantize=permission,
             progress=lambda done, total: progress("fold", done, total),
         )
-    notes: list[str] = []
-    for bound, _ in parts:
-        notes += [f"{bound.name}: {note}" for note in bound.coverage.notes]
-    facts: dict[str, Any] = {"folded": [bound.name for bound, _ in parts], "notes": notes, "written": str(out)}
-    report.show(facts | describe_rounding(permission), as_json=as_json)
+    report.show(FoldResult.of(out, parts, permission), as_json=as_json)
 
 
 @click.command()
@@ -229,6 +224,6 @@ def demo(text: Sequence[str], prompt: str | None, keep: Path | None, as_json: bo
     with report.live_texts(quiet=as_json) as show:
         written = run_writer(prompt, show=show)
     if as_json:
-        report.show(asdict(result) | {"writer": asdict(written)}, as_json=True)
+        report.show_json(DemoRun(result, written))
     else:
         report.show_writer(written)

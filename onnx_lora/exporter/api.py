@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from onnx_lora.staging import staged
 if TYPE_CHECKING:
     import torch
 
+    from onnx_lora.exporter.verification.comparison import Comparison
+
 __all__ = ["attach", "export"]
 
 
@@ -34,6 +36,7 @@ def export(
     points: Points | None = None,
     verify: bool | None = None,
     progress: Progress = lambda *_: None,
+    verified: Callable[[Sequence[Comparison]], object] = lambda _: None,
     task: str | None = None,
     via: str | None = None,
     precision: Precision | str = "fp32",
@@ -51,7 +54,7 @@ def export(
     """Export a base model to a package: ONNX graphs with LoRA injection points.
 
     `export(Checkpoint("model", task=...), "package", points=Points(targets=...))` says it in full; the arguments
-    behind `progress` are a short spelling of the same: `export("model", "package", task=..., targets=...)`.
+    behind `verified` are a short spelling of the same: `export("model", "package", task=..., targets=...)`.
 
     model: a source of graphs: `Checkpoint`, `Pipeline`, `TorchModule`, `OnnxFiles`, or one of your own with the
         methods of `ModelSource`. In short: a folder as `save_pretrained` writes it or a hub id; or a
@@ -61,6 +64,7 @@ def export(
     verify: whether to compare the package with the model in PyTorch, base and with random adapters. None: yes, where
         the source has loaded the model anyway, which all but `OnnxFiles` do.
     progress: called with what is being done, how much of it is done, and how much there is.
+    verified: called with what the verification compared, once it agrees.
 
     In the place of `points`:
 
@@ -94,7 +98,7 @@ def export(
         "output_names": output_names,
     }
     source = _as_source(model, _given(of_checkpoints), _given(of_modules))
-    return _export(source, out, wanted, verify, progress)
+    return _export(source, out, wanted, verify, progress, verified)
 
 
 @public
@@ -127,11 +131,16 @@ def attach(
     exists. StorageError: it cannot be written. MissingDependencyError: a library is not installed.
     """
     wanted = _as_points(points, targets, replaceable, default_rank, dora=dora)
-    return _export(frontends.OnnxFiles(onnx_file, checkpoint), out, wanted, False, progress)
+    return _export(frontends.OnnxFiles(onnx_file, checkpoint), out, wanted, False, progress, lambda _: None)
 
 
 def _export(
-    source: ModelSource, out: str | os.PathLike[str], points: Points, verify: bool | None, progress: Progress
+    source: ModelSource,
+    out: str | os.PathLike[str],
+    points: Points,
+    verify: bool | None,
+    progress: Progress,
+    verified: Callable[[Sequence[Comparison]], object],
 ) -> Package:
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
         progress("export", 0, 1)
@@ -143,7 +152,7 @@ def _export(
             from onnx_lora.exporter.verification.verify import verify_original
 
             progress("verify", 0, 1)
-            verify_original(package, loaded.original or source.load_original(package))
+            verified(verify_original(package, loaded.original or source.load_original(package)))
     return Package.open(out)
 
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 from onnx_lora import Adapter, BoundAdapter, Package, bind
 from onnx_lora.adapters import Delta, Origin, Replacement
 from onnx_lora.kinds import EMBEDDING
-from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, Manifest, Unplaced
+from onnx_lora.manifest import FORMAT_VERSION, MANIFEST, GraphInfo, KnownWeight, Manifest, Unplaced
 from onnx_lora.points import Array, Branch, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
 from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
@@ -65,6 +65,7 @@ class PackageBuilder:
         self.replaceable: list[WholeWeight] = []
         self.untargeted: tuple[str, ...] = ()
         self.unplaced: tuple[Unplaced, ...] = ()
+        self.tables: tuple[KnownWeight, ...] | None = None
         self.config: dict[str, Any] = {}
         self.source: dict[str, str] = {}
 
@@ -96,6 +97,12 @@ class PackageBuilder:
         self.replaceable.append(
             WholeWeight(f"{module}.weight", Table(), values.shape, self.dtype, True, False, digest(values), (part,))
         )
+        return self
+
+    def untargeted_weight(self, module: str, values: Array) -> PackageBuilder:
+        """A module without a point whose weight is known by its digest."""
+        self.untargeted = (*self.untargeted, module)
+        self.tables = (*(self.tables or ()), KnownWeight(module, self.dtype, digest(values)))
         return self
 
     def weight(
@@ -142,6 +149,7 @@ class PackageBuilder:
             tuple(self.replaceable),
             self.untargeted,
             self.unplaced,
+            self.tables,
         )
         for name, data in (("model.onnx", b"x"), ("base.onnx", b"x"), ("weights.bin", self.data or b"x")):
             (self.folder / name).write_bytes(data)

@@ -364,3 +364,20 @@ def test_modules_called_after_nodes_hint_at_the_checkpoint(tmp_path: Path) -> No
         "layers.0.q_proj (and 1 more): the package has no such module; its own are called n101, n102, after" in problem
     )
     assert "attach the file again with the checkpoint" in problem
+
+
+def test_a_table_that_is_the_bases_own_needs_nothing_replaceable(tmp_path: Path) -> None:
+    same = numbers(9, 4, seed=5)
+    builder = PackageBuilder(tmp_path / "p").point("q", 4, 6)
+    package = builder.untargeted_weight("embed_tokens", same).untargeted_weight("lm_head", same).open()
+    own = bound(package, {"q": delta(4, 6)}, _in_place(embed_tokens=same, lm_head=same))
+    assert own.coverage.replaced == ()
+    assert own.coverage.notes[0] == "embed_tokens.weight: equal to the base's own, nothing to replace"
+    error = refused(package, None, _in_place(embed_tokens=numbers(9, 4, seed=6)))
+    assert "lm_head is tied to it, and the package cannot replace that" in str(error)
+
+
+def test_a_head_without_a_point_that_has_another_weight_is_not_tied(tmp_path: Path) -> None:
+    builder = _tied(tmp_path / "p", head=False, says=None).untargeted_weight("lm_head", numbers(9, 4, seed=8))
+    own = bound(builder.open(), None, _in_place(embed_tokens=numbers(9, 4, seed=6)))
+    assert own.coverage.replaced == ("embed_tokens.weight",)

@@ -136,6 +136,15 @@ def test_trained_tokens_are_refused_where_a_head_has_no_point(tmp_path: Path, he
         bind(_tokens(), builder.open())
 
 
+def test_trained_tokens_know_the_weights_of_modules_without_points(tmp_path: Path) -> None:
+    same = numbers(9, 4, seed=0)
+    tied = _language(tmp_path / "a", says=None, head="").untargeted_weight("decoder.embed_tokens", same)
+    with pytest.raises(BindError, match=r"must change decoder\.embed_tokens too, which is tied to it"):
+        bind(_tokens(), tied.open())
+    apart = _language(tmp_path / "b", says=True, head="").untargeted_weight("lm_head", numbers(9, 4, seed=3))
+    assert bind(_tokens(), apart.open()).coverage.applied == ("embed_tokens",)
+
+
 def test_trained_tokens_are_refused_where_no_head_is_found(tmp_path: Path) -> None:
     with pytest.raises(BindError, match="the package has none with a point"):
         bind(_tokens(), _language(tmp_path / "p", says=True, head="").open())

@@ -22,6 +22,7 @@ from onnx_lora.exporter.surgery.untie import untie_weights, untie_whole_weights
 from onnx_lora.exporter.writing.manifest_entries import (
     describe_branches,
     describe_points,
+    describe_tables,
     describe_unplaced,
     describe_whole_weight,
 )
@@ -78,6 +79,7 @@ class GraphWriter:
         Raises ModelError: the graph cannot take a branch, or what was made of it is no sound graph.
         """
         model, source = self.offer.graph.model, self.offer.graph.source
+        tables = describe_tables(self.offer.sites.occurrences, self.chosen)
         surgeon = Surgeon(model)
         sites = untie_weights(surgeon, self._wanted_sites())
         weights = untie_whole_weights(surgeon, self.offer.whole_weights.found, sites)
@@ -101,6 +103,7 @@ class GraphWriter:
             replaceable=entries.whole_weights,
             untargeted=tuple(module for module in self.offer.sites.modules if module not in pointed),
             unplaced=describe_unplaced(self.offer.sites.unplaced),
+            tables=tables,
         )
 
     def _wanted_sites(self) -> list[Site]:

@@ -12,7 +12,8 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.locating.located import Occurrence, UnplacedNode
 from onnx_lora.exporter.sites.site import Site, WholeWeightSite
 from onnx_lora.exporter.writing.weight_files import where
-from onnx_lora.manifest import GraphInfo, Unplaced
+from onnx_lora.heads import OFTEN_TIED
+from onnx_lora.manifest import GraphInfo, KnownWeight, Unplaced
 from onnx_lora.points import Branch, InjectionPoint, NamedTensor, Quantization, WeightPart, WholeWeight, digest
 from onnx_lora.roles import LinearBias, LinearWeight, Parameter, Table
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_agreement",
     "describe_branches",
     "describe_points",
+    "describe_tables",
     "describe_unplaced",
     "describe_whole_weight",
 ]
@@ -102,6 +104,22 @@ def _name(initializer: ir.Value) -> NamedTensor:
 def describe_unplaced(nodes: Sequence[UnplacedNode]) -> tuple[Unplaced, ...]:
     """The nodes that get no point, as the manifest lists them."""
     return tuple(Unplaced(node.node, node.reason, node.modules) for node in nodes)
+
+
+def describe_tables(occurrences: Sequence[Occurrence], chosen: Collection[str]) -> tuple[KnownWeight, ...]:
+    """The tables among the modules that are not `chosen`, and the weights there that may be one with any table."""
+    table_shapes = {_torch_shape(one) for one in occurrences if one.graph_kind.looks_up}
+    tables: dict[str, KnownWeight] = {}
+    for one in occurrences:
+        may_be_tied = _torch_shape(one) in table_shapes or one.module.rpartition(".")[2] in OFTEN_TIED
+        is_exact = one.product.quantized is None and not one.is_piece
+        if may_be_tied and is_exact and one.module not in chosen:
+            tables[one.module] = KnownWeight(one.module, one.dtype, _digest_of(one))
+    return tuple(tables.values())
+
+
+def _torch_shape(one: Occurrence) -> tuple[int, ...]:
+    return one.product.kind.torch_shape(one.in_features, one.size)
 
 
 def describe_whole_weight(
