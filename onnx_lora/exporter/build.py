@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_ir as ir
+
 from onnx_lora.exporter.foreign_libraries import name_step
 from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.graph.axes import infer_shapes
@@ -16,11 +18,13 @@ from onnx_lora.exporter.intake.load import load
 from onnx_lora.exporter.locating.doubts import drop_miscounted, note_doubts
 from onnx_lora.exporter.locating.genai_names import rename
 from onnx_lora.exporter.locating.locate import locate
+from onnx_lora.exporter.locating.parameters import ParameterNames, name_built_parameters, name_parameters
 from onnx_lora.exporter.locating.traces import find_traces
 from onnx_lora.exporter.request import GraphFile, Points, Progress
 from onnx_lora.exporter.sites.choose import agree_on_offers, choose_modules
 from onnx_lora.exporter.sites.find_sites import find_sites
 from onnx_lora.exporter.sites.offer import LocatedGraph
+from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
 from onnx_lora.exporter.writing.graph_writer import GraphPaths, GraphWriter
 from onnx_lora.exporter.writing.manifest_entries import check_agreement
 from onnx_lora.exporter.writing.weight_files import WeightStore
@@ -98,4 +102,15 @@ def _locate(source: GraphFile, store: WeightStore, loaded: Loaded) -> LocatedGra
         located = rename(located, loaded.names)
     if source.prefix:
         located = located.under(source.prefix)
-    return LocatedGraph(source, model, shapes, find_sites(located, shapes), doubt)
+    parameters = _name_vectors(model.graph, weights, source, loaded)
+    return LocatedGraph(source, model, shapes, find_sites(located, shapes), doubt, parameters)
+
+
+def _name_vectors(
+    graph: ir.Graph, weights: CheckpointWeights | None, source: GraphFile, loaded: Loaded
+) -> ParameterNames:
+    if weights is not None:
+        return name_parameters(graph, weights.vectors, source.calls)
+    if loaded.names is not None:
+        return name_built_parameters(graph, loaded.names.architecture)
+    return ParameterNames()

@@ -37,7 +37,9 @@ def agree_on_offers(graphs: Sequence[LocatedGraph], asked: Points) -> list[Offer
 
 def _find_whole_weights(graph: LocatedGraph, sites: Sites, asked: Points) -> WholeWeightSites:
     source = graph.source
-    found = find_whole_weights(graph.model.graph, sites, asked.replaceable, prefix=source.prefix)
+    found = find_whole_weights(
+        graph.model.graph, sites, asked.replaceable, prefix=source.prefix, parameters=graph.parameters
+    )
     if source.calls is None:
         return found
     return drop_miscounted_weights(found, source.calls, prefix=source.prefix)

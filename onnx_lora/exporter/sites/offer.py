@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnx_lora.exporter.graph.axes import Shapes
+from onnx_lora.exporter.locating.parameters import ParameterNames
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.sites.site import Sites, WholeWeightSites
 
@@ -17,7 +18,7 @@ __all__ = ["LocatedGraph", "Offer"]
 class LocatedGraph:
     """A loaded graph, and the places that it has for branches by itself.
 
-    `doubt`: why whole weights may be others than the model's, or nothing.
+    `doubt`: why whole weights may be others than the model's, or nothing. `parameters`: what its vectors are called.
     """
 
     source: GraphFile
@@ -25,6 +26,7 @@ class LocatedGraph:
     shapes: Shapes
     sites: Sites
     doubt: str
+    parameters: ParameterNames
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from onnx_lora.exporter.graph.placement import Placement
 from onnx_lora.exporter.graph.product import Product
+from onnx_lora.exporter.graph.values import axes_of, unwrap
 from onnx_lora.exporter.graph_kinds.graph_kind import GraphKind
 from onnx_lora.exporter.locating.located import Occurrence, UnplacedNode
 
@@ -98,6 +99,20 @@ class WholeWeightSite:
     def module(self) -> str:
         """The module that holds the parameter."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def table_reader(self) -> ir.Node | None:
+        """The lookup, where it is an embedding's table; it may read the table turned."""
+        is_table = self.user is not None and self.user.op_type == "Gather" and axes_of(self.value) == 2
+        return self.user if is_table else None
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether it is a table that lies the other way round: a head's weight that is looked up too."""
+        if self.table_reader is None:
+            return False
+        _, wrappers = unwrap(self.table_reader.inputs[0])
+        return sum(wrapper.op_type == "Transpose" for wrapper in wrappers) % 2 == 1
 
     @property
     def occurrence(self) -> Occurrence | None:

@@ -11,6 +11,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.graph.values import WRAPPERS, initializer_behind, unwrap
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.locating.located import label_of
+from onnx_lora.exporter.locating.parameters import ParameterNames
 from onnx_lora.exporter.sites.site import Site, Sites, WholeWeightSite, WholeWeightSites
 from onnx_lora.exporter.sites.targets import HEADS_ONLY
 from onnx_lora.heads import CLASSIFIERS
@@ -18,25 +19,37 @@ from onnx_lora.points import FLOAT_TYPES, matches
 
 __all__ = ["check_names", "drop_miscounted_weights", "find_whole_weights", "keep_agreeing"]
 
+_NO_NAMES = ParameterNames()
+
 
 def find_whole_weights(
-    graph: ir.Graph, sites: Sites, replaceable: str | Sequence[str], *, prefix: str = ""
+    graph: ir.Graph,
+    sites: Sites,
+    replaceable: str | Sequence[str],
+    *,
+    prefix: str = "",
+    parameters: ParameterNames = _NO_NAMES,
 ) -> WholeWeightSites:
     """The parameters that `replaceable` names (modules, or parameters, or suffixes of either); `prefix` is put before
-    the names that the graph has.
+    the names that the graph has. `parameters`: what the graph's vectors are called in the checkpoint.
 
     A linear module's weight takes its bias along. A bias asked for by itself keeps its place, and has no rows.
     """
     names = _as_names(replaceable)
     of_linear = _find_of_linear(sites, names)
-    found = {weight.name: weight for weight in of_linear.found}
-    refused = dict(of_linear.refused)
-    taken = {weight.value for weight in of_linear.found}
+    of_tables = _find_of_tables(sites, names)
+    found = {weight.name: weight for weight in (*of_linear.found, *of_tables.found)}
+    refused = {**of_linear.refused, **of_tables.refused}
+    taken = {weight.value for weight in found.values()}
     places = _weight_places(sites)
     others = {node.node: node.reason for node in sites.unplaced if node.other_weight}
     for own_name, value in _named_initializers(graph).items():
-        name = prefix + own_name
+        torch_name = parameters.names.get(own_name, own_name)
+        name = prefix + torch_name
         if name in found or value in taken or not _is_asked(name, names):
+            continue
+        if torch_name in parameters.refused:
+            refused[name] = parameters.refused[torch_name]
             continue
         users = _own_users(value, places)
         if not users:  # it is a linear module's weight
@@ -66,6 +79,27 @@ def _find_of_linear(sites: Sites, names: Sequence[str]) -> WholeWeightSites:
             refused[module] = reason
         else:
             found.extend(_whole_weights_of(used[0], module))
+    return WholeWeightSites(tuple(found), refused)
+
+
+def _find_of_tables(sites: Sites, names: Sequence[str]) -> WholeWeightSites:
+    """The tables of embeddings that are asked for, whatever the graph calls them and whether they are a head's weight
+    too."""
+    uses: dict[str, list[Site]] = {}
+    for site in sites.sites:
+        if site.graph_kind.looks_up and _is_asked(f"{site.modules[0]}.weight", names):
+            uses.setdefault(site.modules[0], []).append(site)
+    found: list[WholeWeightSite] = []
+    refused: dict[str, str] = {}
+    for module, used in uses.items():
+        product = used[0].occurrences[0].product
+        reason = _refuse_linear(used, module)
+        if any(wrapper.op_type == "Cast" for wrapper in product.wrappers):
+            reason = "its table is cast before it is read"
+        if reason is not None:
+            refused[f"{module}.weight"] = reason
+        else:
+            found.append(WholeWeightSite(f"{module}.weight", product.weight.value, user=product.node))
     return WholeWeightSites(tuple(found), refused)
 
 
@@ -189,7 +223,7 @@ def check_names(replaceable: str | Sequence[str], graphs: Sequence[WholeWeightSi
         is_found = any(_is_asked(parameter, (name,)) for parameter in found)
         if not reasons and not is_found:
             suffixes = sorted({module.rpartition(".")[2] for module in modules})
-            problems.append(f"{name}: nothing of that name; linear modules end with {', '.join(suffixes)}")
+            problems.append(f"{name}: nothing of that name; modules end with {', '.join(suffixes)}")
     if problems:
         raise ModelError("replaceable must name modules or parameters that can be replaced", problems=problems)
 

@@ -157,13 +157,17 @@ def _untie_value(surgeon: Surgeon, weight: WholeWeightSite, pointed: Site | None
     if pointed is not None and weight.name.endswith(".weight"):
         own = pointed.occurrences[0].product.weight
         # The weight of an embedding or a convolution that has a point too is its own already.
-        if own.node is user:
+        if own.node is user or weight.table_reader is not None:
             return own.value
     initializer = initializer_behind(weight.value)
     assert initializer is not None
     if _is_used_by(initializer, {user}):
         return initializer
     copy = surgeon.own_copy(initializer, f"{weight.name}.own")
+    if weight.table_reader is not None:
+        _, wrappers = unwrap(user.inputs[0])
+        _rewire(surgeon, user, 0, {initializer: copy}, wrappers)
+        return copy
     for use in list(weight.value.uses()):
         if use.node is user:
             user.replace_input_with(use.idx, copy)

@@ -136,6 +136,7 @@ class CheckpointWeights:
     `heads` are the output layers that "all-linear" leaves out. None: the checkpoint is only a file,
     which says neither what is an output layer nor what is linear and what an embedding. `names`: of
     all tensors, where they are known. `refused`: modules with a weight that must not have LoRA here, and why.
+    `vectors`: the tensors of one axis, by torch name, read when asked for.
     """
 
     weights: tuple[CheckpointWeight, ...]
@@ -143,6 +144,7 @@ class CheckpointWeights:
     heads: frozenset[str] | None = None
     names: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, Callable[[], Array]] = field(default_factory=dict)
 
     def find(self, weight: Array, kind: type[Kind] = Linear, *, within: float = 0.0) -> list[list[Match]]:
         """Every way to read `weight` `[in, out]` as one module's of a kind, or several linear ones packed side by side.

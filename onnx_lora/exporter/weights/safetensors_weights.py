@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def read_folder_weights(folder: Path) -> CheckpointWeights:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"must be a safetensors file: {error}", path=path) from error
     weights: list[CheckpointWeight] = []
+    vectors: dict[str, Callable[[], Array]] = {}
     for key, shape in shapes.items():
+        if len(shape) == 1:
+            vectors[key] = partial(_read_vector, opened[key], key)
         module = key.removesuffix(".weight")
         is_weight = module != key and len(shape) > 1
         if not is_weight or is_never_called(module, shapes):
@@ -55,7 +59,7 @@ def read_folder_weights(folder: Path) -> CheckpointWeights:
         read = partial(_read, opened[key], key)
         weights.append(CheckpointWeight(module, matrix, read, kinds, bias))
     modules = frozenset(weight.module for weight in weights)
-    return CheckpointWeights(tuple(weights), modules, names=frozenset(shapes))
+    return CheckpointWeights(tuple(weights), modules, names=frozenset(shapes), vectors=vectors)
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -86,7 +90,14 @@ def _read(file: Any, key: str, part: tuple[slice, slice]) -> Array:
     """A part of a tensor as a matrix; bfloat16 as float32, which holds each of its values exactly."""
     rows, columns = part
     read: Array = file.get_slice(key)[rows]
-    values = read.reshape(len(read), -1)[:, columns]
+    return _without_bfloat16(read.reshape(len(read), -1)[:, columns])
+
+
+def _read_vector(file: Any, key: str) -> Array:
+    return _without_bfloat16(file.get_tensor(key))
+
+
+def _without_bfloat16(values: Array) -> Array:
     if values.dtype == ml_dtypes.bfloat16:
         return values.astype(np.float32)
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,16 @@ def read_module_weights(model: nn.Module, *, heads: frozenset[str]) -> Checkpoin
         bias: Bias = "none" if getattr(module, "bias", None) is None else "added"
         weights.append(CheckpointWeight(name, shape, partial(_read_tensor, weight), (graph_kind,), bias))
     modules = frozenset(weight.module for weight in weights)
-    return CheckpointWeights(tuple(weights), modules, heads, refused=refused)
+    return CheckpointWeights(tuple(weights), modules, heads, refused=refused, vectors=_vectors_of(model))
+
+
+def _vectors_of(model: nn.Module) -> dict[str, Callable[[], Array]]:
+    """Every parameter and buffer of one axis, by each of its names."""
+    vectors: dict[str, Callable[[], Array]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.ndim == 1 and tensor.is_floating_point():
+            vectors[name] = partial(_read_vector, tensor)
+    return vectors
 
 
 def overridden_class(module: nn.Module) -> type[nn.Module] | None:
@@ -86,7 +96,14 @@ def _refusal(module: nn.Module, plain: type[nn.Module], graph_kind: GraphKind) -
 
 
 def _read_tensor(tensor: torch.Tensor, part: tuple[slice, slice]) -> Array:
-    values = tensor.detach().flatten(1)[part]
+    return _as_array(tensor.detach().flatten(1)[part])
+
+
+def _read_vector(tensor: torch.Tensor) -> Array:
+    return _as_array(tensor.detach())
+
+
+def _as_array(values: torch.Tensor) -> Array:
     # numpy has no bfloat16; float32 holds each of its values exactly.
     if str(values.dtype) == "torch.bfloat16":
         values = values.float()

@@ -215,8 +215,16 @@ def _expose(surgeon: Surgeon, weight: WholeWeight, site: WholeWeightSite) -> ir.
     surgeon.free_value_name(weight.name)
     value = surgeon.optional_input(weight.name, symbols, np.ascontiguousarray(default))
     if not weight.has_rows:
-        surgeon.replace(site.value, value)
+        table = site.table_reader
+        replaced = site.value if table is None else table.inputs[0]
+        assert replaced is not None  # of a lookup
+        given = value.type  # what turned a table may say none
+        surgeon.replace(replaced, value)
+        value.type = given
         value.shape = ir.Shape(symbols)  # a table's length is free
+        turning = replaced.producer()
+        if turning is not None:
+            surgeon.drop_dead(turning)
         if site.value.name in surgeon.graph.initializers:
             surgeon.free_name(site.value)
     return value

@@ -130,10 +130,12 @@ def describe_whole_weight(
     assert weight.value.const_value is not None
     stored, values = _name(weight.value), weight.value.const_value.numpy()
     shape = stored.stored.shape
-    part = WeightPart(stored.initializer, stored.stored, outputs=shape[-1] if shape else 1)
+    if weight.is_turned:
+        shape, values = shape[::-1], values.T
+    part = WeightPart(stored.initializer, stored.stored, outputs=shape[-1] if shape else 1, transposed=weight.is_turned)
     one, site = weight.occurrence, weight.site
     if one is None or site is None:
-        is_table = weight.user is not None and weight.user.op_type == "Gather" and len(shape) == 2
+        is_table = weight.table_reader is not None
         return WholeWeight(
             name=weight.name,
             role=Table() if is_table else Parameter(),
