@@ -27,6 +27,7 @@ ALLOWED = {
     "onnxruntime_errors": {"errors"},
     "json_text": {"errors"},
     "json_file": {"errors", "boundary", "json_text"},
+    "whatis": {"errors", "json_text"},
     "expressions": set(),
     "quantized": set(),
     "kinds": set(),
@@ -38,6 +39,7 @@ ALLOWED = {
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
     "package": {
+        "whatis",
         "manifest_checks",
         "errors",
         "boundary",
@@ -50,6 +52,7 @@ ALLOWED = {
         "staging",
     },
     "adapters": {
+        "whatis",
         "lazy",
         "errors",
         "arguments",
@@ -67,6 +70,7 @@ ALLOWED = {
         "heads",
     },
     "exporter": {
+        "whatis",
         "lazy",
         "errors",
         "onnxruntime_errors",
