@@ -35,34 +35,65 @@ _WARM_UP = 5
 
 @dataclass(frozen=True, slots=True)
 class DemoTask:
-    """One adapter of the demo. `accuracy` was measured in PyTorch when it was trained."""
+    """One adapter of the demo."""
 
     name: str
+    """The task."""
+
     labels: tuple[str, ...]
+    """What it tells apart."""
+
     accuracy: float
+    """The share of right answers, measured in PyTorch when it was trained."""
+
     rank: int
+    """The adapter's rank."""
+
     kilobytes: float
+    """The size of the adapter's file, in thousands of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """What a task says of a sentence."""
+
     label: str
+    """The likeliest label."""
+
     probability: float
+    """How likely it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """`answers[i][j]`: sentence i under task j. Differences are the largest over all logits."""
+    """Four tasks on one small model."""
 
     sentences: tuple[str, ...]
+    """What was asked."""
+
     tasks: tuple[DemoTask, ...]
+    """The adapters."""
+
     answers: tuple[tuple[Answer, ...], ...]
+    """`answers[i][j]`: sentence i under task j."""
+
     mixed_difference: float
+    """The largest difference, over all logits, of a mixed batch from single calls."""
+
     fold_difference: float
+    """The largest difference, over all logits, of folded adapters from adapters kept apart."""
+
     milliseconds: dict[str, float]
+    """Median times, by what was timed."""
+
     base_bytes: int
+    """The size of the base model."""
+
     adapter_bytes: int
+    """The size of all adapters together."""
+
     package: str | None
+    """The package's folder; None where it was not kept."""
 
 
 def run_demo(

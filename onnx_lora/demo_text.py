@@ -30,24 +30,42 @@ _TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one row wrote. `alone`: whether the row wrote the same in a batch of its own."""
+    """What one row wrote."""
 
     name: str
+    """Its adapter."""
+
     says: str
+    """What the adapter was trained on."""
+
     text: str
+    """What it wrote."""
+
     alone: bool
+    """Whether the row wrote the same in a batch of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriterResult:
-    """All rows of one batch; `tokens_per_second` counts those of all rows. Sizes in bytes."""
+    """One text, continued by all rows of one batch."""
 
     prompt: str
+    """The text."""
+
     rows: tuple[Written, ...]
+    """What each row wrote."""
+
     tokens_per_second: float
+    """Tokens of all rows together."""
+
     base_bytes: int
+    """The size of the base model."""
+
     adapter_bytes: int
+    """The size of all adapters together."""
+
     package: str | None
+    """The package's folder; None where it was not kept."""
 
 
 def run_writer(

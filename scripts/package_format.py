@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import re
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ from onnx_lora.points import (  # noqa: E402
 )
 from onnx_lora.quantized import Scheme  # noqa: E402
 from onnx_lora.roles import ROLES  # noqa: E402
+from scripts.field_docs import describe, meanings  # noqa: E402
 
 _BEGIN = "<!-- what follows is made by scripts/package_format.py -->"
 _END = "<!-- what follows is written by hand -->"
@@ -117,39 +114,27 @@ def make_tables() -> str:
         "memory. A field in *italics* may be left out: what is meant then stands beside its type.\n"
     ]
     for title, kind in _CLASSES.items():
-        parts.append(f"### {title}\n\n{_describe(kind)}\n\n{_table(kind)}\n")
+        parts.append(f"### {title}\n\n{describe(kind)}\n\n{_table(kind)}\n")
     named = "The object has a `name`, and the fields that stand beside it here."
     parts.append(f"### A kind\n\nWhat a module computes. {named}\n\n{_names(KINDS)}\n")
     parts.append(f"### A role\n\nWhat a parameter is to its module. {named}\n\n{_names(ROLES)}\n")
     return "\n".join(parts)
 
 
-def _describe(kind: type) -> str:
-    """What a class says of itself, its paragraphs on one line each."""
-    paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
-    return "\n\n".join(_paragraph(text) for text in paragraphs)
-
-
-def _paragraph(text: str) -> str:
-    if re.search(r"\S {3,}\S", text):  # a drawn table
-        return f"```text\n{text}\n```"
-    return " ".join(text.split())
-
-
 def _table(kind: type) -> str:
     rows = ["| field | type | |", "|---|---|---|"]
-    meanings = dict(_meanings(kind))
+    said = dict(meanings(kind))
     for field in fields(kind):
         name = f"`{field.name}`" if field.default is MISSING else f"*`{field.name}`*"
-        rows.append(f"| {name} | {_type(str(field.type))}{_default(field)} | {_meaning(field, meanings)} |")
+        rows.append(f"| {name} | {_type(str(field.type))}{_default(field)} | {_meaning(field, said)} |")
         if field.name == "format_version":  # of the writer's, and not kept: what it says follows from the graphs
             rows.append(f"| *`minimum_reader`* | number (`format_version`) | {Manifest.minimum_reader.__doc__} |")
     return "\n".join(rows)
 
 
-def _meaning(field: Field[Any], meanings: Mapping[str, str]) -> str:
+def _meaning(field: Field[Any], said: Mapping[str, str]) -> str:
     since = field.metadata.get(NEEDED_SINCE)
-    return meanings[field.name] + (f" Readers of format {since} know it." if since else "")
+    return said[field.name] + (f" Readers of format {since} know it." if since else "")
 
 
 def _type(written: str) -> str:
@@ -175,26 +160,14 @@ def _default(field: Field[Any]) -> str:
     return f" ({name})" if name != "" else " (empty)"
 
 
-def _meanings(kind: type) -> Iterator[tuple[str, str]]:
-    """What the text below each field says."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    (definition,) = tree.body
-    assert isinstance(definition, ast.ClassDef)
-    body = definition.body
-    for node, below in pairwise(body):
-        is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield node.target.id, " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
-
-
 def _names(classes: Mapping[str, type]) -> str:
     rows = ["| `name` | fields | |", "|---|---|---|"]
     for name, kind in classes.items():
         own = []
-        meanings = dict(_meanings(kind))
+        said = dict(meanings(kind))
         for field in fields(kind):
-            own.append(f"`{field.name}`: {_type(str(field.type))}{_default(field)}. {meanings[field.name]}")
-        rows.append(f"| `{name}` | {' '.join(own)} | {' '.join(_describe(kind).split())} |")
+            own.append(f"`{field.name}`: {_type(str(field.type))}{_default(field)}. {said[field.name]}")
+        rows.append(f"| `{name}` | {' '.join(own)} | {' '.join(describe(kind).split())} |")
     return "\n".join(rows)
 
 

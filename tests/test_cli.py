@@ -26,6 +26,7 @@ from onnx_lora.cli import COMMANDS, main
 from onnx_lora.commands.options import read_feeds
 from onnx_lora.errors import FeedError
 from onnx_lora.manifest import MANIFEST
+from tests.support.json_schema import check_result
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close
 
@@ -62,9 +63,13 @@ def _call(*arguments: object, folder: Path) -> Result:
 
 
 def _json(*arguments: object, folder: Path) -> Any:
+    """A command's result, which must be what the schema says."""
     result = _call(*arguments, "--json", folder=folder)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    (line,) = result.stdout.splitlines()
+    body = json.loads(line)
+    check_result(str(arguments[0]), body)
+    return body
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,15 @@ def test_inspect_tells_packages_and_adapters_apart(desk: Path) -> None:
     text = _call("inspect", "head", "--package", "bert", folder=desk).stdout
     assert "2 of 13 points" in text
     assert "times smaller than the base" in text
+
+
+@pytest.mark.slow
+def test_an_export_tells_machines_how_far_it_is_from_pytorch(checkpoints: Make, tmp_path: Path) -> None:
+    whole = _json("export", checkpoints("bert"), "p", folder=tmp_path)
+    assert whole["verification"]["agrees"]
+    cases = {entry["case"] for entry in whole["verification"]["outputs"]}
+    assert cases == {"base", "replaced", "adapter", "rows"}
+    assert _json("inspect", "p", folder=tmp_path) == whole | {"verification": None}
 
 
 def test_run_blends_and_mixes_rows(desk: Path) -> None:
@@ -266,7 +280,9 @@ def test_damaged_feeds_are_refused_however_they_are_compressed(method: int, tmp_
 
 def test_errors_are_json_for_machines(desk: Path) -> None:
     result = _call("inspect", "nowhere", "--json", folder=desk)
-    assert json.loads(result.stdout)["error"] == "AdapterFileError"
+    body = json.loads(result.stdout)
+    check_result("error", body)
+    assert (body["error"], body["exit_code"]) == ("AdapterFileError", 2)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +296,8 @@ def test_errors_are_json_for_machines(desk: Path) -> None:
 def test_usage_errors_are_json_for_machines(desk: Path, arguments: list[str], message: str) -> None:
     result = _call(*arguments, "--json", folder=desk)
     body = json.loads(result.stdout)
-    assert (result.returncode, body["error"]) == (2, "UsageError")
+    check_result("error", body)
+    assert (result.returncode, body["error"], body["exit_code"]) == (2, "UsageError", 2)
     assert message in body["message"]
     assert message in result.stderr
 

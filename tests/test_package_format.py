@@ -26,7 +26,7 @@ def test_the_page_is_what_the_classes_say(script: dict[str, Any]) -> None:
 def test_every_field_of_the_manifest_is_explained(script: dict[str, Any]) -> None:
     tables = script["make_tables"]()
     for kind in [*script["_CLASSES"].values(), *script["KINDS"].values(), *script["ROLES"].values()]:
-        meanings = dict(script["_meanings"](kind))
+        meanings = dict(script["meanings"](kind))
         assert set(meanings) == {field.name for field in fields(kind)}
         for name in meanings:
             assert re.search(rf"`{name}`", tables)
