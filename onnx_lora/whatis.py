@@ -6,7 +6,6 @@ Whoever was given something else says so by `explain`: what it is, and which com
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from onnx_lora.errors import InputError
 from onnx_lora.json_text import parse_json
 
-__all__ = ["Found", "Thing", "explain", "what_is"]
+__all__ = ["Thing", "explain", "what_is"]
 
 
 class Thing(Enum):
@@ -25,19 +24,11 @@ class Thing(Enum):
     CHECKPOINT = "a checkpoint"
     PIPELINE = "a pipeline of diffusers"
     ADAPTER = "an adapter"
-    ONNX = "ONNX files"
+    ONNX = "a folder of ONNX files"
     GENAI = "a model of ONNX Runtime GenAI"
     TOKENIZER = "a tokenizer without a model"
     FOLDER = "another folder"
     FILE = "another file"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What lies at a path. `says`: in words, with what its files name: "a PEFT adapter of org/base"."""
-
-    thing: Thing
-    says: str
 
 
 # Endings of files by what these are.
@@ -85,57 +76,66 @@ _INSTEAD: Mapping[Thing, Mapping[Thing, str]] = {
 }
 
 
-def what_is(path: Path) -> Found:
+def what_is(path: Path) -> Thing:
     """What lies at a path; of several things the first. What cannot be looked at is nothing."""
     return next(_all_things(path))
 
 
 def explain(path: Path, wanted: Thing) -> str | None:
     """What to say of a path at which `wanted` was expected; None where it may be that, or nothing is known of it."""
-    found = list(_all_things(path))
-    is_wanted = any(one.thing is wanted for one in found)
-    if is_wanted and (found[0].thing is wanted or found[0].thing is not Thing.PACKAGE):
+    things = list(_all_things(path))
+    is_wanted = wanted in things
+    if is_wanted and (things[0] is wanted or things[0] is not Thing.PACKAGE):
         return None
-    instead = _INSTEAD[wanted].get(found[0].thing)
-    return None if instead is None else f"is {found[0].says}; {instead}"
+    instead = _INSTEAD[wanted].get(things[0])
+    return None if instead is None else f"is {_describe(path, things[0])}; {instead}"
 
 
-def _all_things(path: Path) -> Iterator[Found]:
+def _all_things(path: Path) -> Iterator[Thing]:
     """All that a path may be taken for, at least one thing."""
     try:
         if path.is_dir():
             yield from _things_in_folder(path)
         elif path.exists():
-            thing = _FILES.get(path.suffix, Thing.FILE)
-            yield Found(
-                thing, "an ONNX file" if thing is Thing.ONNX else f"a file {path.suffix or 'without an ending'}"
-            )
+            yield _FILES.get(path.suffix, Thing.FILE)
         else:
-            yield Found(Thing.NOTHING, "nothing")
+            yield Thing.NOTHING
     except (OSError, ValueError):
-        yield Found(Thing.NOTHING, "nothing")
+        yield Thing.NOTHING
 
 
-def _things_in_folder(folder: Path) -> Iterator[Found]:
+def _things_in_folder(folder: Path) -> Iterator[Thing]:
     names = sorted(entry.name for entry in folder.iterdir())
-    if "onnx_lora.json" in names:
-        yield Found(Thing.PACKAGE, Thing.PACKAGE.value)
-    if "adapter_config.json" in names:
-        base = _field(folder / "adapter_config.json", "base_model_name_or_path")
-        yield Found(Thing.ADAPTER, f"a PEFT adapter of {base}" if base else "a PEFT adapter")
-    if "model_index.json" in names:
-        yield Found(Thing.PIPELINE, Thing.PIPELINE.value)
-    if "config.json" in names and any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS):
-        architecture = _field(folder / "config.json", "architectures")
-        yield Found(Thing.CHECKPOINT, f"a checkpoint of {architecture}" if architecture else "a checkpoint")
+    has_weights = any(fnmatch(name, pattern) for name in names for pattern in _WEIGHTS)
     has_graphs = any(name.endswith(".onnx") for name in names)
+    if "onnx_lora.json" in names:
+        yield Thing.PACKAGE
+    if "adapter_config.json" in names:
+        yield Thing.ADAPTER
+    if "model_index.json" in names:
+        yield Thing.PIPELINE
+    if "config.json" in names and has_weights:
+        yield Thing.CHECKPOINT
     if has_graphs and "genai_config.json" in names:
-        yield Found(Thing.GENAI, Thing.GENAI.value)
+        yield Thing.GENAI
     if has_graphs:
-        yield Found(Thing.ONNX, "a folder of ONNX files")
+        yield Thing.ONNX
     if "tokenizer_config.json" in names or "tokenizer.json" in names:
-        yield Found(Thing.TOKENIZER, Thing.TOKENIZER.value)
-    yield Found(Thing.FOLDER, "a folder")
+        yield Thing.TOKENIZER
+    yield Thing.FOLDER
+
+
+def _describe(path: Path, thing: Thing) -> str:
+    """A thing in words, with what its config names."""
+    if thing is Thing.ADAPTER and path.is_dir():
+        base = _field(path / "adapter_config.json", "base_model_name_or_path")
+        return f"a PEFT adapter of {base}" if base else "a PEFT adapter"
+    if thing is Thing.CHECKPOINT:
+        architecture = _field(path / "config.json", "architectures")
+        return f"a checkpoint of {architecture}" if architecture else thing.value
+    if thing is Thing.ONNX and not path.is_dir():
+        return "an ONNX file"
+    return str(thing.value)
 
 
 def _field(file: Path, name: str) -> str:

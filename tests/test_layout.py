@@ -183,7 +183,7 @@ LAYERS: dict[str, list[list[set[str]]]] = {
         [
             {"adapter"},
             {"factors", "bases", "explain", "module_names"},
-            {"tied", "tensor_layout"},
+            {"fused", "tied", "tensor_layout"},
             {"align", "point_layout", "weight_layout", "rebinding"},
             {"binding"},
         ],

@@ -101,7 +101,7 @@ def test_a_mistake_is_told_before_a_library_is_loaded(answers: list[Any], number
 
 
 def test_what_a_folder_is(desk: Path, tmp_path: Path) -> None:
-    things = {name: what_is(desk / name).thing for name in ("checkpoint", "package", "adapter", "folded", "nowhere")}
+    things = {name: what_is(desk / name) for name in ("checkpoint", "package", "adapter", "folded", "nowhere")}
     assert things == {
         "checkpoint": Thing.CHECKPOINT,
         "package": Thing.PACKAGE,
@@ -110,9 +110,9 @@ def test_what_a_folder_is(desk: Path, tmp_path: Path) -> None:
         "nowhere": Thing.NOTHING,
     }
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert what_is(tmp_path).thing is Thing.TOKENIZER
-    assert what_is(tmp_path / "tokenizer.json").thing is Thing.FILE
-    assert what_is(Path("a\0b")).thing is Thing.NOTHING
+    assert what_is(tmp_path) is Thing.TOKENIZER
+    assert what_is(tmp_path / "tokenizer.json") is Thing.FILE
+    assert what_is(Path("a\0b")) is Thing.NOTHING
 
 
 def test_a_checkpoint_with_graphs_or_an_adapter_beside_it_is_one_still(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_checkpoint_with_graphs_or_an_adapter_beside_it_is_one_still(tmp_path:
 def test_a_damaged_config_names_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, "latin-1")
     (tmp_path / "model.safetensors").write_text("")
-    assert what_is(tmp_path).says == "a checkpoint"
+    assert str(explain(tmp_path, Thing.ADAPTER)).startswith("is a checkpoint; give an adapter")
 
 
 # --- tasks, targets, revisions -----------------------------------------------------------------
