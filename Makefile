@@ -79,6 +79,7 @@ docs: setup  ## rewrite the parts of docs that are made from the code, or by run
 	  tests/adapters/test_methods_registry.py tests/adapters/test_formats_registry.py
 	$(BIN)/python scripts/package_format.py --write
 	$(BIN)/python scripts/result_schema.py --write
+	$(BIN)/python scripts/optimum_tasks.py --write
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) .venv-python* build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

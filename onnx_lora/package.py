@@ -22,6 +22,7 @@ from onnx_lora.manifest_checks import find_problems
 from onnx_lora.points import NIBBLES, Array, InjectionPoint, StoredTensor, WeightPart, WholeWeight, digest
 from onnx_lora.quantized import dequantize
 from onnx_lora.staging import replacing
+from onnx_lora.whatis import Thing, explain
 
 __all__ = ["Package"]
 
@@ -265,12 +266,9 @@ class Package:
 
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
-    if folder.suffix == ".onnx" and folder.is_file():
-        raise PackageError(
-            "must be a package, and is an ONNX model without injection points; give it some first: "
-            f"onnx-lora attach {folder} PACKAGE",
-            path=folder,
-        )
+    other = explain(folder, Thing.PACKAGE)
+    if other is not None:
+        raise PackageError(f"must be a package, and {other}", path=folder)
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)
     if not file.exists():

@@ -41,7 +41,6 @@ DISTRIBUTIONS = {"google": "protobuf", "optimum": "optimum-onnx"}
 # Declared, and imported by others for us.
 IMPORTED_BY_OTHERS = {
     "sympy": "onnxruntime.tools.symbolic_shape_infer imports it and does not declare it",
-    "onnxscript": "torch.onnx imports it and does not declare it",
     "onnxruntime-gpu": "another build of onnxruntime",
     "onnxruntime-genai": "runs as a process: python -m onnxruntime_genai.models.builder",
 }

@@ -27,6 +27,7 @@ ALLOWED = {
     "onnxruntime_errors": {"errors"},
     "json_text": {"errors"},
     "json_file": {"errors", "boundary", "json_text"},
+    "whatis": {"errors", "json_text"},
     "expressions": set(),
     "quantized": set(),
     "kinds": set(),
@@ -38,6 +39,7 @@ ALLOWED = {
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
     "package": {
+        "whatis",
         "manifest_checks",
         "errors",
         "boundary",
@@ -50,6 +52,7 @@ ALLOWED = {
         "staging",
     },
     "adapters": {
+        "whatis",
         "lazy",
         "errors",
         "arguments",
@@ -67,6 +70,7 @@ ALLOWED = {
         "heads",
     },
     "exporter": {
+        "whatis",
         "lazy",
         "errors",
         "onnxruntime_errors",
@@ -179,7 +183,7 @@ LAYERS: dict[str, list[list[set[str]]]] = {
         [
             {"adapter"},
             {"factors", "bases", "explain", "module_names"},
-            {"tied", "tensor_layout"},
+            {"fused", "tied", "tensor_layout"},
             {"align", "point_layout", "weight_layout", "rebinding"},
             {"binding"},
         ],

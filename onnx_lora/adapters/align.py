@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, NeedsConfig, OfTable
+from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, NeedsConfig
 from onnx_lora.adapters.bases import base_number
+from onnx_lora.adapters.fused import other_classes_names, with_package_projections
 from onnx_lora.adapters.methods.output_scale import OutputScale
 from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.module_names import with_package_names
@@ -36,7 +37,8 @@ class AlignedAdapter:
     """An adapter in the words of one package.
 
     `adapter` has the package's own names of modules, its changes for every module that they reach, tied heads included,
-    and those of a packed branch for each of the branch's modules. `problems`: what could not be decided; for these
+    those of a packed branch for each of the branch's modules, and those of modules that another class of the model has
+    fused, or apart, for the modules of this one. `problems`: what could not be decided; for these
     `bind` refuses the adapter.
     """
 
@@ -53,11 +55,12 @@ def align(adapter: Adapter, package: Package) -> AlignedAdapter:
     problems: list[str] = []
     if not _is_of_base(adapter, package):
         problems.append(_OTHER_NUMBER)
-    named = with_package_names(adapter, package)
-    config = config_of(package) if _asks_for_config(named) else {}
-    stored = spread_to_shared_storage(_completed(named, config), package, config)
+    config = config_of(package)
+    named = with_package_names(adapter, package, other_classes_names(package, config))
+    refitted = with_package_projections(_completed(named, config), package, config)
+    stored = spread_to_shared_storage(refitted.adapter, package, config)
     spread = spread_to_tied_heads(stored.adapter, package, config)
-    problems.extend([*stored.problems, *spread.problems])
+    problems.extend([*refitted.problems, *stored.problems, *spread.problems])
     return AlignedAdapter(_without_packed_branches(spread.adapter, package), package, tuple(problems))
 
 
@@ -68,13 +71,6 @@ def _is_of_base(adapter: Adapter, package: Package) -> bool:
     # The number was made from names of branches, and these are such names.
     names = [*adapter.deltas, *adapter.changes, *adapter.replacements]
     return adapter.base_number == base_number(names, package.manifest.graphs)
-
-
-def _asks_for_config(adapter: Adapter) -> bool:
-    """Whether the model's config must be asked what the adapter means: for a number, or for what is tied."""
-    asking = [change for change in adapter.changes.values() if isinstance(change, NeedsConfig | OfTable)]
-    writes = any(replacement.in_place for replacement in adapter.replacements.values())
-    return bool(asking or writes or adapter.with_tied_heads)
 
 
 def _completed(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:

@@ -83,7 +83,7 @@ def bind(
         problems.append(other_base)
     elif other_base is not None:
         notes.append(other_base)
-    if not adapter.deltas and not adapter.replacements and not adapter.changes:
+    if not problems and not adapter.deltas and not adapter.replacements and not adapter.changes:
         problems.append("it holds nothing: there must be at least one delta or one whole weight")
     if problems:
         raise BindError(

@@ -64,6 +64,10 @@ class KnownModules:
             parts.update(dict.fromkeys(modules, part))
         return KnownModules(parts)
 
+    def with_names(self, names: Mapping[str, str]) -> KnownModules:
+        """With names that stand for modules of the package, by each the module."""
+        return KnownModules({**self.parts, **{name: self.parts[module] for name, module in names.items()}})
+
     def __contains__(self, module: object) -> bool:
         return module in self.parts
 
@@ -278,13 +282,15 @@ def flat_name(module: str) -> str:
     return module.replace(".", "_")
 
 
-def with_package_names(adapter: Adapter, package: Package) -> Adapter:
-    """The adapter with the package's own names of modules.
+def with_package_names(adapter: Adapter, package: Package, also: Mapping[str, str] | None = None) -> Adapter:
+    """The adapter with the package's own names of modules. `also`: names that are as good, by each the module of the
+    package that it stands for.
 
     Raises BindError: names that may mean several modules, or several names that mean one.
     """
     names = _module_names(adapter)
-    explained = explain_names(names, KnownModules.of(package), flat=adapter.flat_names)
+    known = KnownModules.of(package).with_names(also or {})
+    explained = explain_names(names, known, flat=adapter.flat_names)
     by_meaning: dict[str, list[str]] = {}
     for name in names:
         by_meaning.setdefault(explained.meant.get(name, name), []).append(name)

@@ -15,8 +15,7 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
+    from onnx_lora.adapters.formats.files.memory import TorchTensor
     from onnx_lora.points import Array
 
 __all__ = ["read_adapter"]
@@ -24,7 +23,7 @@ __all__ = ["read_adapter"]
 
 @public
 def read_adapter(
-    source: str | os.PathLike[str] | Mapping[str, Array | torch.Tensor],
+    source: str | os.PathLike[str] | Mapping[str, Array | TorchTensor],
     *,
     name: str | None = None,
     initial: str | os.PathLike[str] | None = None,

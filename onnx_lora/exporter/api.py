@@ -12,6 +12,8 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter import frontends
 from onnx_lora.exporter.build import build
+from onnx_lora.exporter.frontends.configs.hub import find_revision
+from onnx_lora.exporter.frontends.early import check_targets
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from onnx_lora.exporter.precision import Precision
@@ -143,6 +145,8 @@ def _export(
     verified: Callable[[Sequence[Comparison]], object],
 ) -> Package:
     with staged(out) as folder, tempfile.TemporaryDirectory(prefix=".onnx_lora.", dir=folder.parent) as scratch:
+        if isinstance(source, frontends.Checkpoint):
+            check_targets(source.path, points.targets)
         progress("export", 0, 1)
         loaded = source.load(Path(scratch), progress)
         package = _build(folder, loaded, points, progress)
@@ -205,6 +209,7 @@ def _as_source(model: Any, of_checkpoints: Mapping[str, Any], of_modules: Mappin
 
 def _as_checkpoint(path: str | os.PathLike[str], options: Mapping[str, Any]) -> ModelSource:
     """A pipeline of diffusers, or a checkpoint of transformers."""
+    path = find_revision(path)
     numbers = {name: options[name] for name in ("block_size", "accuracy_level") if name in options}
     precision = options.get("precision", "fp32")
     if not isinstance(precision, Precision):

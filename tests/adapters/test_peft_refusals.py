@@ -249,7 +249,7 @@ def test_a_folder_around_adapters_names_them(tmp_path: Path) -> None:
 
 def test_a_package_is_told_from_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "onnx_lora.json").write_text("{}")
-    with pytest.raises(AdapterFileError, match="a package of onnx-lora, not an adapter"):
+    with pytest.raises(AdapterFileError, match="must be an adapter, and is a package of onnx-lora"):
         read_adapter(tmp_path)
 
 

@@ -330,7 +330,6 @@ PRIVATE = [
     ),
     ("optimum.exporters.onnx.base", "OnnxConfig.torch_to_onnx_output_map", [], "optimum_references.py"),
     ("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", [], "newer.py: the class of a config"),
-    ("transformers.utils", "cached_file", ["path_or_repo_id", "filename"], "pipeline.py: is_pipeline"),
     (
         "onnxruntime.quantization.matmul_nbits_quantizer",
         "MatMulNBitsQuantizer",

@@ -20,7 +20,7 @@ from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.checkpoint_weights import CheckpointWeights
 from onnx_lora.exporter.weights.safetensors_weights import read_folder_weights
-from onnx_lora.manifest import MANIFEST
+from onnx_lora.whatis import Thing, explain
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import Original
@@ -99,8 +99,9 @@ class OnnxFiles:
 
 
 def _find_files(path: Path) -> list[Path]:
-    if (path / MANIFEST).is_file():
-        raise ModelError("is a package of onnx-lora already; give the ONNX file that it was made from", path=path)
+    other = explain(path, Thing.ONNX)
+    if other is not None:
+        raise ModelError(f"must be an ONNX file, or a folder of them, and {other}", path=path)
     if path.is_file():
         return [path]
     if not path.is_dir():

@@ -3,7 +3,6 @@ holds, and not which of its networks take adapters."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import shutil
@@ -17,6 +16,7 @@ from onnx_lora.companions import check_folder
 from onnx_lora.errors import MissingDependencyError, ModelError
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
+from onnx_lora.exporter.frontends.configs.hub import check_name, fetch_file
 from onnx_lora.exporter.frontends.configs.names import base_of, name_of
 from onnx_lora.exporter.frontends.configs.newer import open_readable
 from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
@@ -39,8 +39,6 @@ __all__ = ["Pipeline", "is_pipeline", "load_pipeline", "references"]
 
 _INDEX = "model_index.json"
 
-# What transformers may find when it looks for a hub id's index, and there is none to be had.
-_NO_INDEX = ("gated_repo", "missing_entries", "connection_errors")
 
 # What Optimum makes graphs of, by diffusers' names of a pipeline's parts, with a class that it knows.
 _NETWORKS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
@@ -175,14 +173,10 @@ def is_pipeline(model: str | os.PathLike[str]) -> bool:
     if folder.exists():
         return (folder / _INDEX).is_file()
     try:
-        from huggingface_hub.errors import HFValidationError
-        from transformers.utils import cached_file
-    except ImportError:
+        check_name(model)
+        return fetch_file(str(model), _INDEX) is not None
+    except (ModelError, MissingDependencyError):
         return False  # the sources say what is missing
-    with quiet(), contextlib.suppress(HFValidationError, OSError):
-        unless = {f"_raise_exceptions_for_{what}": False for what in _NO_INDEX}
-        return cached_file(str(model), _INDEX, **unless) is not None
-    return False
 
 
 def load_pipeline(model: str | os.PathLike[str], *, task: str | None = None, precision: str = "fp32") -> nn.Module:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from onnx_lora.exporter.frontends.configs.hub import find_revision
 from onnx_lora.lazy import load_object
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def recorded_source(record: Mapping[str, str], checkpoint: str | os.PathLike[str
     """The source that a manifest's `source` describes, with its model at `checkpoint`: a folder or a hub id."""
     for place in SOURCES:
         kind = cast("RecordedSource", load_object(place))
-        found = kind.of_record(record, checkpoint)
+        found = kind.of_record(record, find_revision(checkpoint))
         if found is not None:
             return found
     raise AssertionError("the last kind takes every record")

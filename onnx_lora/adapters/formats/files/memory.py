@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from enum import Enum
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,13 +17,23 @@ from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.errors import AdapterFileError, first_line
 from onnx_lora.points import Array
 
-__all__ = ["MEMORY", "as_json", "as_tensor_file"]
+__all__ = ["MEMORY", "TorchTensor", "as_json", "as_tensor_file"]
 
 # What stands for the path of an adapter that has none.
 MEMORY = "memory"
 
 
-def as_tensor_file(tensors: Mapping[str, Any]) -> TensorFile:
+class TorchTensor(Protocol):
+    """A tensor of torch, for checkers: this part of the package knows torch only where somebody else imported it."""
+
+    def detach(self) -> Any:
+        """The tensor without its gradients."""
+
+    def cpu(self) -> Any:
+        """The tensor in the machine's own memory."""
+
+
+def as_tensor_file(tensors: Mapping[str, Array | TorchTensor]) -> TensorFile:
     """The tensors as a file's: read-only copies. `tensors`: arrays of numpy, or tensors of torch.
 
     Raises AdapterFileError: what is no dense tensor of numbers, or has no name that a file could have.
@@ -45,7 +55,7 @@ def as_json(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
+def _arrays(tensors: Mapping[str, Array | TorchTensor]) -> dict[str, Array]:
     """As `as_tensor_file`."""
     arrays: dict[str, Array] = {}
     problems: list[str] = []

@@ -21,6 +21,7 @@ from onnx_lora.adapters.formats.peft.several import AdapterFolder, choose_folder
 from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
+from onnx_lora.whatis import Thing, explain
 
 __all__ = ["read_memory", "read_peft"]
 
@@ -71,6 +72,9 @@ def _read_folder(chosen: AdapterFolder, name: str | None, *, with_initial: bool)
     folder = chosen.path
     present = _list_files(folder)
     if CONFIG not in present:
+        other = explain(folder, Thing.ADAPTER)
+        if other is not None:
+            raise AdapterFileError(f"must be an adapter, and {other}", path=folder)
         found = _explain_missing_config(present)
         raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
     config = read_config(folder / CONFIG, with_initial=with_initial)
@@ -118,8 +122,6 @@ def _list_files(folder: Path) -> list[str]:
 def _explain_missing_config(present: list[str]) -> str:
     """What there is instead of a config, and what to do."""
     found = ", ".join(present[:_MOST_FILES]) or "nothing"
-    if "onnx_lora.json" in present:
-        return f"{found}: it is a package of onnx-lora, not an adapter"
     if _SAFETENSORS in present or _PICKLE in present:
         return f"{found}; without the config the scale is unknown: get it from where the adapter was trained"
     return f"{found}; give the folder that PEFT's save_pretrained wrote"

@@ -12,10 +12,10 @@ from typing import Any
 
 from onnx_lora.companions import check_folder
 from onnx_lora.errors import ModelError
+from onnx_lora.exporter.frontends.configs.hub import check_name, fetch_file, find_revision
 from onnx_lora.exporter.frontends.configs.names import base_of_fields, name_of
 from onnx_lora.exporter.frontends.configs.newer import open_readable, translate_config
 from onnx_lora.exporter.frontends.failures import library_failures
-from onnx_lora.exporter.frontends.quiet import quiet
 from onnx_lora.json_file import read_json
 
 __all__ = ["ModelConfig"]
@@ -36,14 +36,16 @@ class ModelConfig:
 
     @staticmethod
     def read(model: str | os.PathLike[str]) -> ModelConfig:
-        """Of any architecture, from a local folder or the hub.
+        """Of any architecture, from a local folder or the hub; `ORG/NAME@REVISION` is a revision there.
 
         Raises ModelError: there is no config, it is no JSON, or the folder is a network of a pipeline, or holds
         networks without the pipeline's index. MissingDependencyError: transformers is not installed.
         """
+        check_name(model)
+        model = find_revision(model)
         folder = Path(model)
         if not folder.is_dir():
-            return ModelConfig(model, _read_from_hub(model))
+            return ModelConfig(model, _read_from_hub(str(model)))
         check_folder(folder, ModelError)
         fields = read_json(folder / _CONFIG, ModelError) if (folder / _CONFIG).is_file() else {}
         _refuse_networks(folder, fields)
@@ -101,14 +103,11 @@ class ModelConfig:
             yield read
 
 
-def _read_from_hub(model: str | os.PathLike[str]) -> dict[str, Any]:
-    with quiet(), library_failures(model, "read"):
-        import transformers
-
-        fields, _ = transformers.PretrainedConfig.get_config_dict(str(model))
-    if not fields:
+def _read_from_hub(model: str) -> dict[str, Any]:
+    file = fetch_file(model, _CONFIG)
+    if file is None:
         raise ModelError(f"must hold a {_CONFIG}, and has none", path=model)
-    return dict(fields)
+    return read_json(file, ModelError)
 
 
 def _refuse_networks(folder: Path, fields: Mapping[str, Any]) -> None:

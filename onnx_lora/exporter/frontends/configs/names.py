@@ -26,8 +26,11 @@ _NAME = "_name_or_path"
 
 
 def name_of(model: str | os.PathLike[str]) -> str:
-    """What the manifest calls a checkpoint: a folder's own name or a hub id, never a path."""
-    return Path(model).resolve().name if Path(model).is_dir() else str(model)
+    """What the manifest calls a checkpoint: a folder's own name or a hub id (of the hub's cache too), never a path."""
+    if not Path(model).is_dir():
+        return str(model)
+    cached = _HUB_CACHE.search(Path(model).resolve().as_posix())
+    return cached[1].replace("--", "/") if cached else Path(model).resolve().name
 
 
 def base_of(model: str | os.PathLike[str]) -> dict[str, str]:

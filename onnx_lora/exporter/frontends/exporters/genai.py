@@ -21,7 +21,13 @@ from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
 from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
-from onnx_lora.exporter.frontends.exporters.genai_builder import NoTokenizer, Wish, build_graph, builder_version
+from onnx_lora.exporter.frontends.exporters.genai_builder import (
+    NoTokenizer,
+    Wish,
+    build_graph,
+    builder_version,
+    knows_architecture,
+)
 from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -72,7 +78,7 @@ _TASK = "text-generation-with-past"
 _LANES = 16
 
 _INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
-_INSTEAD = "export it with via='optimum', in fp32 or fp16"
+_INSTEAD = "export it with via='optimum', in fp32 or fp16; `quantize` makes 8 or 4 bits of that"
 
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")
@@ -101,6 +107,8 @@ class GenaiExporter:
         if not _is_installed():
             return Refusal(f"{_wanted(request)} needs onnxruntime-genai", install=_INSTALL)
         architecture, fields = _language_model(request.config)
+        if architecture and not knows_architecture(architecture):
+            return Refusal(f"the GenAI builder does not know the architecture {architecture}; {_INSTEAD}")
         if not is_needed and architecture not in MEASURED:
             return Refusal(f"its graph of {architecture or 'this model'} was not measured")
         if not is_needed and "quantization_config" in request.config.fields:

@@ -6,6 +6,7 @@ and takes memory that should be given back before its graph is opened."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import Progress
 from onnx_lora.json_file import read_json
 
-__all__ = ["NoTokenizer", "Wish", "build_graph", "builder_version"]
+__all__ = ["NoTokenizer", "Wish", "build_graph", "builder_version", "knows_architecture"]
 
 # Where a precision is meant to run: the pairs that the builder calls valid. For fp16 on the CPU it would write
 # another attention, without GroupQueryAttention; the graph for CUDA runs on both.
@@ -59,6 +60,17 @@ class Wish:
     @property
     def is_local(self) -> bool:
         return Path(self.read).is_dir()
+
+
+def knows_architecture(name: str) -> bool:
+    """Whether the builder's own text names an architecture, which it compares a checkpoint's with; true where the text
+    cannot be found. The builder is not loaded: that takes torch."""
+    found = importlib.util.find_spec("onnxruntime_genai")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        source = Path(folder) / "models" / "builder.py"
+        if source.is_file():
+            return f'"{name}"' in source.read_text("utf-8", "replace")
+    return True
 
 
 def builder_version() -> str:

@@ -15,6 +15,7 @@ from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
 from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
 from onnx_lora.exporter.frontends.exporters.optimum_references import reference_of
+from onnx_lora.exporter.frontends.exporters.optimum_tasks import explain_task
 from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -54,7 +55,8 @@ class OptimumExporter:
         """It takes every checkpoint in floats; what it cannot export, it says when it loads it."""
         if request.precision.quantized:
             return Refusal(f"Optimum writes no {request.precision.name}: the GenAI builder does, with via='genai'")
-        return None
+        problem = explain_task(request.task, request.config.fields)
+        return None if problem is None else Refusal(problem)
 
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:  # noqa: ARG002 - it tells none
         """Write Optimum's ONNX files into `folder`.
