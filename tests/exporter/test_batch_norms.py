@@ -120,4 +120,4 @@ def test_statistics_that_a_package_was_not_asked_for_are_named(adapter: Path, tm
     with pytest.raises(BindError) as caught:
         bind(read_adapter(adapter), plain)
     (problem,) = [problem for problem in caught.value.problems if problem.startswith(f"{NORM}.running_mean")]
-    assert "--replaceable" in problem
+    assert "`replaceable=`" in problem

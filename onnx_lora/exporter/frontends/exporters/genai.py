@@ -78,7 +78,7 @@ _TASK = "text-generation-with-past"
 _LANES = 16
 
 _INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
-_INSTEAD = "export it with via='optimum', in fp32 or fp16; `quantize` makes 8 or 4 bits of that"
+_INSTEAD = 'export it with `via="optimum"`, in fp32 or fp16; `quantize` makes 8 or 4 bits of that'
 
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")
@@ -303,7 +303,7 @@ def _wanted(request: ExportRequest) -> str:
     """What of a request brings it here, for messages."""
     if request.via is None and request.precision.quantized:
         return f"precision {request.precision.name!r}"
-    return "via='genai'"
+    return '`via="genai"`'
 
 
 def _is_installed() -> bool:
