@@ -231,7 +231,11 @@ def _larger_class(config: ModelConfig) -> str | None:
 
 
 def _read_as_theirs(config: ModelConfig) -> Any:
-    """transformers' own object of a config, or None where it knows no such model."""
+    """transformers' own object of a config with others within; None where it has none, or is no model's that
+    transformers knows. Of most models this is told without loading transformers."""
+    within = [name for name in config.fields if name.endswith("_config") and name != "quantization_config"]
+    if not any(isinstance(config.fields[name], Mapping) for name in within):
+        return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.translated.get("model_type")
