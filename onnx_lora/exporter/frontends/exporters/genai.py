@@ -106,9 +106,12 @@ class GenaiExporter:
             return Refusal(f"{_wanted(request)} is for {_TASK}, and {task}; {_INSTEAD}")
         if not _is_installed():
             return Refusal(f"{_wanted(request)} needs onnxruntime-genai", install=_INSTALL)
+        unknown = "the GenAI builder does not know the architecture {}; " + _INSTEAD
+        if not _has_configs_within(request.config) and not knows_architecture(request.config.architecture):
+            return Refusal(unknown.format(request.config.architecture))  # before transformers is loaded
         architecture, fields = _language_model(request.config)
-        if architecture and not knows_architecture(architecture):
-            return Refusal(f"the GenAI builder does not know the architecture {architecture}; {_INSTEAD}")
+        if not knows_architecture(architecture):
+            return Refusal(unknown.format(architecture))
         if not is_needed and architecture not in MEASURED:
             return Refusal(f"its graph of {architecture or 'this model'} was not measured")
         if not is_needed and "quantization_config" in request.config.fields:
@@ -230,11 +233,16 @@ def _larger_class(config: ModelConfig) -> str | None:
     return str(theirs.architectures[0])
 
 
+def _has_configs_within(config: ModelConfig) -> bool:
+    """Whether a config holds those of its parts, as that of a model with a language model within does."""
+    within = [name for name in config.fields if name.endswith("_config") and name != "quantization_config"]
+    return any(isinstance(config.fields[name], Mapping) for name in within)
+
+
 def _read_as_theirs(config: ModelConfig) -> Any:
     """transformers' own object of a config with others within; None where it has none, or is no model's that
-    transformers knows. Of most models this is told without loading transformers."""
-    within = [name for name in config.fields if name.endswith("_config") and name != "quantization_config"]
-    if not any(isinstance(config.fields[name], Mapping) for name in within):
+    transformers knows."""
+    if not _has_configs_within(config):
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -63,8 +63,10 @@ class Wish:
 
 
 def knows_architecture(name: str) -> bool:
-    """Whether the builder's own text names an architecture, which it compares a checkpoint's with; true where the text
-    cannot be found. The builder is not loaded: that takes torch."""
+    """Whether the builder's own text names an architecture, which it compares a checkpoint's with; true where there is
+    no name, or the text cannot be found. The builder is not loaded: that takes torch."""
+    if not name:
+        return True
     found = importlib.util.find_spec("onnxruntime_genai")
     for folder in (found.submodule_search_locations or ()) if found is not None else ():
         source = Path(folder) / "models" / "builder.py"
