@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 
 from onnx_lora import Package, bind, read_adapter
 from onnx_lora.adapters import Adapter, BoundAdapter, Delta, MatrixDelta
@@ -206,3 +210,48 @@ def test_an_initial_adapter_goes_with_peft_only(tmp_path: Path) -> None:
     file = write_adapter(adapter(LINEAR), tmp_path / "x.safetensors", format="kohya")
     with pytest.raises(InputError, match="an initial adapter goes with a PEFT folder only"):
         read_adapter(file, initial=peft_folder(tmp_path / "initial", lora("m.q", 4, 6)))
+
+
+# --- the same bytes ----------------------------------------------------------------------------
+
+# Writes an adapter in every format that can hold it, and prints what came of each.
+WRITE_ALL = """
+import hashlib, sys
+from pathlib import Path
+from onnx_lora import Package, read_adapter, write_adapter
+from onnx_lora.adapters.write import FORMATS
+from onnx_lora.errors import UnsupportedAdapterError
+source, package, out = map(Path, sys.argv[1:])
+for name, ending in FORMATS.items():
+    place = out / f"{name}{ending}"
+    try:
+        write_adapter(read_adapter(source), place, format=name, package=Package.open(package))
+    except UnsupportedAdapterError:
+        continue
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    print(name, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+"""
+
+
+def test_the_same_adapter_gives_the_same_bytes_in_every_run_and_at_every_place(
+    tmp_path: Path, package: Package
+) -> None:
+    """Another process orders its sets otherwise, and the safetensors library its metadata on each call."""
+    source = write_adapter(adapter(LINEAR), tmp_path / "style", format="peft")
+    written: list[str] = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", WRITE_ALL, *map(str, (source, package.path, tmp_path / f"run{seed}"))]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        written.append(done.stdout)
+    names = {line.partition(" ")[0] for line in written[0].splitlines()}
+    assert names >= {"safetensors", "onnx_adapter", "peft", "diffusers", "kohya", "mlx"}
+    assert written[0] == written[1]
+
+
+def test_a_file_of_ours_is_one_that_the_safetensors_library_reads(tmp_path: Path, package: Package) -> None:
+    file = write_bound(bind(adapter(LINEAR), package), tmp_path / "a.safetensors")
+    with safetensors.safe_open(file, "numpy") as opened:
+        assert opened.metadata()["onnx_lora"] == "1"
+        assert set(opened.keys()) == set(bind(adapter(LINEAR), package).tensors)
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0

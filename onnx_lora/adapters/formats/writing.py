@@ -3,6 +3,7 @@ how tensors get into a file. It knows no format."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.points import Array
 
 __all__ = ["dora_problems", "refuse_writing", "rescale", "save_safetensors"]
+
+# Bytes in which a safetensors file says how long its header is.
+_LENGTH = 8
 
 
 def refuse_writing(adapter: PortableAdapter, format: str, problems: Sequence[str]) -> None:
@@ -51,8 +55,22 @@ def rescale(delta: Delta, scale: float) -> Delta:
 
 
 def save_safetensors(file: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write the tensors, in C order, and the metadata. Raises OSError: the disk refuses it."""
+    """Write the tensors, in C order, and the metadata: the same ones give the same bytes in every run.
+
+    Raises OSError: the disk refuses it.
+    """
     contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    # The library (0.8) writes metadata in another order each time, and has one order of tensors.
+    content = memoryview(safetensors.numpy.save(contiguous))
+    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    entries = json.loads(bytes(content[_LENGTH:end]))
+    header = _make_header({"__metadata__": dict(metadata)} | entries)
     # The bytes are made first, so that only the disk's errors are left when the file is written.
-    content = safetensors.numpy.save(contiguous, dict(metadata))
-    file.write_bytes(content)
+    file.write_bytes(b"".join((header, content[end:])))
+
+
+def _make_header(entries: Mapping[str, object]) -> bytes:
+    """A safetensors header with its length in front; behind it the tensors begin at a multiple of eight bytes."""
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _LENGTH)
+    return len(text).to_bytes(_LENGTH, "little") + text
