@@ -23,6 +23,7 @@ from onnx_lora import (
     CacheError,
     Chat,
     Checkpoint,
+    Converted,
     ExportError,
     FeedError,
     Generation,
@@ -47,6 +48,7 @@ from onnx_lora import (
     Sampling,
     SamplingError,
     SelectionError,
+    SeveralAdaptersError,
     StorageError,
     Stream,
     TextGenerator,
@@ -55,6 +57,7 @@ from onnx_lora import (
     VerificationError,
     attach,
     bind,
+    convert_all,
     export,
     fold,
     fold_to,
@@ -127,7 +130,13 @@ def write(folder: Path) -> str:
 
 
 # A program that tells every error apart, the narrow ones first.
+def convert_everything(folder: str, package: Package) -> list[str]:
+    done: list[Converted] = convert_all(folder, "converted", format="safetensors", package=package)
+    return [f"{one.name}: {one.error or one.state}" for one in done]
+
+
 REASONS: Mapping[type[OnnxLoraError], str] = {
+    SeveralAdaptersError: "a file of several adapters",
     AdapterFileError: "a damaged file",
     UnsupportedAdapterError: "a method that is refused",
     BindError: "an adapter of another model",

@@ -3,6 +3,7 @@ how tensors get into a file. It knows no format."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from onnx_lora.errors import UnsupportedAdapterError
 from onnx_lora.points import Array
 
 __all__ = ["dora_problems", "refuse_writing", "rescale", "save_safetensors"]
+
+# Bytes of the header's length, which the header itself is a multiple of.
+_LENGTH = 8
 
 
 def refuse_writing(adapter: PortableAdapter, format: str, problems: Sequence[str]) -> None:
@@ -51,8 +55,19 @@ def rescale(delta: Delta, scale: float) -> Delta:
 
 
 def save_safetensors(file: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write the tensors, in C order, and the metadata. Raises OSError: the disk refuses it."""
+    """Write the tensors, in C order, and the metadata: the same bytes every time. Raises OSError: the disk refuses."""
     contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     # The bytes are made first, so that only the disk's errors are left when the file is written.
     content = safetensors.numpy.save(contiguous, dict(metadata))
-    file.write_bytes(content)
+    file.write_bytes(_in_order(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in the order of a hash that is random."""
+    length = int.from_bytes(content[:_LENGTH], "little")
+    header = json.loads(content[_LENGTH : _LENGTH + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    padded = text.ljust(-len(text) % _LENGTH + len(text))  # with spaces, as the format has it
+    return len(padded).to_bytes(_LENGTH, "little") + padded + content[_LENGTH + length :]

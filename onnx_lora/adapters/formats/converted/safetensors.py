@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors.numpy
-
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Origin, refuse_fold_only
 from onnx_lora.adapters.formats.converted.modules import MAGNITUDE, split_modules
 from onnx_lora.adapters.formats.files.reading import TensorFile, parse_json
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.place import Place
+from onnx_lora.adapters.formats.writing import save_safetensors
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 
@@ -38,8 +37,7 @@ class SafetensorsFormat:
     def write_bound(self, bound: BoundAdapter, out: Path) -> None:
         # A scale that the package does not take yet can be kept for one that does.
         refuse_fold_only(bound, bound.changes)
-        # Bytes first: what the disk refuses is then an OSError.
-        out.write_bytes(safetensors.numpy.save(_kept_tensors(bound), _metadata(bound)))
+        save_safetensors(out, _kept_tensors(bound), _metadata(bound))
 
 
 FORMAT = SafetensorsFormat()
