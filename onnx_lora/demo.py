@@ -150,7 +150,7 @@ def _read_tasks() -> dict[str, dict[str, Any]]:
 
 def _choose_sentences(texts: Sequence[str]) -> list[str]:
     if texts and not all(text.strip() for text in texts):
-        raise InputError("--text must hold a sentence, and is empty")
+        raise InputError("a text must hold a sentence, and is empty")
     if texts:
         return list(texts)
     # The first two examples of each task: every task has something to say, and the table fits a screen.

@@ -84,7 +84,7 @@ def run_writer(
     facts = _read_facts()
     said = facts["prompt"] if prompt is None else prompt
     if not said.strip():
-        raise InputError("--prompt must hold a text, and is empty")
+        raise InputError("the prompt must hold a text, and is empty")
     sampling = Sampling(_TOKENS, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=seed)
     with scratch() as place:
         folder = keep or place / "package"

@@ -267,7 +267,8 @@ class Package:
 def _read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     other = explain(folder, Thing.PACKAGE)
-    if other is not None:
+    is_half = (folder / "base.onnx").exists()  # a package without its manifest
+    if other is not None and not is_half:
         raise PackageError(f"must be a package, and {other}", path=folder)
     if not folder.is_dir():
         raise PackageError("a package must be a folder; make one with `onnx-lora export` or `attach`", path=folder)

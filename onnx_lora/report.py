@@ -47,14 +47,20 @@ __all__ = [
 # Lists longer than this are cut in tables; --json has them whole.
 _LIST_LIMIT = 12
 
+# Seconds before which a log needs no progress, and between lines of one that goes on.
+_SOON, _A_WHILE = 2.0, 30.0
+
 # Of a single text in a table.
 _TEXT_LIMIT = 1000  # characters
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress line on stderr; silent where stderr is no terminal."""
+    """A progress line on stderr; where that is no terminal, a plain line now and then."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _PlainProgress(title).update
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -62,7 +68,7 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
 
         def update(what: str, done: int, total: int) -> None:
@@ -70,6 +76,24 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=description, completed=done, total=total)
 
         yield update
+
+
+class _PlainProgress:
+    """Lines for a log: one when another thing is done, and one a while. What is over soon says nothing."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._start = self._last = time.monotonic()
+        self._what = ""
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """As the callback of `progress`."""
+        now = time.monotonic()
+        is_new = what != self._what and now - self._start >= _SOON
+        if is_new or now - self._last >= _A_WHILE:
+            line = _format_line(f"{self._title}: {what} {done}/{total}, {now - self._start:.0f} s")
+            click.echo(line, err=True)
+            self._last, self._what = now, what
 
 
 def show(result: object, *, as_json: bool) -> None:

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows: nothing is locked, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["replacing", "scratch", "staged", "staged_place"]
+__all__ = ["exchanging", "replacing", "scratch", "staged", "staged_place"]
 
 # Another host may share the disk and not its locks; it leaves alone what is not its own.
 _HOST = sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:8]
@@ -84,6 +84,42 @@ def replacing(file: Path) -> Iterator[Path]:
         if not _is_of(error, file):
             raise
         raise translate_unwritten(error, file) from error
+
+
+@contextmanager
+def exchanging(target: Path) -> Iterator[Path]:
+    """A free path beside `target`, a file or a folder that is there. What the block makes there takes its place when
+    the block ends well; if not, the old one is as it was.
+
+    A folder takes the place of another in two steps. Killed between them, the old one lies beside it, its name ended
+    with `.replaced`, and the next run takes nothing of it away.
+
+    Raises StorageError: it cannot be written.
+    """
+    try:
+        with scratch(target.parent) as folder:
+            place = folder / target.name
+            yield place
+            if target.is_dir() and not target.is_symlink():
+                _exchange(place, target)
+            else:
+                place.replace(target)
+    except OSError as error:
+        if not _is_of(error, target):
+            raise
+        raise translate_unwritten(error, target) from error
+
+
+def _exchange(made: Path, target: Path) -> None:
+    """Move a folder to the place of another one, which is removed then."""
+    old = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".replaced", dir=target.parent))
+    target.rename(old)  # onto an empty folder
+    try:
+        made.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

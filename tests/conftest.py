@@ -25,6 +25,7 @@ _ROOT = Path(__file__).parent.parent
 _SLOW = (
     "exporter/test_attacks.py",
     "exporter/test_batch_norms.py",
+    "exporter/test_fused_norms.py",
     "exporter/test_diffusion.py",
     "exporter/test_export.py",
     "exporter/test_genai.py",

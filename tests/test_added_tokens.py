@@ -116,7 +116,7 @@ def test_a_package_that_cannot_replace_the_head_says_so(tmp_path: Path) -> None:
     package = export(tmp_path / "base", tmp_path / "package", via="optimum", replaceable="embed_tokens", verify=False)
     _train(tmp_path / "base", tmp_path / "a", rows=97)
     with pytest.raises(
-        BindError, match=r"lm_head\.weight: the package cannot replace it; export again with --replaceable"
+        BindError, match=r"lm_head\.weight: the package cannot replace it; export again with `replaceable="
     ):
         bind(read_adapter(tmp_path / "a"), package)
 

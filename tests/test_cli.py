@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
+import inspect
 import io
 import json
 import re
@@ -21,10 +23,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnx_lora import Package
+import onnx_lora
+from onnx_lora import Package, read_adapter, report, write_adapter
 from onnx_lora.cli import COMMANDS, main
+from onnx_lora.commands.given import GivenAdapter, parse_adapter
 from onnx_lora.commands.options import read_feeds
-from onnx_lora.errors import FeedError
+from onnx_lora.commands.words import OPTIONS, in_options
+from onnx_lora.errors import FeedError, InputError
 from onnx_lora.manifest import MANIFEST
 from tests.support.json_schema import check_result
 from tests.support.models import make_adapter, make_model
@@ -224,11 +229,11 @@ def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
         (["run", "bert", "--input", "notes.txt", "--output", "o.npz"], 2, "must be an .npz file"),
         (["run", "bert", "--input", "feeds.npz", "--output", "o.txt"], 2, "must end with .npz"),
         (["run", "bert", "--input", "feeds.npz", "--output", "feeds.npz"], 2, "exists already"),
-        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--adapter", "head"], 2, "NAME=PATH"),
-        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--rows", "x,y"], 2, "'x'"),
-        (["run", "bert", *IN_OUT, "--adapter", "a=head", "--adapter", "a=plain"], 2, "names 'a' twice"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--adapter", "x="], 2, "[NAME=]PATH[:WEIGHT]"),
+        (["run", "bert", "--input", "feeds.npz", "--output", "o.npz", "--rows", "x,y"], 2, "no adapter 'x' is loaded"),
+        (["run", "bert", *IN_OUT, "--adapter", "a=head", "--adapter", "a=plain"], 2, "two adapters are called 'a'"),
         (["run", "bert", *IN_OUT, "--adapter", "a=head:x"], 2, "'x' is not a weight, and 'head:x' is no path"),
-        (["convert", "head", "c.safetensors", "--package", "head"], 2, "not a package"),
+        (["convert", "head", "c.safetensors", "--package", "head"], 2, "must be a package, and is a PEFT"),
         (["convert", "head", "c.bin", "--package", "bert"], 2, "must end with .safetensors, .onnx_adapter, .gguf"),
         (["convert", "head", "c.onnx_adapter"], 2, "give that package"),
         (["convert", "--adapter", "plain:0.5", "c"], 2, "must have --package"),
@@ -416,7 +421,7 @@ def test_verify_refuses_what_only_folds(desk: Path, checkpoints: Make) -> None:
     make_adapter(make_model("bert"), desk / "dora", r=2, target_modules=["query"], use_dora=True)
     result = _call("verify", "bert", "--reference", checkpoints("bert"), "--adapter", "dora", folder=desk)
     assert result.returncode == 2
-    assert "export again with --dora" in result.stderr
+    assert "export again with `--dora`" in result.stderr
 
 
 def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkpoints: Make, tmp_path: Path) -> None:
@@ -448,3 +453,221 @@ def test_unproven_points_are_shown_refused_allowed_and_proven(desk: Path, checkp
     assert (len(proven["proven"]), proven["unproven"]) == (13 + 2, [])
     assert _json("inspect", doubted, folder=desk)["unproven"] == []
     _json(*converted, folder=desk)
+
+
+# --- how adapters are spelled ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("sql", GivenAdapter(Path("sql"))),
+        ("sql:0.5", GivenAdapter(Path("sql"), 0.5)),
+        ("a=sql", GivenAdapter(Path("sql"), name="a")),
+        ("a=sql:-2e-1", GivenAdapter(Path("sql"), -0.2, "a")),
+        ("text-matching=there:1", GivenAdapter(Path("there"), 1.0, "text-matching")),
+        ("./x=y", GivenAdapter(Path("./x=y"))),
+        ("folder/x=y:2", GivenAdapter(Path("folder/x=y"), 2.0)),
+        ("C:\\sql", GivenAdapter(Path("C:\\sql"))),
+        ("a=C:\\sql:0.5", GivenAdapter(Path("C:\\sql"), 0.5, "a")),
+        ("odd=name", GivenAdapter(Path("odd=name"))),  # is there
+        ("odd:1", GivenAdapter(Path("odd:1"))),  # is there
+        ("a=odd:1", GivenAdapter(Path("odd:1"), name="a")),
+        ("a=odd:1:2", GivenAdapter(Path("odd:1"), 2.0, "a")),
+        ("a=b=c", GivenAdapter(Path("b=c"), name="a")),
+        ("D:/sql", GivenAdapter(Path("D:/sql"))),
+    ],
+)
+def test_an_adapter_is_spelled_in_one_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: GivenAdapter
+) -> None:
+    for name in ("odd=name", "odd:1", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse_adapter(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "is empty"),
+        ("a=", "has no path"),
+        ("there:x", "'x' is not a weight"),
+        ("new:x", "'x' is not a weight"),
+        ("C:\\a:x", "'x' is not a weight"),
+        ("there:", "'' is not a weight"),
+        ("there:nan", "a weight must be a finite number"),
+        ("a=there:inf", "a weight must be a finite number"),
+    ],
+)
+def test_a_wrong_spelling_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=problem):
+        parse_adapter(text)
+
+
+def test_adapters_are_called_as_their_folders_are_where_no_name_is_given(desk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.npz"
+    adapters = ["--adapter", "head", "--adapter", "plain", "--rows", "head,plain"]
+    _json("run", "bert", "--input", "feeds.npz", "--output", out, *adapters, folder=desk)
+    twice = ["--adapter", "head", "--adapter", f"{desk}/head:0.5"]
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", tmp_path / "o.npz", *twice, folder=desk)
+    assert result.returncode == 2
+    assert "two adapters are called 'head'; give them names: NAME=PATH" in result.stderr
+
+
+def test_one_of_several_adapters_is_chosen(desk: Path, tmp_path: Path) -> None:
+    several = tmp_path / "several"
+    shutil.copytree(desk / "plain", several / "first")
+    shutil.copytree(desk / "head", several / "second")
+    refused = _call("inspect", several, folder=desk)
+    assert refused.returncode == 2
+    assert "`--adapter-name first`" in refused.stderr
+    chosen = _json("inspect", several, "--adapter-name", "second", "--package", "bert", folder=desk)
+    assert chosen["coverage"] == _json("inspect", "head", "--package", "bert", folder=desk)["coverage"]
+    by_option, by_name = tmp_path / "o.npz", tmp_path / "n.npz"
+    into = ("--input", "feeds.npz", "--output")
+    _json("run", "bert", *into, by_option, "--adapter", f"a={several}", "--adapter-name", "first", folder=desk)
+    _json("run", "bert", *into, by_name, "--adapter", f"first={several}", folder=desk)
+    assert_close(np.load(by_option)["logits"], np.load(by_name)["logits"])
+    both = ("--adapter", "head", "--adapter", several, "--adapter-name", "first")
+    result = _call("fold", "bert", tmp_path / "f", *both, folder=desk)
+    assert "--adapter-name chooses within one adapter's file" in result.stderr
+
+
+# --- the words of whoever asked ----------------------------------------------------------------
+
+
+def test_messages_name_options_on_the_command_line_and_arguments_in_python(desk: Path, tmp_path: Path) -> None:
+    result = _call("convert", "head", tmp_path / "c.safetensors", folder=desk)
+    assert "give that package (`--package`)" in result.stderr
+    with pytest.raises(InputError, match=r"give that package \(`package=\.\.\.`\)"):
+        write_adapter(read_adapter(desk / "head"), tmp_path / "c.safetensors", format="safetensors")
+
+
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        ("or `allow_unproven=True`", "or `--allow-unproven`"),
+        ("`verify=False`", "`--no-verify`"),
+        ('`targets=["all-linear", "q"]`', "`--targets all-linear,q`"),
+        ("`targets=` including q", "`--targets` including q"),
+        ('`name="x y"`', "`--adapter-name x y`"),
+        ("`requantize=Requantize()`", "`--requantize`"),
+        ("`quantize` and `a`", "`quantize` and `a`"),
+        ("`save_projection=False`", "`save_projection=False`"),  # PEFT's
+    ],
+)
+def test_an_argument_becomes_its_option(said: str, shown: str) -> None:
+    assert in_options(said) == shown
+
+
+def test_no_message_names_what_does_not_exist() -> None:
+    """Below the command line a message names arguments of public functions, each of which is an option too."""
+    options: set[str] = set()
+    for name in COMMANDS:
+        for parameter in COMMANDS[name].load(name).params:
+            options.update([*parameter.opts, *parameter.secondary_opts])
+    assert {f"--{option}" for option in OPTIONS.values()} <= options
+    of_others = {"--help", "--quantize_int4", "--extra_options"}  # click's, Olive's, the GenAI builder's
+    arguments = _public_arguments()
+    root = Path(onnx_lora.__file__).parent
+    for file in root.rglob("*.py"):
+        is_of_commands = file.parent.name == "commands" or file.name in ("cli.py", "report.py", "results.py")
+        if file.name == "words.py":
+            continue
+        for text in _said_in(file):
+            for argument in re.findall(r"`([a-z_]+)=[^`]*`", text):
+                assert argument not in arguments or argument in OPTIONS, f"{file.name}: {argument} is no option"
+            named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
+            assert named <= options | of_others, f"{file.name}: {named - options}"
+            assert is_of_commands or named <= of_others, f"{file.name}: {text!r} speaks of options"
+
+
+def _public_arguments() -> set[str]:
+    """The arguments of all public functions."""
+    found: set[str] = set()
+    for name in onnx_lora.__all__:
+        value = getattr(onnx_lora, name)
+        if inspect.isfunction(value):
+            found.update(inspect.signature(value).parameters)
+    return found
+
+
+def _said_in(file: Path) -> list[str]:
+    """The texts of a file that may be messages: all but those that stand alone, which are docstrings."""
+    tree = ast.parse(file.read_text("utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    said: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            said.append(node.value)
+    return said
+
+
+# --- outputs that are there already ------------------------------------------------------------
+
+
+def test_force_replaces_what_the_command_wrote_and_nothing_else(desk: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.safetensors"
+    _json("convert", "head", out, "--package", "bert", folder=desk)
+    before = out.read_bytes()
+    assert "exists already" in _call("convert", "plain", out, "--package", "bert", folder=desk).stderr
+    broken = _call("convert", "nowhere", out, "--package", "bert", "--force", folder=desk)
+    assert (broken.returncode, out.read_bytes()) == (2, before)
+    result = _json("convert", "plain", out, "--package", "bert", "--force", folder=desk)
+    assert result["written"] == str(out)
+    assert out.read_bytes() != before
+    folded = tmp_path / "folded"
+    for adapter in ("head", "plain"):
+        written = _json("fold", "bert", folded, "--adapter", adapter, "--force", folder=desk)
+        assert written["written"] == str(folded)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    for command in (["fold", "bert", home, "--adapter", "head"], ["attach", "bert/base.onnx", home]):
+        refused = _call(*command, "--force", folder=desk)
+        assert refused.returncode == 2
+        assert "--force replaces" in refused.stderr
+    assert [entry.name for entry in home.iterdir()] == ["thesis.txt"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c.safetensors", "folded", "home"]
+
+
+def test_a_message_about_a_forced_output_names_it_as_the_user_does(desk: Path, tmp_path: Path) -> None:
+    package = shutil.copytree(desk / "bert", tmp_path / "package")
+    result = _call("attach", "feeds.npz", package, "--force", folder=desk)
+    assert result.returncode == 2
+    assert ".onnx-lora-" not in result.stderr
+    assert Package.open(package).points
+
+
+def test_names_may_come_with_commas(desk: Path, tmp_path: Path) -> None:
+    package = _json("attach", "bert/base.onnx", tmp_path / "p", "--targets", "query, value", folder=desk)
+    assert set(package["points_by_name"]) == {"query", "value"}
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+
+def test_a_log_gets_a_line_for_each_thing_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with report.progress("exporting") as update:
+        for seconds, what in (
+            (0.5, "export"),
+            (1.0, "load"),
+            (3, "verify"),
+            (4, "verify"),
+            (40, "verify"),
+            (41, "write"),
+        ):
+            now[0] = seconds
+            update(what, 1, 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "exporting: verify 1/2, 3 s",
+        "exporting: verify 1/2, 40 s",
+        "exporting: write 1/2, 41 s",
+    ]

@@ -98,7 +98,7 @@ def test_a_pipe_is_refused_and_never_opened(tmp_path: Path, name: str) -> None:
     os.mkfifo(folder / name)
     with pytest.raises(ModelError, match=name):
         attach(folder, tmp_path / "out")
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError):
         export(folder, tmp_path / "out")
     with pytest.raises(ModelError, match=name):
         attach(_model(tmp_path / "other"), tmp_path / "out", checkpoint=folder)

@@ -127,6 +127,7 @@ ALLOWED = {
     "demo_text": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "demo": {"errors", "staging", "points", "manifest", "package", "adapters", "exporter", "runtime"},
     "commands": {
+        "whatis",
         "heat",
         "results",
         "errors",

@@ -91,7 +91,7 @@ RUNS = {
         'needs `targets=["classifier"]`; PEFT 0.21 itself finds no module to adapt, so it was compared with '
         "W + alpha/r · B · A put into the head",
         {"targets": ["classifier"]},
-        ("classifier", "export again with --targets including classifier"),
+        ("classifier", "export again with `targets=` including classifier"),
         formula="head",
     ),
     "gemma3_270m_svg_0112LY": Runs("gemma3"),
@@ -106,19 +106,19 @@ RUNS = {
         "mlp", "PEFT 0.21 loads it when its config gets `total_step`", completed={"total_step": 1}
     ),
     "peft_regression/lora_conv2d_0.6.1": Runs(
-        "conv2d", 'needs `targets=["conv2d"]`', {"targets": ["conv2d"]}, ("conv2d", "export again with --targets")
+        "conv2d", 'needs `targets=["conv2d"]`', {"targets": ["conv2d"]}, ("conv2d", "export again with `targets=`")
     ),
     "peft_regression/lora_emb_conv1d_0.6.1": Runs(
         "embedding",
         'needs `targets=["emb", "conv1d"]`',
         {"targets": ["emb", "conv1d"]},
-        ("emb", "export again with --targets including emb"),
+        ("emb", "export again with `targets=` including emb"),
     ),
     "peft_regression/lora_mlp_modules_to_save_0.6.1": Runs(
         "mlp",
         'needs `targets=["lin0"], replaceable=["lin1"]`',
         {"targets": ["lin0"], "replaceable": ["lin1"]},
-        ("lin1.weight", "export again with --replaceable lin1"),
+        ("lin1.weight", "export again with `replaceable=` including lin1"),
     ),
     "pythia_r1_f16_bk7195": Runs("gpt_neox", "float16"),
     "roberta_sidmahurkar": Runs("roberta"),
@@ -126,7 +126,7 @@ RUNS = {
         "segformer",
         'needs `replaceable=["decode_head"]`; its saved head holds a batch norm, whose statistics are replaced too',
         {"replaceable": ["decode_head"]},
-        ("decode_head.batch_norm.running_var", "--replaceable decode_head.batch_norm"),
+        ("decode_head.batch_norm.running_var", "`replaceable=` including decode_head.batch_norm"),
     ),
     "t5small_bin_recommender": Runs("t5", "three graphs: encoder, decoder, decoder with past"),
     "vit_food_lockheed": Runs("vit"),

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Why an adapter with a factor for each output can only be folded.
-NO_SCALE = "the package takes no scale of its outputs: export again with --dora"
+NO_SCALE = "the package takes no scale of its outputs: export again with `dora=True`"
 
 
 @dataclass(frozen=True)

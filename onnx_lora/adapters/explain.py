@@ -15,17 +15,17 @@ __all__ = ["PROVE", "explain_doubts", "explain_modules", "explain_parameters"]
 
 # What to do about points that are unproven.
 PROVE = (
-    "attach the graph as its exporter wrote it, give the checkpoint (--checkpoint), or compare the package with it "
-    "(`onnx-lora verify PACKAGE --reference CHECKPOINT`); or take the risk with allow_unproven=True (--allow-unproven)"
+    "attach the graph as its exporter wrote it, give the checkpoint (`checkpoint=...`), or compare the package with it "
+    "(`verify`); or take the risk with `allow_unproven=True`"
 )
 
 # What only a batch norm has among whole parameters.
 _STATISTICS = ".running_mean"
 
 _OF_BATCH_NORM = (
-    "of a batch norm, which the package cannot replace: export the checkpoint again with --replaceable {module}; a "
-    "graph that somebody else exported may hold the norm inside the convolution before it, and then merge the adapter "
-    "into the base with PEFT (merge_and_unload) and export that"
+    "of a batch norm, which the package cannot replace: export the checkpoint again with `replaceable=` including "
+    "{module}; a graph that somebody else exported may hold the norm inside the convolution before it, and then merge "
+    "the adapter into the base with PEFT (merge_and_unload) and export that"
 )
 
 # Names in one message. Looking for close names is slow, and after a few the reader knows.
@@ -71,7 +71,7 @@ def _explain_node_names(missing: Sequence[str], known: Sequence[str], package: P
     return (
         f"{missing[0]}{more}: the package has no such module; its own are called {list_first(known, _MOST_NAMES)}, "
         "after the nodes of the graph; attach the file again with the checkpoint that it was exported from "
-        "(checkpoint=..., --checkpoint), whose names then count"
+        "(`checkpoint=...`), whose names then count"
     )
 
 
@@ -80,13 +80,13 @@ def _explain_missing_points(modules: Sequence[str]) -> list[str]:
     what = "the graph has this module, and the package was made without a point there"
     names = list(dict.fromkeys(_last_part(module) for module in modules))
     if len(names) > _MOST_NAMES:
-        return [f"{module}: {what}; export again with --targets all" for module in modules]
-    typed = "".join(f" --targets {name}" for name in names)
+        return [f'{module}: {what}; export again with `targets="all"`' for module in modules]
+    typed = "".join(f', "{name}"' for name in names)
     problems: list[str] = []
     for module in modules:
         problems.append(
-            f"{module}: {what}; export again with --targets including {_last_part(module)} (beside all linear "
-            f"modules: --targets all-linear{typed})"
+            f"{module}: {what}; export again with `targets=` including {_last_part(module)} (beside all linear "
+            f'modules: `targets=["all-linear"{typed}]`)'
         )
     return problems
 
@@ -162,7 +162,7 @@ def explain_parameters(parameters: Sequence[str], package: Package) -> list[str]
     for name in missing:
         problems.append(
             f"{name}: the package cannot replace it, and knows no module of that name; if the graph has it, "
-            f"export again with --replaceable {_module_of(name) or name}"
+            f"export again with `replaceable=` including {_module_of(name) or name}"
         )
     return problems
 
@@ -177,9 +177,9 @@ def _explain_irreplaceable(parameter: str, package: Package) -> str:
     if is_bias and f"{module}.weight" in package.replaceable:
         return (
             "the graph has no bias there: exporters leave out one that is zero; export the model with another value in "
-            "it, or through another exporter (--via optimum)"
+            'it, or through another exporter (`via="optimum"`)'
         )
-    return f"the package cannot replace it; export again with --replaceable {module}"
+    return f"the package cannot replace it; export again with `replaceable=` including {module}"
 
 
 def _explain_prefix(missing: Sequence[str], known: Sequence[str]) -> str | None:
@@ -198,7 +198,7 @@ def _explain_prefix(missing: Sequence[str], known: Sequence[str]) -> str | None:
     return (
         f"{missing[0]}{more}: the name of every missing module {difference}; the adapter was "
         "trained on the model inside another class: export the class it was trained on (attach an ONNX file with "
-        "--checkpoint, whose names then count), or rename its tensors, and the config's expressions with them"
+        "`checkpoint=...`, whose names then count), or rename its tensors, and the config's expressions with them"
     )
 
 

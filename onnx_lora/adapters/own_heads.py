@@ -65,7 +65,7 @@ def _refuse(heads: Sequence[str], random: set[str], *, is_known: bool) -> str | 
         return (
             f"{list_first(heads, _MOST_NAMES)}: {lacking}; this package does not say whether the base's own was "
             "trained: get the whole file, or make the package again from the checkpoint (export, or attach with "
-            "--checkpoint), which writes that down"
+            "`checkpoint=...`), which writes that down"
         )
     untrained = [head for head in heads if head in random]
     if untrained:

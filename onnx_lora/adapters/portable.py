@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_portable"]
 
-_GIVE_PACKAGE = "give the package that it is for (`--package`)"
+_GIVE_PACKAGE = "give the package that it is for (`package=...`)"
 
 
 def make_portable(
@@ -50,7 +50,7 @@ def make_portable(
     if package is None:
         if isinstance(adapter, BoundAdapter) or laid_out:
             raise InputError(
-                "a bound adapter, and a file of one, need the package that it is bound to (--package)",
+                "a bound adapter, and a file of one, need the package that it is bound to (`package=...`)",
                 path=adapter.origin.path,
             )
         return _without_package(adapter)
@@ -81,7 +81,7 @@ def _without_package(adapter: Adapter) -> PortableAdapter:
 def _need_of_package(change: Change) -> str:
     """Why a change cannot be written without a package."""
     if isinstance(change, NeedsConfig):
-        return f"{change.explain_misfit((), LINEAR)}, and give that package (`--package`)"
+        return f"{change.explain_misfit((), LINEAR)}, and give that package (`package=...`)"
     return f"whether {change.method} is a pair of factors depends on the base's weights; {_GIVE_PACKAGE}"
 
 

@@ -145,7 +145,7 @@ class _RowStack:
             sizes = ", ".join(str(width) for width in sorted(widths))
             self.problems.append(
                 f"{module}: rows with {sizes} outputs need its bias to mark those that a row does not have, and the "
-                f"package does not expose it; export again with --replaceable {module}"
+                f"package does not expose it; export again with `replaceable=` including {module}"
             )
             return
         for weight in weights:

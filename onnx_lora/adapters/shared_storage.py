@@ -96,7 +96,7 @@ class _Spread:
         which = "is" if is_tied else "may be"
         self.problems.append(
             f"{module}.weight: PEFT writes it over every weight tied to it, {twin} {which} tied to it, and the package "
-            f"cannot replace that; export again with --replaceable including {twin}, {_OTHERWISE}"
+            f"cannot replace that; export again with `replaceable=` including {twin}, {_OTHERWISE}"
         )
 
 

@@ -104,14 +104,14 @@ class _Ties:
         if tied:
             return (
                 f"{what} must change {tied[0]} too, which is tied to it, and the package has no point there; export "
-                f"again with --targets including {tied[0].rpartition('.')[2]}"
+                f"again with `targets=` including {tied[0].rpartition('.')[2]}"
             )
         unknown = [name for name in without_point if not self._is_known_to_differ(name, table)]
         if unknown:
             head = unknown[0]
             return (
                 f"{what} must change {head} too if the two are tied, and without a point at {head} the package does "
-                f"not show whether they are; export again with --targets including {head.rpartition('.')[2]}. If they "
+                f"not show whether they are; export again with `targets=` including {head.rpartition('.')[2]}. If they "
                 f"are not tied: {_UNTIE}"
             )
         if found:

@@ -120,7 +120,7 @@ class WeightLayout:
                 outputs[f"{name} (the base's)"] = weight.outputs
         point = self.package.points.get(module)
         if point is not None:
-            outputs[f"the injection point {module} (export again without it in --targets)"] = point.out_features
+            outputs[f"the injection point {module} (export again without it in `targets=`)"] = point.out_features
         return outputs
 
     def _may_exist(self, name: str) -> bool:

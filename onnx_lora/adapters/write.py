@@ -61,7 +61,7 @@ def write_adapter(
     if chosen.writes_bound:
         if package is None:
             raise InputError(
-                f"{format} holds the inputs of a package's graphs: give that package (--package)", path=target
+                f"{format} holds the inputs of a package's graphs: give that package (`package=...`)", path=target
             )
         return _write_bound(bind(adapter, package), target, chosen)
     portable = make_portable(adapter, package, laid_out=holds_graph_inputs(adapter.origin.format))

@@ -10,16 +10,19 @@ from typing import Any
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import bind, read_adapter, write_adapter
+from onnx_lora.adapters import bind, write_adapter
 from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.formats.registry import holds_graph_inputs
-from onnx_lora.commands.options import json_option, new_output, parse_weighted, strict_option, unproven_option
+from onnx_lora.commands.given import SPELLING, GivenAdapter, adapter_name_option, parse_adapters
+from onnx_lora.commands.options import json_option, strict_option, unproven_option
+from onnx_lora.commands.outputs import force_option, new_file, output
 from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
 from onnx_lora.results import AdapterResult, ConvertResult, CoverageResult, InspectedAdapter, PackageResult
+from onnx_lora.whatis import Thing
 
 __all__ = ["convert", "inspect"]
 
@@ -47,11 +50,10 @@ class _FormatChoice(click.Choice[str]):
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path), nargs=-1, metavar="[ADAPTER]")
+@click.argument("adapter", nargs=-1, metavar="[ADAPTER]")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", "adapters", multiple=True, metavar="PATH[:WEIGHT]", help="Instead of ADAPTER; several are blended."
-)
+@click.option("--adapter", "adapters", multiple=True, metavar=SPELLING, help="Instead of ADAPTER; several are blended.")
+@adapter_name_option
 @click.option("--package", type=click.Path(path_type=Path), help="The package that it is for; what needs one says so.")
 @click.option(
     "--format",
@@ -64,16 +66,19 @@ class _FormatChoice(click.Choice[str]):
     type=click.Path(path_type=Path),
     help="The PEFT folder of ADAPTER before its training (PiSSA, OLoRA, CorDA, LoRA-GA).",
 )
+@force_option
 @unproven_option
 @strict_option
 @json_option
 def convert(
-    adapter: Sequence[Path],
+    adapter: Sequence[str],
     out: Path,
     adapters: Sequence[str],
+    adapter_name: str | None,
     package: Path | None,
     kind: str | None,
     initial: Path | None,
+    force: bool,
     allow_unproven: bool,
     strict: bool,
     as_json: bool,
@@ -82,7 +87,7 @@ def convert(
     package, or for other tools.
 
     \b
-    Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm
+    Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm --force
               onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.safetensors --package smollm
               onnx-lora convert style.safetensors style-peft --package sd15
     """
@@ -90,23 +95,24 @@ def convert(
         raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
     chosen = choose_format(out, kind)
     opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
-    weighted = [(path, 1.0) for path in adapter] or list(map(parse_weighted, adapters))
-    if len(weighted) == 1 and weighted[0][1] == 1.0:
-        result = _convert_one(weighted[0][0], out, chosen, opened, initial, strict=strict)
-    else:
-        if opened is None or initial is not None:
-            raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
-        parts = [(bind(read_adapter(path), opened, strict=strict), weight) for path, weight in weighted]
-        bound = make_blend(parts, name=out.stem)
-        write_adapter(bound, out, format=chosen, package=opened)
-        result = ConvertResult(str(out), chosen, None, CoverageResult.of(bound, opened))
-    report.show(result, as_json=as_json)
+    given = parse_adapters([*adapter, *adapters], adapter_name)
+    with output(out, force=force, kinds=(Thing.ADAPTER, Thing.FILE)) as place:
+        if len(given) == 1 and given[0].weight == 1.0:
+            result = _convert_one(given[0], place, chosen, opened, initial, strict=strict)
+        else:
+            if opened is None or initial is not None:
+                raise InputError("a blend must have --package, which its adapters fit, and no --initial", path=out)
+            parts = [(bind(one.read(), opened, strict=strict), one.weight) for one in given]
+            bound = make_blend(parts, name=out.stem)
+            write_adapter(bound, place, format=chosen, package=opened)
+            result = ConvertResult(str(out), chosen, None, CoverageResult.of(bound, opened))
+    report.show(replace(result, written=str(out)), as_json=as_json)
 
 
 def _convert_one(
-    path: Path, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
+    given: GivenAdapter, out: Path, kind: str, package: Package | None, initial: Path | None, *, strict: bool
 ) -> ConvertResult:
-    adapter = read_adapter(path, initial=initial)
+    adapter = given.read(initial)
     if package is None:
         write_adapter(adapter, out, format=kind)
         return ConvertResult(str(out), kind, AdapterResult.of(adapter), None)
@@ -140,9 +146,19 @@ def choose_format(out: Path, kind: str | None) -> str:
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw how far it moves each weight of the package; and print it."
 )
+@adapter_name_option
+@force_option
 @strict_option
 @json_option
-def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, as_json: bool) -> None:
+def inspect(
+    path: Path,
+    package: Path | None,
+    plot: Path | None,
+    adapter_name: str | None,
+    force: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
     """Show what a package or an adapter at PATH holds. Points, ranks, sizes and coverage are listed.
 
     \b
@@ -153,7 +169,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, a
     if package is None and (path / MANIFEST).is_file():
         report.show(PackageResult.of(Package.open(path)), as_json=as_json)
         return
-    adapter = read_adapter(path)
+    adapter = GivenAdapter(path, chosen=adapter_name).read()
     if package is None:
         report.show(InspectedAdapter(AdapterResult.of(adapter), None, {}, None), as_json=as_json)
         return
@@ -165,7 +181,7 @@ def inspect(path: Path, package: Path | None, plot: Path | None, strict: bool, a
         return
     moved = effects(bound, opened)
     heat = Heat.of(f"{bound.name}: how far it moves each weight, ‖ΔW‖ / ‖W0‖", moved)
-    with new_output(plot, PICTURES) as temporary:
+    with new_file(plot, PICTURES, force=force) as temporary:
         heat.draw(temporary)
     report.show(replace(result, effect=dict(moved), written=str(plot)), as_json=as_json)
     if not as_json:

@@ -13,15 +13,20 @@ from onnx_lora import report
 from onnx_lora.adapters import bind, read_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
 from onnx_lora.commands.options import json_option
+from onnx_lora.commands.outputs import force_option, output
 from onnx_lora.errors import InputError
 from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
 from onnx_lora.package import Package
 from onnx_lora.results import PackageResult, VerifyResult
+from onnx_lora.whatis import Thing
 
 if TYPE_CHECKING:
     from onnx_lora.exporter import Comparison
 
 __all__ = ["attach", "export", "quantize", "verify"]
+
+# What these commands write, and `--force` replaces.
+_OURS = (Thing.PACKAGE,)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,15 +38,15 @@ def point_options(command: Callable[P, R]) -> Callable[..., R]:
     @click.option(
         "--targets",
         multiple=True,
-        metavar="NAME",
-        help='What gets points, several times: module names or suffixes; "all-linear" (the default); "all".',
+        metavar="NAME,...",
+        help='What gets points: module names or suffixes, with commas or several times; "all-linear" (default); "all".',
     )
     @click.option("--targets-regex", metavar="EXPR", help="Instead: a regular expression over whole module names.")
     @click.option(
         "--replaceable",
         multiple=True,
-        metavar="NAME",
-        help='Whole weights an adapter may replace: modules or parameters, several times (default "heads").',
+        metavar="NAME,...",
+        help='Whole weights an adapter may replace: modules or parameters, as --targets (default "heads").',
     )
     @click.option(
         "--default-rank",
@@ -62,13 +67,22 @@ def point_options(command: Callable[P, R]) -> Callable[..., R]:
     ) -> R:
         if targets and targets_regex:
             raise click.UsageError("--targets and --targets-regex exclude each other")
+        targets, replaceable = _split(targets), _split(replaceable)
         word = targets[0] if len(targets) == 1 and targets[0] in ("all-linear", "all") else None
-        chosen: Any = targets_regex or word or (list(targets) or "all-linear")
-        heads = "heads" if replaceable in ((), ("heads",)) else list(replaceable)
+        chosen: Any = targets_regex or word or (targets or "all-linear")
+        heads = "heads" if replaceable in ([], ["heads"]) else replaceable
         options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank, "dora": dora}
         return command(*args, options=options, **kwargs)  # type: ignore[arg-type]
 
     return wrapped
+
+
+def _split(texts: Sequence[str]) -> list[str]:
+    """The names in texts like `a,b`. A name with a comma is a matter for --targets-regex."""
+    names: list[str] = []
+    for text in texts:
+        names.extend(name.strip() for name in text.split(","))
+    return [name for name in names if name]
 
 
 @click.command()
@@ -96,6 +110,7 @@ def point_options(command: Callable[P, R]) -> Callable[..., R]:
 )
 @click.option("--verify/--no-verify", default=True, help="Compare with PyTorch at the end.", show_default=True)
 @point_options
+@force_option
 @json_option
 def export(
     model: str,
@@ -107,6 +122,7 @@ def export(
     accuracy_level: int | None,
     verify: bool,
     options: dict[str, Any],
+    force: bool,
     as_json: bool,
 ) -> None:
     """Export a checkpoint folder or hub id MODEL to a package OUT.
@@ -119,9 +135,9 @@ def export(
     options |= {"task": task, "via": via, "precision": precision, "verify": verify}
     options |= {"block_size": block_size, "accuracy_level": accuracy_level}
     verified: list[Comparison] = []
-    with report.progress("exporting") as progress:
-        package = run_export(model, out, progress=progress, verified=verified.extend, **options)
-    report.show(PackageResult.of(package, verified if verify else None), as_json=as_json)
+    with output(out, force=force, kinds=_OURS) as place, report.progress("exporting") as progress:
+        run_export(model, place, progress=progress, verified=verified.extend, **options)
+    report.show(PackageResult.of(Package.open(out), verified if verify else None), as_json=as_json)
 
 
 @click.command()
@@ -129,8 +145,9 @@ def export(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Tell modules apart by these weights.")
 @point_options
+@force_option
 @json_option
-def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, Any], as_json: bool) -> None:
+def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, Any], force: bool, as_json: bool) -> None:
     """Give an existing ONNX FILE (or a folder of them) its injection points. The package goes to OUT.
 
     \b
@@ -138,9 +155,9 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
     """
     from onnx_lora.exporter import attach as run_attach
 
-    with report.progress("attaching") as progress:
-        package = run_attach(file, out, checkpoint=checkpoint, progress=progress, **options)
-    report.show(PackageResult.of(package), as_json=as_json)
+    with output(out, force=force, kinds=_OURS) as place, report.progress("attaching") as progress:
+        run_attach(file, place, checkpoint=checkpoint, progress=progress, **options)
+    report.show(PackageResult.of(Package.open(out)), as_json=as_json)
 
 
 @click.command()
@@ -156,6 +173,7 @@ def attach(file: Path, out: Path, checkpoint: Path | None, options: dict[str, An
 )
 @click.option("--block-size", type=int, default=32, help="Weights that share a scale.", show_default=True)
 @click.option("--accuracy-level", type=int, default=4, help="4 multiplies in int8, 1 in float32.", show_default=True)
+@force_option
 @json_option
 def quantize(
     package: Path,
@@ -164,6 +182,7 @@ def quantize(
     method: Literal["blocks", "dynamic"],
     block_size: int,
     accuracy_level: int,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Quantize the weights of the float package PACKAGE. OUT has the same points, and takes the same adapters.
@@ -174,9 +193,10 @@ def quantize(
     from onnx_lora.exporter import Method
     from onnx_lora.exporter import quantize as run_quantize
 
-    with report.progress("quantizing") as progress:
-        result = run_quantize(package, out, method=Method(method, bits, block_size, accuracy_level), progress=progress)
-    report.show(PackageResult.of(result), as_json=as_json)
+    chosen = Method(method, bits, block_size, accuracy_level)
+    with output(out, force=force, kinds=_OURS) as place, report.progress("quantizing") as progress:
+        run_quantize(package, place, method=chosen, progress=progress)
+    report.show(PackageResult.of(Package.open(out)), as_json=as_json)
 
 
 @click.command()

@@ -8,16 +8,16 @@ from pathlib import Path
 import click
 
 from onnx_lora import report
-from onnx_lora.commands.options import json_option, parse_weighted, read_feeds, strict_option, unproven_option
+from onnx_lora.commands.given import SPELLING, adapter_name_option, parse_adapters
+from onnx_lora.commands.options import json_option, read_feeds, strict_option, unproven_option
 
 __all__ = ["measure"]
 
 
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", "adapters", multiple=True, required=True, metavar="PATH[:WEIGHT]", help="Several are blended."
-)
+@click.option("--adapter", "adapters", multiple=True, required=True, metavar=SPELLING, help="Several are blended.")
+@adapter_name_option
 @click.option("--graph", help="Which graph, where the package has several (default: all).")
 @click.option("--feeds", type=click.Path(path_type=Path), help="An .npz file: inputs by name (default: made up).")
 @click.option("--tokens", type=int, default=32, help="Of the inputs that are made up.", show_default=True)
@@ -31,6 +31,7 @@ __all__ = ["measure"]
 def measure(
     package: Path,
     adapters: Sequence[str],
+    adapter_name: str | None,
     graph: str | None,
     feeds: Path | None,
     tokens: int,
@@ -53,7 +54,7 @@ def measure(
     with report.progress("measuring") as progress:
         result = run_measure(
             package,
-            [parse_weighted(text) for text in adapters],
+            [(one.read(), one.weight) for one in parse_adapters(adapters, adapter_name)],
             graph=graph,
             feeds=None if feeds is None else read_feeds(feeds),
             tokens=tokens,

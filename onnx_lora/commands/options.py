@@ -1,4 +1,4 @@
-"""What several commands take, and how it is read: options, adapters with weights, files of arrays."""
+"""What several commands take, and how it is read: options, files of arrays."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,8 +14,7 @@ import click
 import numpy as np
 
 from onnx_lora.boundary import translate_unread
-from onnx_lora.errors import FeedError, InputError
-from onnx_lora.staging import staged_place
+from onnx_lora.errors import FeedError
 
 try:
     from lzma import LZMAError
@@ -24,11 +22,7 @@ except ImportError:  # this Python was built without lzma, and its archives are 
     LZMAError = zipfile.BadZipFile  # type: ignore[misc, assignment]
 
 __all__ = [
-    "choose_adapters",
     "json_option",
-    "new_output",
-    "parse_named",
-    "parse_weighted",
     "read_feeds",
     "strict_option",
     "unproven_option",
@@ -77,42 +71,6 @@ def strict_option(command: Callable[P, R]) -> Callable[P, R]:
     return click.option("--strict", is_flag=True, help=text)(command)
 
 
-def parse_named(adapters: Sequence[str]) -> dict[str, tuple[Path, float]]:
-    """Paths and weights by name, of texts like `NAME=PATH:WEIGHT`."""
-    parts = {}
-    for text in adapters:
-        name, equals, place = text.partition("=")
-        if not equals or not name or not place:
-            raise click.UsageError(f"--adapter must look like NAME=PATH or NAME=PATH:WEIGHT, and is {text!r}")
-        if name in parts:
-            raise click.UsageError(f"--adapter must name every adapter differently, and names {name!r} twice")
-        parts[name] = parse_weighted(place)
-    return parts
-
-
-def choose_adapters(parts: Mapping[str, tuple[Path, float]], rows: str | None) -> Any:
-    """What `--adapter` and `--rows` ask for together."""
-    weights = {name: weight for name, (_, weight) in parts.items()}
-    if rows is None:
-        return weights or None
-    names = [row.strip() for row in rows.split(",")]
-    return [None if name == "-" else {name: weights.get(name, 1.0)} for name in names]
-
-
-def parse_weighted(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH:WEIGHT`. What follows the last colon is a weight only if it is a number."""
-    place, colon, weight = text.rpartition(":")
-    if colon and place:
-        try:
-            return Path(place), float(weight)
-        except ValueError:
-            if not Path(text).exists():
-                raise InputError(
-                    f"--adapter must hold PATH or PATH:WEIGHT; {weight!r} is not a weight, and {text!r} is no path"
-                ) from None
-    return Path(text), 1.0
-
-
 def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of an `.npz` file, by name. Raises FeedError: it is none, or damaged."""
     if not path.is_file():
@@ -127,12 +85,3 @@ def read_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise translate_unread(error, path, FeedError, "give an .npz file") from error
     except _DAMAGE as error:
         raise FeedError(f"must be an .npz file of plain arrays: {error}", path=path) from error
-
-
-@contextmanager
-def new_output(path: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """What `staged_place` gives, for a path that ends as it must. Raises InputError: it does not."""
-    if path.suffix not in suffixes:
-        raise InputError(f"the output must end with {' or '.join(suffixes)}", path=path)
-    with staged_place(path) as place:
-        yield place

@@ -11,19 +11,14 @@ import click
 import numpy as np
 
 from onnx_lora import report
-from onnx_lora.adapters import bind, blend, read_adapter
-from onnx_lora.commands.options import (
-    choose_adapters,
-    json_option,
-    new_output,
-    parse_named,
-    parse_weighted,
-    read_feeds,
-    strict_option,
-    unproven_option,
-)
+from onnx_lora.adapters import bind, blend
+from onnx_lora.commands import outputs
+from onnx_lora.commands.given import SPELLING, adapter_name_option, by_label, choose_adapters, parse_adapters
+from onnx_lora.commands.options import json_option, read_feeds, strict_option, unproven_option
+from onnx_lora.commands.outputs import force_option, new_file
 from onnx_lora.package import Package
 from onnx_lora.results import DemoRun, FoldResult, RunOutput, RunResult
+from onnx_lora.whatis import Thing
 
 if TYPE_CHECKING:
     from onnx_lora.adapters import BoundAdapter
@@ -39,9 +34,11 @@ R = TypeVar("R")
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--input", "feeds", type=click.Path(path_type=Path), required=True, help="An .npz file: inputs by name.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="An .npz file: outputs by name.")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH[:WEIGHT]", help="Several are blended.")
+@click.option("--adapter", "adapters", multiple=True, metavar=SPELLING, help="Several are blended.")
+@adapter_name_option
 @click.option("--rows", metavar="NAME,NAME,...", help='One adapter per row of the batch; "-" is the base.')
 @click.option("--graph", help="Which graph, where the package has several.")
+@force_option
 @unproven_option
 @strict_option
 @json_option
@@ -50,8 +47,10 @@ def run(
     feeds: Path,
     output: Path,
     adapters: Sequence[str],
+    adapter_name: str | None,
     rows: str | None,
     graph: str | None,
+    force: bool,
     allow_unproven: bool,
     strict: bool,
     as_json: bool,
@@ -63,12 +62,12 @@ def run(
     """
     from onnx_lora.runtime import AdapterSession
 
-    parts = parse_named(adapters)
+    parts = by_label(parse_adapters(adapters, adapter_name))
     choice = choose_adapters(parts, rows)
-    with new_output(output, (".npz",)) as temporary:
+    with new_file(output, (".npz",), force=force) as temporary:
         session = AdapterSession(Package.open(package, allow_unproven=allow_unproven), graph=graph)
-        for name, (path, _) in parts.items():
-            session.load_adapter(name, path, strict=strict)
+        for name, given in parts.items():
+            session.load_adapter(name, given.read(), strict=strict)
         values = session.run(None, read_feeds(feeds), adapter=choice)
         results = dict(zip([value.name for value in session.get_outputs()], values, strict=True))
         np.savez(temporary, **results)
@@ -109,7 +108,8 @@ def sampling_options(command: Callable[P, R]) -> Callable[..., R]:
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT", help="Several make one batch.")
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH[:WEIGHT]", help="Several are blended.")
+@click.option("--adapter", "adapters", multiple=True, metavar=SPELLING, help="Several are blended.")
+@adapter_name_option
 @click.option("--rows", metavar="NAME,NAME,...", help='One adapter per prompt; "-" is the base.')
 @click.option("--chat", is_flag=True, help="A prompt is what a user says: apply the package's chat template.")
 @click.option("--graph", help="Which graph, where the package has several.")
@@ -121,6 +121,7 @@ def generate(
     package: Path,
     prompts: Sequence[str],
     adapters: Sequence[str],
+    adapter_name: str | None,
     rows: str | None,
     chat: bool,
     graph: str | None,
@@ -136,14 +137,14 @@ def generate(
     """
     from onnx_lora.runtime import Chat, TextGenerator
 
-    parts = parse_named(adapters)
+    parts = by_label(parse_adapters(adapters, adapter_name))
     choice = choose_adapters(parts, rows)
-    given = [Chat([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
+    asked = [Chat([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
     generator = TextGenerator(Package.open(package, allow_unproven=allow_unproven), graph=graph)
-    for name, (path, _) in parts.items():
-        generator.load_adapter(name, path, strict=strict)
+    for name, given in parts.items():
+        generator.load_adapter(name, given.read(), strict=strict)
     clock = report.Clock()
-    with generator.stream(given, adapter=choice, sampling=sampling) as stream:
+    with generator.stream(asked, adapter=choice, sampling=sampling) as stream:
         for piece in stream:
             clock.tick()
             if len(prompts) == 1 and not as_json:
@@ -154,12 +155,12 @@ def generate(
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", "adapters", multiple=True, required=True, metavar="PATH[:WEIGHT]", help="Several are blended."
-)
+@click.option("--adapter", "adapters", multiple=True, required=True, metavar=SPELLING, help="Several are blended.")
+@adapter_name_option
 @click.option("--graph", help="Which graph, where the package has several (default: all).")
 @click.option("--requantize", is_flag=True, help="Fold into quantized weights too, and say what rounding cost.")
 @click.option("--source", type=click.Path(path_type=Path), help="The float package that PACKAGE was quantized from.")
+@force_option
 @unproven_option
 @strict_option
 @json_option
@@ -167,9 +168,11 @@ def fold(
     package: Path,
     out: Path,
     adapters: Sequence[str],
+    adapter_name: str | None,
     graph: str | None,
     requantize: bool,
     source: Path | None,
+    force: bool,
     allow_unproven: bool,
     strict: bool,
     as_json: bool,
@@ -186,15 +189,15 @@ def fold(
     permission = Requantize(None if source is None else Package.open(source)) if requantize else None
     opened = Package.open(package, allow_unproven=allow_unproven)
     parts: list[tuple[BoundAdapter, float]] = []
-    for text in adapters:
-        path, weight = parse_weighted(text)
-        parts.append((bind(read_adapter(path), opened, strict=strict), weight))
+    for given in parse_adapters(adapters, adapter_name):
+        parts.append((bind(given.read(), opened, strict=strict), given.weight))
     blend(parts)  # says what cannot be blended before anything is copied
-    with report.progress("folding") as progress:
+    replaceable = (Thing.ONNX, Thing.GENAI)
+    with outputs.output(out, force=force, kinds=replaceable) as place, report.progress("folding") as progress:
         fold_to(
             opened,
             parts,
-            out,
+            place,
             graph=graph,
             requantize=permission,
             progress=lambda done, total: progress("fold", done, total),

@@ -279,8 +279,8 @@ class _Run:
             if feeds is not None:
                 raise
             raise FeedError(
-                "the graph does not run with inputs made from its signature; give your own (feeds=..., on the command "
-                f"line --feeds): {error.message}",
+                "the graph does not run with inputs made from its signature; give your own "
+                f"(`feeds=...`): {error.message}",
                 problems=error.problems,
             ) from error
         return self._time("one call", name, contenders)

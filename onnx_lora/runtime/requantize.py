@@ -70,7 +70,7 @@ def compute_values(edit: InitializerEdit, package: Package, requantize: Requanti
         modules = ", ".join(dict.fromkeys(change.module for change in edit.changes))
         raise BindError(
             f"{modules}: the weight is quantized, and folding would round it again; run the adapter unfolded, which "
-            "is exact, or allow it: requantize=Requantize(), on the command line --requantize"
+            "is exact, or allow it: `requantize=Requantize()`"
         )
     return _fold_quantized(edit, package, requantize)
 

@@ -121,7 +121,7 @@ def test_an_empty_adapter_is_refused(package: Package) -> None:
 
 
 def test_a_module_without_a_point_names_the_export_that_gives_it_one(package: Package) -> None:
-    assert "export again with --targets including k" in str(refused(package, {"bert.l0.k": delta(4, 4)}))
+    assert "export again with `targets=` including k" in str(refused(package, {"bert.l0.k": delta(4, 4)}))
 
 
 def test_an_unknown_module_names_the_closest(package: Package) -> None:
@@ -201,7 +201,7 @@ def test_all_problems_are_told_at_once(package: Package) -> None:
 
 def test_a_parameter_of_a_known_module_names_the_export_that_exposes_it(package: Package) -> None:
     error = refused(package, None, {"bert.l0.q.bias": numbers(6)})
-    assert "export again with --replaceable bert.l0.q" in str(error)
+    assert "export again with `replaceable=` including bert.l0.q" in str(error)
 
 
 def test_a_parameter_of_an_unknown_module_is_refused(package: Package) -> None:
@@ -251,7 +251,9 @@ def test_the_bases_own_copy_needs_no_replaceable_weight(package: Package) -> Non
 
 def test_another_bases_copy_is_refused(package: Package) -> None:
     other = Replacement(numbers(6, 4, seed=51), in_place=True)
-    assert "--replaceable bert.l0.q" in str(refused(package, {"bert.l0.q": delta(4, 6)}, {"bert.l0.q.weight": other}))
+    assert "`replaceable=` including bert.l0.q" in str(
+        refused(package, {"bert.l0.q": delta(4, 6)}, {"bert.l0.q.weight": other})
+    )
 
 
 def test_a_head_that_may_be_tied_is_not_overwritten_alone(tmp_path: Path) -> None:

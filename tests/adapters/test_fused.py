@@ -194,4 +194,4 @@ def test_a_fused_module_without_a_point_is_named(tmp_path: Path) -> None:
     builder = PackageBuilder(tmp_path / "p").point("m.attn.o_proj", WIDTH, WIDTH)
     builder.untargeted, builder.config = (FUSED,), PHI
     [problem] = _refused(builder.open(), adapter(_parts("q_proj")))
-    assert "export again with --targets including qkv_proj" in problem
+    assert "export again with `targets=` including qkv_proj" in problem

@@ -132,7 +132,7 @@ def test_trained_tokens_go_into_the_head_that_is_tied(tmp_path: Path) -> None:
 def test_trained_tokens_are_refused_where_a_head_has_no_point(tmp_path: Path, head: str) -> None:
     builder = _language(tmp_path / "p", says=True, head="")
     builder.untargeted = (head,)
-    with pytest.raises(BindError, match=f"--targets including {head}.*tie_word_embeddings"):
+    with pytest.raises(BindError, match=f"`targets=` including {head}.*tie_word_embeddings"):
         bind(_tokens(), builder.open())
 
 

@@ -53,7 +53,7 @@ def test_a_name_chooses_one_of_several_in_a_file(tmp_path: Path, seed: int, task
 def test_without_a_name_several_in_a_file_are_refused_and_nothing_else_is_said(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError) as caught:
         read_adapter(peft_folder(tmp_path, _of_tasks()))
-    assert "code, retrieval, text-matching; choose one: read_adapter(..., name='code')" in str(caught.value)
+    assert 'code, retrieval, text-matching; choose one: `name="code"`' in str(caught.value)
     assert caught.value.problems == ()
 
 

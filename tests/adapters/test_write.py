@@ -138,7 +138,7 @@ def test_what_only_a_package_can_tell_asks_for_it(tmp_path: Path, own: Adapter, 
     with pytest.raises(UnsupportedAdapterError) as caught:
         write_adapter(own, tmp_path / "out", format="peft")
     assert words in str(caught.value)
-    assert "--package" in str(caught.value)
+    assert "`package=...`" in str(caught.value)
 
 
 @pytest.mark.parametrize(

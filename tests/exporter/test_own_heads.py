@@ -66,7 +66,7 @@ def test_of_an_attached_graph_its_checkpoint_tells(
     graph = packages("bert") / "base.onnx"
     expected = _train_in_transformers(make_model("bert"), tmp_path / "adapter")
     alone = attach(graph, tmp_path / "alone")
-    with pytest.raises(BindError, match=r"does not say whether the base's own was trained: .* --checkpoint"):
+    with pytest.raises(BindError, match=r"does not say whether the base's own was trained: .* `checkpoint="):
         AdapterSession(alone).load_adapter("it", tmp_path / "adapter")
     session = AdapterSession(attach(graph, tmp_path / "known", checkpoint=checkpoints("bert")))
     session.load_adapter("it", tmp_path / "adapter")

@@ -54,7 +54,7 @@ class GenaiNames:
         if self.architecture not in _PLAIN:
             return (
                 f"of a {self.architecture} model the names in the graph do not say which module this is; "
-                "give the checkpoint too (--checkpoint)"
+                "give the checkpoint too (`checkpoint=...`)"
             )
         *parents, name = (_PARTS.get(part, part) for part in one.module.split("."))
         pieces = _PACKED.get(name, (name,))

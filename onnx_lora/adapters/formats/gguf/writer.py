@@ -57,7 +57,7 @@ def _common_alpha(adapter: PortableAdapter) -> float:
 def _architecture(config: Mapping[str, Any], adapter: PortableAdapter) -> str:
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        found = f"is {kind!r}" if kind else "no config.json of a package says which it is (--package)"
+        found = f"is {kind!r}" if kind else "no config.json of a package says which it is (`package=...`)"
         raise UnsupportedAdapterError(
             f"the model of a GGUF file must be one of {', '.join(MODEL_TYPES)}, and {found}", path=adapter.origin.path
         )

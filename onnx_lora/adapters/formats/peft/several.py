@@ -119,7 +119,7 @@ def _must_choose(adapters: Collection[str], name: str | None, path: Path, where:
     listed = list_first(ordered, _MOST_NAMES)
     what = f"holds {'several adapters' if len(ordered) > 1 else 'an adapter'} {where}"
     found = "and none was chosen" if name is None else f"and none of them is {abbreviate(name)}"
-    cure = f"choose one: read_adapter(..., name={ordered[0]!r}), or --adapter-name {ordered[0]}"
+    cure = f'choose one: `name="{ordered[0]}"`'
     return AdapterFileError(f"{what}, {found}: {listed}; {cure}", path=path)
 
 

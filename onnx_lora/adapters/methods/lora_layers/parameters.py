@@ -21,8 +21,8 @@ __all__ = ["DOCS", "ParameterLora"]
 
 DOCS = DocsRow(
     "`target_parameters`",
-    "delta of a matrix; of one for each expert a whole weight, where the package can replace it "
-    "(`--replaceable experts.gate_up_proj`); refused where a side's equal length leaves open which axis is the outputs",
+    "delta of a matrix; of one for each expert a whole weight, where `replaceable` names it (`experts.gate_up_proj`); "
+    "refused where a side's equal length leaves open which axis is the outputs",
 )
 
 

@@ -78,7 +78,7 @@ _TASK = "text-generation-with-past"
 _LANES = 16
 
 _INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
-_INSTEAD = "export it with via='optimum', in fp32 or fp16; `quantize` makes 8 or 4 bits of that"
+_INSTEAD = 'export it with `via="optimum"`, in fp32 or fp16; `quantize` makes 8 or 4 bits of that'
 
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")
@@ -106,9 +106,12 @@ class GenaiExporter:
             return Refusal(f"{_wanted(request)} is for {_TASK}, and {task}; {_INSTEAD}")
         if not _is_installed():
             return Refusal(f"{_wanted(request)} needs onnxruntime-genai", install=_INSTALL)
+        unknown = "the GenAI builder does not know the architecture {}; " + _INSTEAD
+        if not _has_configs_within(request.config) and not knows_architecture(request.config.architecture):
+            return Refusal(unknown.format(request.config.architecture))  # before transformers is loaded
         architecture, fields = _language_model(request.config)
-        if architecture and not knows_architecture(architecture):
-            return Refusal(f"the GenAI builder does not know the architecture {architecture}; {_INSTEAD}")
+        if not knows_architecture(architecture):
+            return Refusal(unknown.format(architecture))
         if not is_needed and architecture not in MEASURED:
             return Refusal(f"its graph of {architecture or 'this model'} was not measured")
         if not is_needed and "quantization_config" in request.config.fields:
@@ -230,8 +233,17 @@ def _larger_class(config: ModelConfig) -> str | None:
     return str(theirs.architectures[0])
 
 
+def _has_configs_within(config: ModelConfig) -> bool:
+    """Whether a config holds those of its parts, as that of a model with a language model within does."""
+    within = [name for name in config.fields if name.endswith("_config") and name != "quantization_config"]
+    return any(isinstance(config.fields[name], Mapping) for name in within)
+
+
 def _read_as_theirs(config: ModelConfig) -> Any:
-    """transformers' own object of a config, or None where it knows no such model."""
+    """transformers' own object of a config with others within; None where it has none, or is no model's that
+    transformers knows."""
+    if not _has_configs_within(config):
+        return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.translated.get("model_type")
@@ -303,7 +315,7 @@ def _wanted(request: ExportRequest) -> str:
     """What of a request brings it here, for messages."""
     if request.via is None and request.precision.quantized:
         return f"precision {request.precision.name!r}"
-    return "via='genai'"
+    return '`via="genai"`'
 
 
 def _is_installed() -> bool:

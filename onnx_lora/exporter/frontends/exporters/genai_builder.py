@@ -63,8 +63,10 @@ class Wish:
 
 
 def knows_architecture(name: str) -> bool:
-    """Whether the builder's own text names an architecture, which it compares a checkpoint's with; true where the text
-    cannot be found. The builder is not loaded: that takes torch."""
+    """Whether the builder's own text names an architecture, which it compares a checkpoint's with; true where there is
+    no name, or the text cannot be found. The builder is not loaded: that takes torch."""
+    if not name:
+        return True
     found = importlib.util.find_spec("onnxruntime_genai")
     for folder in (found.submodule_search_locations or ()) if found is not None else ():
         source = Path(folder) / "models" / "builder.py"
@@ -180,7 +182,7 @@ def _raise(wish: Wish, code: int, lines: list[str]) -> None:
         raise ExportError(f"the GenAI builder was killed ({name}), often for lack of memory", path=wish.model)
     if kind == "NotImplementedError" and "is not currently supported" in message:
         raise ModelError(
-            "the GenAI builder does not know this architecture; export it with via='optimum'", path=wish.model
+            'the GenAI builder does not know this architecture; export it with `via="optimum"`', path=wish.model
         )
     if _is_whole(wish.folder) and not any(line.startswith("Saving processing files") for line in lines):
         raise NoTokenizer(said)

@@ -54,7 +54,7 @@ class OptimumExporter:
     def accepts(self, request: ExportRequest) -> Refusal | None:
         """It takes every checkpoint in floats; what it cannot export, it says when it loads it."""
         if request.precision.quantized:
-            return Refusal(f"Optimum writes no {request.precision.name}: the GenAI builder does, with via='genai'")
+            return Refusal(f'Optimum writes no {request.precision.name}: the GenAI builder does, with `via="genai"`')
         problem = explain_task(request.task, request.config.fields)
         return None if problem is None else Refusal(problem)
 
