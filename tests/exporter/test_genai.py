@@ -369,7 +369,8 @@ def test_without_the_builder(wide: Make, tmp_path: Path, monkeypatch: pytest.Mon
     "name, task, chosen",
     [
         ("llama", None, "genai"),
-        ("llama", "text-generation", "genai"),
+        ("llama", "text-generation", "optimum"),
+        ("llama", "text-generation-with-past", "genai"),
         ("llama", "feature-extraction", "optimum"),
         ("gemma", "text-generation-with-past", "genai"),
     ],
