@@ -83,7 +83,7 @@ def make_packages(checkpoint: Path, graphs: Path, out: Path) -> list[Package]:
 
 def make_from_sources(module: Any, example: Any, out: Path) -> list[Package]:
     points = Points(targets="all", default_rank=1)
-    checkpoint = Checkpoint("my-model", task="text-generation", precision=Precision("int4", block_size=32))
+    checkpoint = Checkpoint("my-model", task="text-generation-with-past", precision=Precision("int4", block_size=32))
     return [
         export(checkpoint, out / "checkpoint", points=points),
         export(OnnxFiles("model.onnx", checkpoint="my-model"), out / "files", points=points),
