@@ -10,7 +10,16 @@ from onnx_lora.lazy import lazy_names
 
 TYPE_CHECKING = False  # a name that checkers know; importing it takes longer than all else here
 if TYPE_CHECKING:
-    from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter, write_adapter, write_bound
+    from onnx_lora.adapters import (
+        Adapter,
+        BoundAdapter,
+        Converted,
+        bind,
+        convert_all,
+        read_adapter,
+        write_adapter,
+        write_bound,
+    )
     from onnx_lora.errors import (
         AdapterError,
         AdapterFileError,
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
         RunError,
         SamplingError,
         SelectionError,
+        SeveralAdaptersError,
         StorageError,
         UnsupportedAdapterError,
         VerificationError,
@@ -74,6 +84,7 @@ __all__ = [
     "CacheError",
     "Chat",
     "Checkpoint",
+    "Converted",
     "ExportError",
     "FeedError",
     "Generation",
@@ -98,6 +109,7 @@ __all__ = [
     "Sampling",
     "SamplingError",
     "SelectionError",
+    "SeveralAdaptersError",
     "StorageError",
     "Stream",
     "TextGenerator",
@@ -107,6 +119,7 @@ __all__ = [
     "__version__",
     "attach",
     "bind",
+    "convert_all",
     "export",
     "fold",
     "fold_to",
@@ -126,7 +139,9 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
         {
             "Adapter": "onnx_lora.adapters",
             "BoundAdapter": "onnx_lora.adapters",
+            "Converted": "onnx_lora.adapters",
             "bind": "onnx_lora.adapters",
+            "convert_all": "onnx_lora.adapters",
             "read_adapter": "onnx_lora.adapters",
             "write_adapter": "onnx_lora.adapters",
             "write_bound": "onnx_lora.adapters",
@@ -149,6 +164,7 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "RunError": "onnx_lora.errors",
             "SamplingError": "onnx_lora.errors",
             "SelectionError": "onnx_lora.errors",
+            "SeveralAdaptersError": "onnx_lora.errors",
             "StorageError": "onnx_lora.errors",
             "UnsupportedAdapterError": "onnx_lora.errors",
             "VerificationError": "onnx_lora.errors",

@@ -6,6 +6,7 @@
     │   ├── PackageError             a package folder that is broken, incomplete or too new
     │   ├── AdapterError             an adapter that cannot be applied exactly
     │   │   ├── AdapterFileError         its files are damaged, hostile or not an adapter's
+    │   │   │   └── SeveralAdaptersError     it holds several, and which is meant was not said
     │   │   ├── UnsupportedAdapterError  its method is known, and refused
     │   │   └── BindError                it does not fit this package
     │   ├── SelectionError           a call asks for an adapter, blend or row that cannot be had
@@ -54,6 +55,7 @@ __all__ = [
     "RunError",
     "SamplingError",
     "SelectionError",
+    "SeveralAdaptersError",
     "StorageError",
     "UnsupportedAdapterError",
     "VerificationError",
@@ -151,6 +153,14 @@ class AdapterError(InputError):
 
 class AdapterFileError(AdapterError):
     """An adapter's files are damaged, hostile, or not an adapter's."""
+
+
+class SeveralAdaptersError(AdapterFileError):
+    """A file or folder holds several adapters, and which is meant was not said. `names`: theirs."""
+
+    def __init__(self, message: str, *, names: Sequence[str], path: str | PathLike[str] | None = None) -> None:
+        super().__init__(message, path=path)
+        self.names = tuple(names)
 
 
 class UnsupportedAdapterError(AdapterError):

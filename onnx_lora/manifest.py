@@ -73,6 +73,11 @@ class KnownWeight:
     sha256: str
     """SHA-256 of it in torch's layout, C order."""
 
+    @property
+    def is_quantized(self) -> bool:
+        """False: of a quantized weight no digest would tell."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class GraphInfo:

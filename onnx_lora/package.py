@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,15 @@ class Package:
             asked = "a graph must be named" if name is None else f"there is no graph {name!r}"
             raise PackageError(f"{asked}; this package has {', '.join(sorted(graphs))}", path=self.path)
         return graphs[name]
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The `config.json` of the model that the package was made of, by Hugging Face's names; empty where there is
+        none, or none that can be read."""
+        try:
+            return read_json(self.path / "config.json", PackageError)
+        except PackageError:
+            return {}
 
     @cached_property
     def points(self) -> Mapping[str, InjectionPoint]:
@@ -247,6 +257,18 @@ class Package:
     def quantized(self) -> bool:
         """Whether any point lies on a quantized weight."""
         return any(point.is_quantized for point in self.points.values())
+
+    def has_value(self, parameter: str, value: Array) -> bool:
+        """Whether a value is the base's own of a parameter, in the type that the package keeps that in; false where the
+        package knows no digest of it."""
+        module, _, own = parameter.rpartition(".")
+        owner: InjectionPoint | WholeWeight | KnownWeight | None = self.replaceable.get(parameter)
+        if owner is None and own == "weight":
+            owner = self.points.get(module) or self.tables.get(module)
+        if owner is None:
+            return False
+        with np.errstate(over="ignore"):
+            return digest(value.astype(owner.dtype)) == owner.sha256
 
     def default(self, weight: WholeWeight) -> Array:
         """The base's own value of a replaceable weight, as its graph input takes it, in memory of its own.

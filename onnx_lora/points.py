@@ -440,6 +440,11 @@ class WholeWeight:
         return self.name.rpartition(".")[0]
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether it, or a part of it, is kept in few bits."""
+        return any(part.quantized is not None for part in self.parts)
+
+    @property
     def has_rows(self) -> bool:
         """Whether the graph input has a first axis of rows: it is a linear module's weight or bias."""
         return self.role.has_rows

@@ -13,7 +13,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from onnx_lora.adapters import Adapter, BoundAdapter
+    from onnx_lora.adapters import Adapter, BoundAdapter, Converted
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
     from onnx_lora.errors import OnnxLoraError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterResult",
+    "BatchEntry",
+    "BatchResult",
     "ConvertResult",
     "Count",
     "CoverageResult",
@@ -426,6 +428,63 @@ class ConvertResult:
 
     coverage: CoverageResult | None
     """What it does to the package of `--package`; null where none was given."""
+
+
+@dataclass(frozen=True)
+class BatchEntry:
+    """What became of one adapter of many."""
+
+    adapter: str
+    """Its folder or file."""
+
+    written: str
+    """The output, whether it is there or not."""
+
+    state: Literal["written", "up to date", "failed"]
+    """"up to date": an earlier run wrote it from the same bytes."""
+
+    coverage: CoverageResult | None
+    """What it does to the package; null without one, and where it was not written now."""
+
+    error: ErrorResult | None
+    """Why it failed; null where it did not."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of every adapter in a folder."""
+
+    folder: str
+    """The folder."""
+
+    format: str
+    """The format of the outputs."""
+
+    written: int
+    """How many were written now."""
+
+    up_to_date: int
+    """How many were left alone."""
+
+    failed: int
+    """How many failed."""
+
+    adapters: Sequence[BatchEntry]
+    """All of them, in the order of names."""
+
+    @staticmethod
+    def of(
+        folder: str | PathLike[str], format: str, converted: Sequence[Converted], package: Package | None
+    ) -> BatchResult:
+        entries: list[BatchEntry] = []
+        for one in converted:
+            coverage = None
+            if one.bound is not None and package is not None:
+                coverage = CoverageResult.of(one.bound, package)
+            error = None if one.error is None else ErrorResult.of(one.error)
+            entries.append(BatchEntry(str(one.source), str(one.out), one.state, coverage, error))
+        states = Counter(entry.state for entry in entries)
+        return BatchResult(str(folder), format, states["written"], states["up to date"], states["failed"], entries)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from onnx_lora.results import (
     AdapterResult,
+    BatchResult,
     ConvertResult,
     CoverageResult,
     Doubt,
@@ -110,6 +111,21 @@ def _(result: ConvertResult) -> Lines:
     elif result.adapter is not None:
         lines = in_words(result.adapter)
     return lines | {"written": result.written}
+
+
+@in_words.register
+def _(result: BatchResult) -> Lines:
+    failures: dict[str, str] = {}
+    for entry in result.adapters:
+        if entry.error is not None:
+            said = [entry.error.message, *entry.error.problems]
+            failures[entry.adapter] = "; ".join(said)
+    return {
+        "written": result.written,
+        "up to date": result.up_to_date,
+        "failed": result.failed,
+        "failures": failures,
+    }
 
 
 @in_words.register

@@ -33,7 +33,7 @@ _BEGIN = "<!-- what follows is made by scripts/result_schema.py -->"
 # What a command prints; the last is what any of them prints where it fails.
 COMMANDS: Mapping[str, Sequence[type]] = {
     "attach": [results.PackageResult],
-    "convert": [results.ConvertResult],
+    "convert": [results.ConvertResult, results.BatchResult],
     "demo": [results.DemoRun],
     "export": [results.PackageResult],
     "fold": [results.FoldResult],

@@ -24,10 +24,14 @@ _ROOT = Path(__file__).parent.parent
 # or run whole pages of the docs. A test elsewhere that takes more than a few seconds is marked by itself.
 _SLOW = (
     "exporter/test_attacks.py",
+    "exporter/test_batch_norms.py",
+    "exporter/test_fused_norms.py",
     "exporter/test_diffusion.py",
     "exporter/test_export.py",
     "exporter/test_genai.py",
     "exporter/test_genai_embeddings.py",
+    "exporter/test_genai_whole_weights.py",
+    "exporter/test_language_parts.py",
     "exporter/test_newer_configs.py",
     "exporter/test_scale.py",
     "exporter/test_unproven.py",

@@ -32,7 +32,7 @@ _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 UNRUN = ["python3", ".", "git", ["pip", "download"], ["unzip", "-q"]]
 
 # Languages of blocks that are no commands.
-_PICTURES = {"", "text", "json"}
+_PICTURES = {"", "text", "json", "yaml"}
 
 Make = Callable[[str], Path]
 

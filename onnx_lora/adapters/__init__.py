@@ -19,16 +19,18 @@ if TYPE_CHECKING:
         Origin,
         Replacement,
     )
+    from onnx_lora.adapters.batch import Converted
     from onnx_lora.adapters.binding import bind
     from onnx_lora.adapters.compose import blend
     from onnx_lora.adapters.read import read_adapter
     from onnx_lora.adapters.row_stacking import stack_rows
-    from onnx_lora.adapters.write import write_adapter, write_bound
+    from onnx_lora.adapters.write import convert_all, write_adapter, write_bound
 
 __all__ = [
     "Adapter",
     "BoundAdapter",
     "Change",
+    "Converted",
     "Coverage",
     "Delta",
     "MatrixDelta",
@@ -36,6 +38,7 @@ __all__ = [
     "Replacement",
     "bind",
     "blend",
+    "convert_all",
     "read_adapter",
     "stack_rows",
     "write_adapter",
@@ -54,6 +57,8 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "MatrixDelta": "onnx_lora.adapters.adapter",
             "Origin": "onnx_lora.adapters.adapter",
             "Replacement": "onnx_lora.adapters.adapter",
+            "Converted": "onnx_lora.adapters.batch",
+            "convert_all": "onnx_lora.adapters.write",
             "bind": "onnx_lora.adapters.binding",
             "blend": "onnx_lora.adapters.compose",
             "stack_rows": "onnx_lora.adapters.row_stacking",

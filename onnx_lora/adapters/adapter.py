@@ -68,7 +68,7 @@ class MatrixDelta:
 
     a: Array
     b: Array
-    scale: float
+    scale: float = 1.0
     magnitude: Array | None = None
     output_scale: Array | None = None
 

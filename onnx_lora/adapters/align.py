@@ -15,7 +15,6 @@ from onnx_lora.adapters.adapter import Adapter, Change, Delta, MatrixDelta, Need
 from onnx_lora.adapters.bases import base_number
 from onnx_lora.adapters.fused import other_classes_names, with_package_projections
 from onnx_lora.adapters.methods.output_scale import OutputScale
-from onnx_lora.adapters.model_config import config_of
 from onnx_lora.adapters.module_names import with_package_names
 from onnx_lora.adapters.shared_storage import spread_to_shared_storage
 from onnx_lora.adapters.tied import spread_to_tied_heads
@@ -55,7 +54,7 @@ def align(adapter: Adapter, package: Package) -> AlignedAdapter:
     problems: list[str] = []
     if not _is_of_base(adapter, package):
         problems.append(_OTHER_NUMBER)
-    config = config_of(package)
+    config = package.config
     named = with_package_names(adapter, package, other_classes_names(package, config))
     refitted = with_package_projections(_completed(named, config), package, config)
     stored = spread_to_shared_storage(refitted.adapter, package, config)

@@ -12,7 +12,6 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Coverage, Delta, MatrixDelta
 from onnx_lora.adapters.align import AlignedAdapter, align
-from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.adapters.bases import base_problem
 from onnx_lora.adapters.explain import PROVE, explain_doubts, explain_modules, explain_parameters
 from onnx_lora.adapters.own_heads import judge_own_heads
@@ -229,7 +228,7 @@ def _is_replaced(parameter: str, adapter: Adapter, package: Package) -> bool:
     whole = adapter.replacements.get(parameter)
     if whole is None:
         return False
-    return not (whole.in_place and is_base_weight(parameter, whole.value, package))
+    return not (whole.in_place and package.has_value(parameter, whole.value))
 
 
 def _saved_module_problems(adapter: Adapter, package: Package) -> list[str]:

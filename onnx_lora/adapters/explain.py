@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ _OF_BATCH_NORM = (
     "{module}; a graph that somebody else exported may hold the norm inside the convolution before it, and then merge "
     "the adapter into the base with PEFT (merge_and_unload) and export that"
 )
+
+# Blocks by the names of the code that came with Flux, Stable Diffusion and its third version.
+_OF_OWN_CODE = re.compile(r"(?:^|\.)(?:double_blocks|single_blocks|joint_blocks|input_blocks|output_blocks)\.\d+\.")
 
 # Names in one message. Looking for close names is slow, and after a few the reader knows.
 _MOST_NAMES = 3
@@ -103,6 +107,11 @@ def _explain_missing_modules(modules: Sequence[str], known: Sequence[str], packa
         if unplaced:
             text += f"; {unplaced} weighted nodes of its graphs could not be placed, see `unplaced` in onnx_lora.json"
         problems.append(text)
+    if any(_OF_OWN_CODE.search(module) for module in modules):
+        problems.append(
+            "the adapter has the names of its model's own code, and the package those of diffusers: load the file with "
+            "diffusers (load_lora_weights), save it (save_lora_weights), and give that"
+        )
     return problems
 
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_lora.adapters.adapter import Adapter, Replacement
-from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.heads import OFTEN_TIED, TIED_OUTPUT_LAYERS
-from onnx_lora.manifest import KnownWeight
 
 if TYPE_CHECKING:
+    from onnx_lora.manifest import KnownWeight
     from onnx_lora.package import Package
     from onnx_lora.points import InjectionPoint, WholeWeight
 
@@ -47,7 +46,7 @@ def spread_to_shared_storage(adapter: Adapter, package: Package, config: Mapping
         module, _, parameter = name.rpartition(".")
         may_be_shared = parameter == "weight" and replacement.in_place and replacement.value.ndim > 1
         # A weight that keeps its values leaves those that are tied to it as they are.
-        if may_be_shared and not is_base_weight(name, replacement.value, package):
+        if may_be_shared and not package.has_value(name, replacement.value):
             spread.write(module)
     changed = replace(
         adapter, replacements={**spread.written, **adapter.replacements}, notes=(*adapter.notes, *spread.notes)
@@ -147,7 +146,7 @@ class _Ties:
             return None
         if one.sha256 == two.sha256:
             return True
-        is_comparable = one.dtype == two.dtype and not (_is_quantized(one) or _is_quantized(two))
+        is_comparable = one.dtype == two.dtype and not (one.is_quantized or two.is_quantized)
         return False if is_comparable else None
 
     @cached_property
@@ -158,12 +157,6 @@ class _Ties:
             if weight.name.endswith(".weight") and len(weight.shape) > 1:
                 owners[weight.module] = weight
         return owners
-
-
-def _is_quantized(owner: InjectionPoint | WholeWeight | KnownWeight) -> bool:
-    if isinstance(owner, KnownWeight):
-        return False
-    return any(part.quantized is not None for part in owner.parts)
 
 
 def _is_head(module: str) -> bool:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_lora.adapters.adapter import Change, Replacement
-from onnx_lora.adapters.base_weight import is_base_weight
 from onnx_lora.adapters.factors import apply_change, finite_problems
 from onnx_lora.adapters.problems import value_problems
 from onnx_lora.adapters.tensor_layout import TensorLayout
@@ -65,7 +64,7 @@ class WeightLayout:
         """A whole weight, unless it leaves the base as it is."""
         if replacement.operation == "multiply" and not self._may_exist(name):
             return
-        if replacement.in_place and is_base_weight(name, replacement.value, self.package):
+        if replacement.in_place and self.package.has_value(name, replacement.value):
             self.notes.append(f"{name}: equal to the base's own, nothing to replace")
             return
         self.replaced.append(name)

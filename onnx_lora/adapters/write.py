@@ -1,4 +1,5 @@
-"""An adapter as a file or a folder of any format. It knows which there are by their registry, and none of them."""
+"""An adapter as a file or a folder of any format, or all adapters of a folder. Which formats there are it knows by
+their registry, and none of them."""
 
 from __future__ import annotations
 
@@ -7,15 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter
+from onnx_lora.adapters.batch import Conversion, Converted, Progress, convert_folder, digest_of
 from onnx_lora.adapters.binding import bind
 from onnx_lora.adapters.formats.registry import RegisteredFormat, find_format, format_names, holds_graph_inputs
 from onnx_lora.adapters.portable import make_portable
+from onnx_lora.adapters.read import read_adapter
 from onnx_lora.boundary import public
 from onnx_lora.errors import InputError
+from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
 from onnx_lora.staging import staged_place
 
-__all__ = ["FORMATS", "write_adapter", "write_bound"]
+__all__ = ["FORMATS", "convert_all", "write_adapter", "write_bound"]
 
 
 class _Writable(Mapping[str, str]):
@@ -85,6 +89,48 @@ def write_bound(bound: BoundAdapter, out: str | os.PathLike[str], *, format: str
         known = " or ".join(name for name in FORMATS if find_format(name).writes_bound)
         raise InputError(f"the format must be {known}, and is {format!r}", path=target)
     return _write_bound(bound, target, chosen)
+
+
+@public
+def convert_all(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str,
+    package: str | os.PathLike[str] | Package | None = None,
+    strict: bool = False,
+    allow_unproven: bool = False,
+    progress: Progress = lambda *_: None,
+) -> list[Converted]:
+    """Convert every adapter in `folder` to a file (or folder) of its name in `out`, in a format of `write_adapter`.
+
+    An adapter is a folder or a file right in `folder`; of one that holds several, each is written as NAME-ADAPTER. What
+    an earlier run wrote from the same bytes, for the same package, with the same version of onnx-lora, is left alone;
+    what it wrote from others is replaced. One adapter that fails does not stop the others. Other entries are passed
+    over.
+
+    package, strict, allow_unproven: as for `write_adapter`, `bind` and `Package.open`.
+
+    Gives what became of each, in the order of names. Raises InputError: no such folder, or an unknown format.
+    PackageError: the package cannot be opened. StorageError: `out` cannot be written.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise InputError("must be a folder of adapters, and is none", path=place)
+    _find_writable(format, place)
+    opened = package if isinstance(package, Package) or package is None else Package.open(package)
+    if opened is not None and allow_unproven:
+        opened = opened.allowing_unproven(allow_unproven)
+
+    def convert(source: Path, chosen: str | None, made: Path) -> tuple[Adapter, BoundAdapter | None]:
+        adapter = read_adapter(source, name=chosen)
+        bound = None if opened is None else bind(adapter, opened, strict=strict)
+        given = bound if bound is not None and holds_graph_inputs(format) else adapter
+        write_adapter(given, made, format=format, package=opened)
+        return adapter, bound
+
+    mark = "" if opened is None else digest_of(opened.path / MANIFEST)
+    return convert_folder(place, Path(out), Conversion(format, FORMATS[format], mark, convert), progress)
 
 
 def _find_writable(name: object, target: Path) -> RegisteredFormat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import bind, write_adapter
+from onnx_lora.adapters import bind, convert_all, write_adapter
 from onnx_lora.adapters.compose import make_blend
 from onnx_lora.adapters.effect import effects
 from onnx_lora.adapters.formats.registry import holds_graph_inputs
@@ -21,7 +22,7 @@ from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
-from onnx_lora.results import AdapterResult, ConvertResult, CoverageResult, InspectedAdapter, PackageResult
+from onnx_lora.results import AdapterResult, BatchResult, ConvertResult, CoverageResult, InspectedAdapter, PackageResult
 from onnx_lora.whatis import Thing
 
 __all__ = ["convert", "inspect"]
@@ -54,6 +55,12 @@ class _FormatChoice(click.Choice[str]):
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--adapter", "adapters", multiple=True, metavar=SPELLING, help="Instead of ADAPTER; several are blended.")
 @adapter_name_option
+@click.option(
+    "--all",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Instead of ADAPTER: every adapter in this folder, into the folder OUT; what is up to date is left alone.",
+)
 @click.option("--package", type=click.Path(path_type=Path), help="The package that it is for; what needs one says so.")
 @click.option(
     "--format",
@@ -75,6 +82,7 @@ def convert(
     out: Path,
     adapters: Sequence[str],
     adapter_name: str | None,
+    folder: Path | None,
     package: Path | None,
     kind: str | None,
     initial: Path | None,
@@ -90,7 +98,13 @@ def convert(
     Example:  onnx-lora convert adapters/sql sql.onnx_adapter --package smollm --force
               onnx-lora convert --adapter sql:0.7 --adapter polite:0.3 both.safetensors --package smollm
               onnx-lora convert style.safetensors style-peft --package sd15
+              onnx-lora convert --all adapters converted --package smollm --format onnx_adapter
     """
+    if folder is not None:
+        if adapter or adapters or adapter_name or initial or force:
+            raise click.UsageError("--all takes a folder alone, without ADAPTER, --adapter, --initial and --force")
+        _convert_folder(folder, out, kind, package, allow_unproven=allow_unproven, strict=strict, as_json=as_json)
+        return
     if len(adapter) + bool(adapters) != 1:
         raise click.UsageError("give one ADAPTER before OUT, or --adapter once or more")
     chosen = choose_format(out, kind)
@@ -107,6 +121,28 @@ def convert(
             write_adapter(bound, place, format=chosen, package=opened)
             result = ConvertResult(str(out), chosen, None, CoverageResult.of(bound, opened))
     report.show(replace(result, written=str(out)), as_json=as_json)
+
+
+def _convert_folder(
+    folder: Path,
+    out: Path,
+    kind: str | None,
+    package: Path | None,
+    *,
+    allow_unproven: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Convert what a folder holds; end with the exit code of wrong input where one adapter failed."""
+    if kind is None:
+        raise click.UsageError("--all needs --format, which says what to write into OUT")
+    opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
+    with report.progress("converting") as progress:
+        converted = convert_all(folder, out, format=kind, package=opened, strict=strict, progress=progress)
+    result = BatchResult.of(folder, kind, converted, opened)
+    report.show(result, as_json=as_json)
+    if result.failed:
+        sys.exit(InputError.exit_code)
 
 
 def _convert_one(

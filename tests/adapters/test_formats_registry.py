@@ -26,7 +26,7 @@ from tests.adapters.building import PackageBuilder, adapter, delta, numbers, pef
 ROOT = Path(onnx_lora.__file__).parent.parent
 DOCS = ROOT / "docs" / "formats.md"
 
-OWN = {"safetensors", "onnx_adapter", "peft", "kohya", "cloneofsimo", "diffusers", "mlx", "gguf"}
+OWN = {"comfyui", "safetensors", "onnx_adapter", "peft", "kohya", "cloneofsimo", "diffusers", "mlx", "gguf"}
 
 
 # --- our own -----------------------------------------------------------------------------------

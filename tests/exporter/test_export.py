@@ -188,6 +188,36 @@ def test_checkpoints_that_cannot_be_exported(
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 
+_SEQ2SEQ: dict[str, Any] = {
+    "vocab_size": 160,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("name", ["Bart", "MBart"])
+def test_of_the_tasks_of_a_class_the_first_that_is_exported_is_meant(name: str, tmp_path: Path) -> None:
+    """transformers lists both among the fillers of gaps first, for which Optimum exports neither."""
+    config = getattr(transformers, f"{name}Config")(**_SEQ2SEQ)
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(tmp_path / "checkpoint")
+    package = export(tmp_path / "checkpoint", tmp_path / "out")
+    assert package.manifest.source["task"] == "text2text-generation-with-past"
+
+
+def test_a_task_without_past_has_no_cache(checkpoints: Make, tmp_path: Path) -> None:
+    """Whoever exports it: of the two exporters one always has a cache."""
+    package = export(checkpoints("llama"), tmp_path / "out", task="text-generation", verify=False)
+    assert package.manifest.source["made_by"] == "optimum"
+    assert not any("past" in value.name for value in AdapterSession(package).get_inputs())
+
+
 @pytest.mark.parametrize("replaceable", ["bias", "LayerNorm"])
 def test_equal_whole_weights_that_the_exporter_kept_once_are_replaceable_apart(
     checkpoints: Make, tmp_path: Path, replaceable: str

@@ -342,7 +342,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_and_nobody_is_asked(tmp_pa
     (place / "config.json").write_text(json.dumps(config))
     for via in ("optimum", "genai"):
         with pytest.raises((ModelError, ExportError)):
-            export(place, tmp_path / "out", via=via, task="text-generation")
+            export(place, tmp_path / "out", via=via, task="text-generation-with-past")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in"}
 
 

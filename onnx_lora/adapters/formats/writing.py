@@ -16,7 +16,7 @@ from onnx_lora.points import Array
 
 __all__ = ["dora_problems", "refuse_writing", "rescale", "save_safetensors"]
 
-# Bytes in which a safetensors file says how long its header is.
+# Bytes of the header's length, which the header itself is a multiple of.
 _LENGTH = 8
 
 
@@ -55,22 +55,19 @@ def rescale(delta: Delta, scale: float) -> Delta:
 
 
 def save_safetensors(file: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write the tensors, in C order, and the metadata: the same ones give the same bytes in every run.
-
-    Raises OSError: the disk refuses it.
-    """
+    """Write the tensors, in C order, and the metadata: the same bytes every time. Raises OSError: the disk refuses."""
     contiguous = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    # The library (0.8) writes metadata in another order each time, and has one order of tensors.
-    content = memoryview(safetensors.numpy.save(contiguous))
-    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
-    entries = json.loads(bytes(content[_LENGTH:end]))
-    header = _make_header({"__metadata__": dict(metadata)} | entries)
     # The bytes are made first, so that only the disk's errors are left when the file is written.
-    file.write_bytes(b"".join((header, content[end:])))
+    content = safetensors.numpy.save(contiguous, dict(metadata))
+    file.write_bytes(_in_order(content))
 
 
-def _make_header(entries: Mapping[str, object]) -> bytes:
-    """A safetensors header with its length in front; behind it the tensors begin at a multiple of eight bytes."""
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % _LENGTH)
-    return len(text).to_bytes(_LENGTH, "little") + text
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in the order of a hash that is random."""
+    length = int.from_bytes(content[:_LENGTH], "little")
+    header = json.loads(content[_LENGTH : _LENGTH + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    padded = text.ljust(-len(text) % _LENGTH + len(text))  # with spaces, as the format has it
+    return len(padded).to_bytes(_LENGTH, "little") + padded + content[_LENGTH + length :]

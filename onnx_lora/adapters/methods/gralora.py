@@ -13,7 +13,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, widen
 from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -66,7 +66,7 @@ class GraLoRA:
             general_a, general_b = self.general
             a = np.concatenate([a, widen(general_a)])
             b = np.concatenate([b, widen(general_b)], axis=1)
-        return make_delta(a, b * np.float32(self.scale))
+        return MatrixDelta(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None

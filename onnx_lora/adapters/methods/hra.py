@@ -18,7 +18,6 @@ from onnx_lora.adapters.methods.weights import (
     explain_sizes,
     factors_pay,
     flatten_shape,
-    make_delta,
     widen,
 )
 from onnx_lora.kinds import Embedding, Kind
@@ -49,7 +48,7 @@ class HRA:
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         """A reflection takes away twice the part of the weight along its column, which is of rank 1."""
-        return make_delta(*self._factors(weight)) if factors_pay(self.columns.shape[1], weight.shape) else None
+        return MatrixDelta(*self._factors(weight)) if factors_pay(self.columns.shape[1], weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None

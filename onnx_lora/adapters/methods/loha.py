@@ -14,7 +14,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
 from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, read_product
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -51,7 +51,7 @@ class LoHa:
         b2, a2 = self.right.factors()
         a = (a1[:, None] * a2[None]).reshape(rank, -1)
         b = (b1[:, :, None] * b2[:, None]).reshape(-1, rank)
-        return make_delta(a, b * np.float32(self.scale))
+        return MatrixDelta(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None

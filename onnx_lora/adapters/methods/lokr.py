@@ -13,7 +13,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
 from onnx_lora.adapters.methods.products import LYCORIS_FIELDS, CoredProduct, Product, Whole, read_product
-from onnx_lora.adapters.methods.weights import explain_kind, explain_sizes, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import explain_kind, explain_sizes, factors_pay, widen
 from onnx_lora.kinds import Embedding, Kind
 from onnx_lora.points import Array
 
@@ -68,7 +68,7 @@ class LoKr:
         left2, right2 = second.factors()
         a = np.kron(right1, right2)
         b = np.kron(left1, left2) * np.float32(self.scale)
-        return make_delta(a, b)
+        return MatrixDelta(a, b)
 
     def output_scale(self) -> Array | None:
         return None

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, factors_pay, widen
 from onnx_lora.adapters.problems import abbreviate
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -64,7 +64,7 @@ class MiSS:
     def as_factors(self, weight: Array) -> MatrixDelta | None:
         if self.form == "bat" or not factors_pay(len(self.block), weight.shape):
             return None
-        return make_delta(*self._factors(weight.shape))
+        return MatrixDelta(*self._factors(weight.shape))
 
     def output_scale(self) -> Array | None:
         return None

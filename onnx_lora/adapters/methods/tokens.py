@@ -15,7 +15,7 @@ import numpy as np
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.endings import Endings
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Fields, Method, Module, bare_parameters
-from onnx_lora.adapters.methods.weights import Floats, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, factors_pay, widen
 from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.kinds import EMBEDDING, Conv, Embedding, Kind
 from onnx_lora.points import Array
@@ -69,8 +69,8 @@ class TokenRows:
         chosen = np.zeros((count, len(weight)), change.dtype)
         chosen[np.arange(count), indices] = 1
         if isinstance(self.kind, Embedding):
-            return make_delta(chosen, change.T)
-        return make_delta(change, chosen.T)
+            return MatrixDelta(chosen, change.T)
+        return MatrixDelta(change, chosen.T)
 
     def output_scale(self) -> Array | None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import Contribution, DocsRow, Method, Module, bare_parameters
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, factors_pay, flatten_shape, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, factors_pay, flatten_shape, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -49,7 +49,7 @@ class VeRA:
         return widen(weight) + b @ a
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        return make_delta(*self._factors(weight.shape)) if factors_pay(len(self.a), weight.shape) else None
+        return MatrixDelta(*self._factors(weight.shape)) if factors_pay(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None

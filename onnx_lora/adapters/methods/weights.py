@@ -4,16 +4,16 @@ for. It knows no method."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_lora.adapters.adapter import MatrixDelta
-from onnx_lora.kinds import Kind
-from onnx_lora.points import Array
+if TYPE_CHECKING:
+    from onnx_lora.kinds import Kind
+    from onnx_lora.points import Array
 
-__all__ = ["Floats", "explain_kind", "explain_sizes", "factors_pay", "flatten_shape", "make_delta", "widen"]
+__all__ = ["Floats", "explain_kind", "explain_sizes", "factors_pay", "flatten_shape", "widen"]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -34,11 +34,6 @@ def factors_pay(rank: int, shape: tuple[int, ...]) -> bool:
     outputs, inputs = flatten_shape(shape)
     size_of_factors = rank * (inputs + outputs)
     return size_of_factors <= inputs * outputs
-
-
-def make_delta(a: Array, b: Array) -> MatrixDelta:
-    """The pair of factors `a` `[r, in]` and `b` `[out, r]`, which have their scale in them."""
-    return MatrixDelta(a, b, 1.0)
 
 
 def explain_kind(method: str, kinds: str, shape: tuple[int, ...], kind: Kind) -> str:

@@ -28,13 +28,16 @@ from onnx_lora.adapters.scale import lora_scale
 from onnx_lora.package import Package
 from onnx_lora.points import Array
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "take_module"]
 
 # Numbers in a kernel `[r, in, *kernel]`: 256 MB, where the largest published have 10.
 _LARGEST = 2**26
 
 # Some converters put every dot of diffusers' names into `_`, this one too.
 _FACTOR = re.compile(r"(?<=[^.])_(lora_down|lora_up)\.weight$")
+
+# OneTrainer's token embeddings.
+_BUNDLE = "bundle_emb."
 
 _LORA = frozenset({"lora_down.weight", "lora_up.weight", "lora_mid.weight"})
 _LOHA = frozenset(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
@@ -93,7 +96,7 @@ def _read(file: TensorFile, path: Path, name: str) -> Adapter:
     builder = AdapterBuilder()
     for module, tensors in _modules(builder, file.tensors).items():
         with builder.reading(module):
-            _take(builder, module, tensors)
+            take_module(builder, module, tensors)
     base_model = file.metadata.get("ss_sd_model_name", "")
     return builder.adapter(name, Origin(str(path), file.sha256, "kohya", "", base_model), flat_names=True)
 
@@ -104,6 +107,12 @@ def _modules(builder: AdapterBuilder, tensors: Mapping[str, Array]) -> dict[str,
     for key, values in tensors.items():
         flat, _, tensor = _FACTOR.sub(r".\1.weight", key).partition(".")
         module = module_of(flat)
+        if key.startswith(_BUNDLE):
+            builder.unsupported.append(
+                f"{key}: is a trained token that OneTrainer put in, which changes prompts; save the file again without "
+                "bundled embeddings, and load those beside the tokenizer"
+            )
+            continue
         if module is None:
             builder.problems.append(f"{key}: must begin with {', '.join(PREFIXES)}, as kohya names its tensors")
             continue
@@ -126,8 +135,8 @@ class _Module:
     dora: Array | None
 
 
-def _take(builder: AdapterBuilder, name: str, tensors: Mapping[str, Array]) -> None:
-    """Raises TensorError: tensors that make no sense together."""
+def take_module(builder: AdapterBuilder, name: str, tensors: Mapping[str, Array]) -> None:
+    """Put in what a module's tensors come to, by kohya's names. Raises TensorError: they make no sense together."""
     refused = [tensor for tensor in tensors if tensor in _REFUSED]
     if refused:
         for tensor in refused:

@@ -10,7 +10,6 @@ from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.gguf.reader import read_gguf
 from onnx_lora.adapters.formats.gguf.writer import write_gguf
 from onnx_lora.adapters.formats.place import Place
-from onnx_lora.adapters.model_config import config_of
 from onnx_lora.package import Package
 
 __all__ = ["FORMAT"]
@@ -33,7 +32,7 @@ class GgufFormat:
         return read_gguf(place.read(read_gguf_file), place.path, name or place.default_name)
 
     def write_portable(self, adapter: PortableAdapter, out: Path, package: Package | None) -> None:
-        write_gguf(adapter, out, {} if package is None else config_of(package))
+        write_gguf(adapter, out, {} if package is None else package.config)
 
 
 FORMAT = GgufFormat()

@@ -14,7 +14,7 @@ from pathlib import Path
 from onnx_lora.adapters.formats.peft.config import CONFIG
 from onnx_lora.adapters.formats.peft.keys import Names
 from onnx_lora.adapters.problems import abbreviate, list_first
-from onnx_lora.errors import AdapterFileError
+from onnx_lora.errors import AdapterFileError, SeveralAdaptersError
 from onnx_lora.points import Array
 
 __all__ = ["AdapterFolder", "choose_folder", "choose_tensors", "folders_below"]
@@ -113,14 +113,14 @@ def _tensors_of(
     return own
 
 
-def _must_choose(adapters: Collection[str], name: str | None, path: Path, where: str) -> AdapterFileError:
+def _must_choose(adapters: Collection[str], name: str | None, path: Path, where: str) -> SeveralAdaptersError:
     """The error where one of several must be chosen, and was not."""
     ordered = _closest_first(adapters, name)
     listed = list_first(ordered, _MOST_NAMES)
     what = f"holds {'several adapters' if len(ordered) > 1 else 'an adapter'} {where}"
     found = "and none was chosen" if name is None else f"and none of them is {abbreviate(name)}"
     cure = f'choose one: `name="{ordered[0]}"`'
-    return AdapterFileError(f"{what}, {found}: {listed}; {cure}", path=path)
+    return SeveralAdaptersError(f"{what}, {found}: {listed}; {cure}", names=sorted(adapters), path=path)
 
 
 def _closest_first(adapters: Iterable[str], name: str | None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import DocsRow, Fields, Module
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, widen
 from onnx_lora.adapters.problems import TensorError, abbreviate
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
@@ -53,7 +53,7 @@ class BDLoRA:
         return widen(weight) + b @ a
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        return make_delta(*self._factors()) if factors_pay(len(self.a), weight.shape) else None
+        return MatrixDelta(*self._factors()) if factors_pay(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None

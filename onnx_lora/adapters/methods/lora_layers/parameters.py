@@ -13,7 +13,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import DocsRow
-from onnx_lora.adapters.methods.weights import Floats, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, factors_pay, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -76,7 +76,7 @@ class ParameterLora:
         a, b = self._fitting(weight.shape)[0]
         if len(b) != weight.shape[0]:  # the parameter is stored as [in, out]
             a, b = b.T, a.T
-        return make_delta(a, b * np.float32(self.scale))
+        return MatrixDelta(a, b * np.float32(self.scale))
 
     def output_scale(self) -> Array | None:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnx_lora.adapters.adapter import MatrixDelta
 from onnx_lora.adapters.methods.method import DocsRow, Module
-from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, make_delta, widen
+from onnx_lora.adapters.methods.weights import Floats, explain_kind, explain_sizes, factors_pay, widen
 from onnx_lora.kinds import Kind, Linear
 from onnx_lora.points import Array
 
@@ -47,7 +47,7 @@ class QALoRA:
         return widen(weight) + b @ a
 
     def as_factors(self, weight: Array) -> MatrixDelta | None:
-        return make_delta(*self._factors(weight.shape)) if factors_pay(len(self.a), weight.shape) else None
+        return MatrixDelta(*self._factors(weight.shape)) if factors_pay(len(self.a), weight.shape) else None
 
     def output_scale(self) -> Array | None:
         return None
