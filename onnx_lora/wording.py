@@ -13,6 +13,7 @@ from onnx_lora.results import (
     ConvertResult,
     CoverageResult,
     Doubt,
+    FoldedResult,
     FoldResult,
     InspectedAdapter,
     PackageResult,
@@ -129,6 +130,18 @@ def _(result: BatchResult) -> Lines:
 
 
 @in_words.register
+def _(result: FoldedResult) -> Lines:
+    adapters = [f"{one.adapter}: times {one.weight:g}, {one.method}, {one.sha256[:12]}…" for one in result.adapters]
+    return {
+        "folded model": result.model,
+        "adapters": adapters,
+        "graphs": result.graphs,
+        "made from": result.made_from,
+        "fingerprint": result.fingerprint,
+    }
+
+
+@in_words.register
 def _(result: RunResult) -> Lines:
     shapes = {output.name: format_shape(output.shape) for output in result.outputs}
     return {"outputs": shapes, "written": result.written}
@@ -152,9 +165,12 @@ def _(result: VerifyResult) -> Lines:
     lines: Lines = {"agrees": "yes" if result.agrees else "no", "largest difference": _worst_differences(result)}
     outputs: list[str] = []
     for entry in result.outputs:
+        of = f" {entry.adapter}" if entry.adapter else ""
         difference = "no number" if entry.difference is None else f"{entry.difference:.3g}"
-        outputs.append(f"{entry.graph}, {entry.case}, {entry.output}: {difference} (allowed {entry.allowed:.3g})")
+        outputs.append(f"{entry.graph}, {entry.case}{of}, {entry.output}: {difference} (allowed {entry.allowed:.3g})")
     lines["outputs"] = outputs
+    if result.left_out:
+        lines["compared without"] = {graph: ", ".join(names) for graph, names in result.left_out.items()}
     if result.proven or result.unproven:
         lines |= {"proven now": len(result.proven), "unproven": _by_reason(result.unproven)}
     return lines
@@ -164,7 +180,7 @@ def _worst_differences(result: VerifyResult) -> dict[str, float]:
     """The largest difference by graph and case."""
     worst: dict[str, float] = {}
     for entry in result.outputs:
-        case = f"{entry.graph}, {entry.case}"
+        case = f"{entry.graph}, {entry.case} {entry.adapter}".rstrip()
         difference = float("inf") if entry.difference is None else entry.difference
         worst[case] = max(worst.get(case, 0.0), difference)
     return worst

@@ -38,6 +38,7 @@ ALLOWED = {
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
+    "folded": {"manifest", "package"},
     "package": {
         "whatis",
         "manifest_checks",
@@ -70,6 +71,7 @@ ALLOWED = {
         "heads",
     },
     "exporter": {
+        "folded",
         "whatis",
         "lazy",
         "errors",
@@ -89,6 +91,7 @@ ALLOWED = {
         "heads",
     },
     "runtime": {
+        "folded",
         "lazy",
         "errors",
         "arguments",
@@ -108,7 +111,7 @@ ALLOWED = {
         "heads",
     },
     "heat": {"errors"},
-    "results": {"errors", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},
+    "results": {"errors", "folded", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},
     "wording": {"results"},
     "report": {
         "heat",

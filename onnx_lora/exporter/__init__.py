@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from onnx_lora.exporter.precision import Precision
     from onnx_lora.exporter.quantization import Method, quantize
     from onnx_lora.exporter.request import Points
+    from onnx_lora.exporter.verification.adapters import TriedAdapter
     from onnx_lora.exporter.verification.comparison import Comparison
-    from onnx_lora.exporter.verification.verify import verify
+    from onnx_lora.exporter.verification.verify import verify, verify_folded
 
 __all__ = [
     "Checkpoint",
@@ -26,10 +27,12 @@ __all__ = [
     "Points",
     "Precision",
     "TorchModule",
+    "TriedAdapter",
     "attach",
     "export",
     "quantize",
     "verify",
+    "verify_folded",
 ]
 
 if not TYPE_CHECKING:  # so that checkers report names that are not there
@@ -44,9 +47,11 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "Points": "onnx_lora.exporter.request",
             "Precision": "onnx_lora.exporter.precision",
             "TorchModule": "onnx_lora.exporter.frontends.torch_module",
+            "TriedAdapter": "onnx_lora.exporter.verification.adapters",
             "attach": "onnx_lora.exporter.api",
             "export": "onnx_lora.exporter.api",
             "quantize": "onnx_lora.exporter.quantization",
             "verify": "onnx_lora.exporter.verification.verify",
+            "verify_folded": "onnx_lora.exporter.verification.verify",
         },
     )
