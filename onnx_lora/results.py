@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
     from onnx_lora.errors import OnnxLoraError
-    from onnx_lora.exporter import Comparison
+    from onnx_lora.exporter import Comparison, TextComparison
     from onnx_lora.folded import FoldedModel
     from onnx_lora.package import Package
     from onnx_lora.runtime import Requantize
@@ -48,6 +48,7 @@ __all__ = [
     "RunOutput",
     "RunResult",
     "ScaleCount",
+    "TextAgreement",
     "UnplacedNode",
     "VerifyResult",
     "WholeWeightValue",
@@ -136,6 +137,26 @@ class OutputComparison:
 
 
 @dataclass(frozen=True)
+class TextAgreement:
+    """The package and the float model in PyTorch on the user's own texts."""
+
+    adapter: str
+    """The adapter's name; empty for the base."""
+
+    answers: int
+    """How many answers were compared: next tokens of a decoder, labels of a classifier."""
+
+    agreement: float
+    """The share of them for which both say the same, from 0 to 1."""
+
+    loss_float: float | None
+    """The float model's mean cross-entropy on the texts, nats a token; null for labels."""
+
+    loss_package: float | None
+    """The package's."""
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """What a comparison with PyTorch found."""
 
@@ -154,9 +175,15 @@ class VerifyResult:
     unproven: Sequence[Doubt]
     """What stays unproven."""
 
+    texts: Sequence[TextAgreement]
+    """The base and each adapter on the texts of `--text`; empty without them."""
+
     @staticmethod
     def of(
-        comparisons: Sequence[Comparison], before: Package | None = None, now: Package | None = None
+        comparisons: Sequence[Comparison],
+        before: Package | None = None,
+        now: Package | None = None,
+        texts: Sequence[TextComparison] = (),
     ) -> VerifyResult:
         """`before`, `now`: the package before the comparison, and after; None of a folded model."""
         outputs: list[OutputComparison] = []
@@ -173,6 +200,10 @@ class VerifyResult:
             left_out={entry.graph: list(entry.left_out) for entry in comparisons if entry.left_out},
             proven=sorted(set(before.unproven) - set(now.unproven)) if before and now else [],
             unproven=_doubts(now.unproven) if now else [],
+            texts=[
+                TextAgreement(one.adapter, one.answers, one.agreement, one.loss_float, one.loss_package)
+                for one in texts
+            ],
         )
 
 

@@ -18,6 +18,7 @@ from onnx_lora.results import (
     InspectedAdapter,
     PackageResult,
     RunResult,
+    TextAgreement,
     VerifyResult,
 )
 
@@ -171,9 +172,19 @@ def _(result: VerifyResult) -> Lines:
     lines["outputs"] = outputs
     if result.left_out:
         lines["compared without"] = {graph: ", ".join(names) for graph, names in result.left_out.items()}
+    if result.texts:
+        lines["on your texts"] = [_say_texts(one) for one in result.texts]
     if result.proven or result.unproven:
         lines |= {"proven now": len(result.proven), "unproven": _by_reason(result.unproven)}
     return lines
+
+
+def _say_texts(one: TextAgreement) -> str:
+    """How far the package is from the float model, in one line."""
+    said = f"{one.adapter or 'base'}: {one.agreement:.1%} of {one.answers} answers are the float model's"
+    if one.loss_float is None or one.loss_package is None:
+        return said
+    return f"{said}; loss {one.loss_package:.4f}, the float model's {one.loss_float:.4f}"
 
 
 def _worst_differences(result: VerifyResult) -> dict[str, float]:

@@ -219,6 +219,11 @@ def quantize(
     type=click.Path(path_type=Path),
     help="The PEFT folder that --adapter was converted from, one for each of them: what PEFT loads.",
 )
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A file of your own texts, one a line: how often base and adapters say what the float model says there.",
+)
 @adapter_name_option
 @json_option
 def verify(
@@ -226,6 +231,7 @@ def verify(
     reference: str,
     adapters: Sequence[str],
     originals: Sequence[Path],
+    text: Path | None,
     adapter_name: str | None,
     as_json: bool,
 ) -> None:
@@ -238,12 +244,16 @@ def verify(
               onnx-lora verify smollm --reference ./SmolLM2-135M --adapter sql.onnx_adapter --original adapters/sql
               onnx-lora verify sql-folded --reference ./SmolLM2-135M --adapter adapters/sql
     """
+    from onnx_lora.exporter import compare_texts
     from onnx_lora.exporter import verify as run_verify
 
     given = parse_adapters(adapters, adapter_name)
     if originals and len(originals) != len(given):
         raise click.UsageError("--original goes with --adapter, one for each of them")
+    texts = () if text is None else _read_lines(text)
     if what_is(package) in (Thing.ONNX, Thing.GENAI):
+        if texts:
+            raise click.UsageError("--text is for packages; a folded model is compared with its adapters alone")
         comparisons = _verify_folded(package, reference, given, originals)
         report.show(VerifyResult.of(comparisons), as_json=as_json)
         return
@@ -257,7 +267,19 @@ def verify(
                 raise click.UsageError("a weight is for a folded model; adapters of a package are compared as they are")
         with report.progress("verifying"):
             comparisons = run_verify(opened, reference, adapters=tried)
-    report.show(VerifyResult.of(comparisons, opened, Package.open(package)), as_json=as_json)
+            agreements = compare_texts(opened, reference, texts, tried) if texts else []
+    report.show(VerifyResult.of(comparisons, opened, Package.open(package), agreements), as_json=as_json)
+
+
+def _read_lines(file: Path) -> list[str]:
+    """The lines of a text file that hold something. Raises InputError: it is none, or has none."""
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"must be a text file in UTF-8, one text a line: {error}", path=file) from error
+    if not lines:
+        raise InputError("must hold texts, one a line, and is empty", path=file)
+    return lines
 
 
 def _try_on(package: Package, given: GivenAdapter, place: Path) -> TriedAdapter:

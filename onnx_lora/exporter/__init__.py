@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnx_lora.exporter.request import Points
     from onnx_lora.exporter.verification.adapters import TriedAdapter
     from onnx_lora.exporter.verification.comparison import Comparison
+    from onnx_lora.exporter.verification.own_texts import TextComparison, compare_texts
     from onnx_lora.exporter.verification.verify import verify, verify_folded
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "Pipeline",
     "Points",
     "Precision",
+    "TextComparison",
     "TorchModule",
     "TriedAdapter",
     "attach",
+    "compare_texts",
     "export",
     "quantize",
     "verify",
@@ -48,7 +51,9 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "Precision": "onnx_lora.exporter.precision",
             "TorchModule": "onnx_lora.exporter.frontends.torch_module",
             "TriedAdapter": "onnx_lora.exporter.verification.adapters",
+            "TextComparison": "onnx_lora.exporter.verification.own_texts",
             "attach": "onnx_lora.exporter.api",
+            "compare_texts": "onnx_lora.exporter.verification.own_texts",
             "export": "onnx_lora.exporter.api",
             "quantize": "onnx_lora.exporter.quantization",
             "verify": "onnx_lora.exporter.verification.verify",
