@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from onnx_lora.adapters.strength import Strength, Weight, as_strength
 from onnx_lora.manifest import FORMAT_VERSION, GraphInfo, Manifest
 from onnx_lora.package import Package
+
+if TYPE_CHECKING:
+    from onnx_lora.adapters import BoundAdapter
 
 __all__ = ["KEY", "FoldedIn", "FoldedModel"]
 
@@ -19,12 +23,21 @@ KEY = "onnx_lora.folded"
 
 @dataclass(frozen=True)
 class FoldedIn:
-    """An adapter that was folded in. `sha256`: of its weight file."""
+    """An adapter that was folded in. `weight`: of its modules, but for those of `groups`. `sha256`: of its weight
+    file."""
 
     name: str
     weight: float
     method: str
     sha256: str
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(bound: BoundAdapter, weight: Weight) -> FoldedIn:
+        own = as_strength(weight)
+        groups = dict(own.groups) if isinstance(own, Strength) else {}
+        rest = own.rest if isinstance(own, Strength) else own
+        return FoldedIn(bound.name, rest, bound.origin.method, bound.origin.sha256, groups)
 
 
 @dataclass(frozen=True)

@@ -468,6 +468,9 @@ class FoldedInAdapter:
     weight: float
     """What it was multiplied with."""
 
+    groups: Mapping[str, float]
+    """What the modules of some groups were multiplied with instead."""
+
     method: str
     """The method that it was trained with."""
 
@@ -496,7 +499,9 @@ class FoldedResult:
 
     @staticmethod
     def of(model: FoldedModel) -> FoldedResult:
-        adapters = [FoldedInAdapter(one.name, one.weight, one.method, one.sha256) for one in model.adapters]
+        adapters = [
+            FoldedInAdapter(one.name, one.weight, dict(one.groups), one.method, one.sha256) for one in model.adapters
+        ]
         return FoldedResult(
             str(model.path), list(model.graphs.values()), dict(model.source), model.fingerprint, adapters
         )

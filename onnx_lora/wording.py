@@ -132,7 +132,10 @@ def _(result: BatchResult) -> Lines:
 
 @in_words.register
 def _(result: FoldedResult) -> Lines:
-    adapters = [f"{one.adapter}: times {one.weight:g}, {one.method}, {one.sha256[:12]}…" for one in result.adapters]
+    adapters: list[str] = []
+    for one in result.adapters:
+        groups = "".join(f", {group} {weight:g}" for group, weight in one.groups.items())
+        adapters.append(f"{one.adapter}: times {one.weight:g}{groups}, {one.method}, {one.sha256[:12]}…")
     return {
         "folded model": result.model,
         "adapters": adapters,

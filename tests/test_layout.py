@@ -38,7 +38,7 @@ ALLOWED = {
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
-    "folded": {"manifest", "package"},
+    "folded": {"manifest", "package", "adapters"},
     "package": {
         "whatis",
         "manifest_checks",

@@ -9,6 +9,7 @@ from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
 from onnx_lora.adapters.compose import make_blend
+from onnx_lora.adapters.strength import Weight
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
@@ -18,7 +19,7 @@ AnyAdapter: TypeAlias = Union[str, "os.PathLike[str]", Adapter, BoundAdapter]
 AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
 
 # Several adapters and their weights. Adapters already read cannot be keys: they go in pairs.
-Mixture: TypeAlias = Mapping[AnyAdapter, float] | Sequence[tuple[AnyAdapter, float]]
+Mixture: TypeAlias = Mapping[AnyAdapter, Weight] | Sequence[tuple[AnyAdapter, Weight]]
 
 
 def open_package(package: AnyPackage, *, allow_unproven: bool = False) -> Package:
@@ -59,7 +60,7 @@ def bind_blend(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool 
 
 def bind_parts(
     adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = False
-) -> list[tuple[BoundAdapter, float]]:
+) -> list[tuple[BoundAdapter, Weight]]:
     """The adapters of a blend with their weights; of one adapter itself at weight 1. Raises as `bind_blend`."""
     if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
         return [(bind_adapter(adapter, package, strict=strict), 1.0)]

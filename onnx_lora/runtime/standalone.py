@@ -85,8 +85,8 @@ def fold_to(
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
     parts = bind_parts(adapter, whole, strict=strict)
-    bound = parts[0][0] if len(parts) == 1 and parts[0][1] == 1.0 else make_blend(parts, name="blend")
-    made_of = [FoldedIn(one.name, float(weight), one.origin.method, one.origin.sha256) for one, weight in parts]
+    bound = make_blend(parts, name="blend")
+    made_of = [FoldedIn.of(one, weight) for one, weight in parts]
     plans = [_Plan.of(info, bound) for info in infos]
     steps = _Steps(progress, sum(len(plan.edits) for plan in plans))
     with staged(out) as folder:
