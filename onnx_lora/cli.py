@@ -51,11 +51,11 @@ COMMANDS: Mapping[str, _Entry] = {
     "export": _Entry("making", "Export a checkpoint folder or hub id MODEL to a package OUT."),
     "fold": _Entry("running", "Fold adapters into PACKAGE's weights and write an ordinary model folder OUT."),
     "generate": _Entry("running", "Write on behind prompts."),
-    "inspect": _Entry("adapters", "Show what a package or an adapter at PATH holds."),
+    "inspect": _Entry("adapters", "Show what a package, an adapter or a folded model at PATH holds."),
     "measure": _Entry("measuring", "Measure whether an adapter is better folded into PACKAGE or kept apart."),
     "quantize": _Entry("making", "Quantize the weights of the float package PACKAGE."),
     "run": _Entry("running", "Run PACKAGE once on the inputs of an .npz file."),
-    "verify": _Entry("making", "Compare PACKAGE with PyTorch and PEFT."),
+    "verify": _Entry("making", "Compare PACKAGE, or a folded model, with PyTorch and PEFT."),
 }
 
 

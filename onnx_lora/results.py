@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
     from onnx_lora.errors import OnnxLoraError
-    from onnx_lora.exporter import Comparison
+    from onnx_lora.exporter import Comparison, TextComparison
+    from onnx_lora.folded import FoldedModel
     from onnx_lora.package import Package
     from onnx_lora.runtime import Requantize
 
@@ -34,6 +35,8 @@ __all__ = [
     "FoldOnly",
     "FoldResult",
     "FoldedAdapter",
+    "FoldedInAdapter",
+    "FoldedResult",
     "GenerateResult",
     "GeneratedText",
     "InspectedAdapter",
@@ -45,6 +48,7 @@ __all__ = [
     "RunOutput",
     "RunResult",
     "ScaleCount",
+    "TextAgreement",
     "UnplacedNode",
     "VerifyResult",
     "WholeWeightValue",
@@ -116,6 +120,9 @@ class OutputComparison:
     """What was run: "base"; "adapter" (on all rows); "rows" (on every other row); "replaced" (whole weights); "int8" (a
     quantized base as it is, against itself in float)."""
 
+    adapter: str
+    """The adapter's name; empty where none was named."""
+
     output: str
     """The output's name."""
 
@@ -130,6 +137,26 @@ class OutputComparison:
 
 
 @dataclass(frozen=True)
+class TextAgreement:
+    """The package and the float model in PyTorch on the user's own texts."""
+
+    adapter: str
+    """The adapter's name; empty for the base."""
+
+    answers: int
+    """How many answers were compared: next tokens of a decoder, labels of a classifier."""
+
+    agreement: float
+    """The share of them for which both say the same, from 0 to 1."""
+
+    loss_float: float | None
+    """The float model's mean cross-entropy on the texts, nats a token; null for labels."""
+
+    loss_package: float | None
+    """The package's."""
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """What a comparison with PyTorch found."""
 
@@ -139,26 +166,44 @@ class VerifyResult:
     outputs: Sequence[OutputComparison]
     """Every comparison that was made."""
 
+    left_out: Mapping[str, Sequence[str]]
+    """The model's inputs that a graph has not, by graph: PyTorch's model was not given them either."""
+
     proven: Sequence[str]
     """Modules and parameters that were unproven before, and are proven by this comparison."""
 
     unproven: Sequence[Doubt]
     """What stays unproven."""
 
+    texts: Sequence[TextAgreement]
+    """The base and each adapter on the texts of `--text`; empty without them."""
+
     @staticmethod
-    def of(comparisons: Sequence[Comparison], before: Package, now: Package) -> VerifyResult:
-        """`before`, `now`: the package before the comparison, and after."""
+    def of(
+        comparisons: Sequence[Comparison],
+        before: Package | None = None,
+        now: Package | None = None,
+        texts: Sequence[TextComparison] = (),
+    ) -> VerifyResult:
+        """`before`, `now`: the package before the comparison, and after; None of a folded model."""
         outputs: list[OutputComparison] = []
         for entry in comparisons:
             difference = entry.difference if math.isfinite(entry.difference) else None
             outputs.append(
-                OutputComparison(entry.graph, entry.case, entry.output, difference, entry.allowed, entry.agrees)
+                OutputComparison(
+                    entry.graph, entry.case, entry.adapter, entry.output, difference, entry.allowed, entry.agrees
+                )
             )
         return VerifyResult(
             agrees=all(entry.agrees for entry in comparisons),
             outputs=outputs,
-            proven=sorted(set(before.unproven) - set(now.unproven)),
-            unproven=_doubts(now.unproven),
+            left_out={entry.graph: list(entry.left_out) for entry in comparisons if entry.left_out},
+            proven=sorted(set(before.unproven) - set(now.unproven)) if before and now else [],
+            unproven=_doubts(now.unproven) if now else [],
+            texts=[
+                TextAgreement(one.adapter, one.answers, one.agreement, one.loss_float, one.loss_package)
+                for one in texts
+            ],
         )
 
 
@@ -411,6 +456,55 @@ class InspectedAdapter:
 
     written: str | None
     """The picture; null without `--plot`."""
+
+
+@dataclass(frozen=True)
+class FoldedInAdapter:
+    """An adapter that lies in a folded model's weights."""
+
+    adapter: str
+    """Its name."""
+
+    weight: float
+    """What it was multiplied with."""
+
+    groups: Mapping[str, float]
+    """What the modules of some groups were multiplied with instead."""
+
+    method: str
+    """The method that it was trained with."""
+
+    sha256: str
+    """The SHA-256 of its weight file."""
+
+
+@dataclass(frozen=True)
+class FoldedResult:
+    """What a folded model was made of."""
+
+    model: str
+    """Its folder."""
+
+    graphs: Sequence[str]
+    """The names of its graphs."""
+
+    made_from: Mapping[str, str]
+    """What its package was made from, by the manifest's names."""
+
+    fingerprint: str
+    """The package's: the SHA-256 of its base weights."""
+
+    adapters: Sequence[FoldedInAdapter]
+    """What was folded in."""
+
+    @staticmethod
+    def of(model: FoldedModel) -> FoldedResult:
+        adapters = [
+            FoldedInAdapter(one.name, one.weight, dict(one.groups), one.method, one.sha256) for one in model.adapters
+        ]
+        return FoldedResult(
+            str(model.path), list(model.graphs.values()), dict(model.source), model.fingerprint, adapters
+        )
 
 
 @dataclass(frozen=True)

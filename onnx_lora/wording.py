@@ -13,10 +13,12 @@ from onnx_lora.results import (
     ConvertResult,
     CoverageResult,
     Doubt,
+    FoldedResult,
     FoldResult,
     InspectedAdapter,
     PackageResult,
     RunResult,
+    TextAgreement,
     VerifyResult,
 )
 
@@ -134,6 +136,21 @@ def _(result: BatchResult) -> Lines:
 
 
 @in_words.register
+def _(result: FoldedResult) -> Lines:
+    adapters: list[str] = []
+    for one in result.adapters:
+        groups = "".join(f", {group} {weight:g}" for group, weight in one.groups.items())
+        adapters.append(f"{one.adapter}: times {one.weight:g}{groups}, {one.method}, {one.sha256[:12]}…")
+    return {
+        "folded model": result.model,
+        "adapters": adapters,
+        "graphs": result.graphs,
+        "made from": result.made_from,
+        "fingerprint": result.fingerprint,
+    }
+
+
+@in_words.register
 def _(result: RunResult) -> Lines:
     shapes = {output.name: format_shape(output.shape) for output in result.outputs}
     return {"outputs": shapes, "written": result.written}
@@ -157,19 +174,32 @@ def _(result: VerifyResult) -> Lines:
     lines: Lines = {"agrees": "yes" if result.agrees else "no", "largest difference": _worst_differences(result)}
     outputs: list[str] = []
     for entry in result.outputs:
+        of = f" {entry.adapter}" if entry.adapter else ""
         difference = "no number" if entry.difference is None else f"{entry.difference:.3g}"
-        outputs.append(f"{entry.graph}, {entry.case}, {entry.output}: {difference} (allowed {entry.allowed:.3g})")
+        outputs.append(f"{entry.graph}, {entry.case}{of}, {entry.output}: {difference} (allowed {entry.allowed:.3g})")
     lines["outputs"] = outputs
+    if result.left_out:
+        lines["compared without"] = {graph: ", ".join(names) for graph, names in result.left_out.items()}
+    if result.texts:
+        lines["on your texts"] = [_say_texts(one) for one in result.texts]
     if result.proven or result.unproven:
         lines |= {"proven now": len(result.proven), "unproven": _by_reason(result.unproven)}
     return lines
+
+
+def _say_texts(one: TextAgreement) -> str:
+    """How far the package is from the float model, in one line."""
+    said = f"{one.adapter or 'base'}: {one.agreement:.1%} of {one.answers} answers are the float model's"
+    if one.loss_float is None or one.loss_package is None:
+        return said
+    return f"{said}; loss {one.loss_package:.4f}, the float model's {one.loss_float:.4f}"
 
 
 def _worst_differences(result: VerifyResult) -> dict[str, float]:
     """The largest difference by graph and case."""
     worst: dict[str, float] = {}
     for entry in result.outputs:
-        case = f"{entry.graph}, {entry.case}"
+        case = f"{entry.graph}, {entry.case} {entry.adapter}".rstrip()
         difference = float("inf") if entry.difference is None else entry.difference
         worst[case] = max(worst.get(case, 0.0), difference)
     return worst

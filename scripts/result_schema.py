@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, Sequence[type]] = {
     "export": [results.PackageResult],
     "fold": [results.FoldResult],
     "generate": [results.GenerateResult],
-    "inspect": [results.PackageResult, results.InspectedAdapter],
+    "inspect": [results.PackageResult, results.InspectedAdapter, results.FoldedResult],
     "measure": [Measurement],
     "quantize": [results.PackageResult],
     "run": [results.RunResult],

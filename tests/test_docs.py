@@ -83,6 +83,7 @@ def _make_llm(folder: Path) -> None:
 
     model().save_pretrained(folder / "my-llm")
     make_tokenizer(folder / "my-llm")
+    (folder / "texts.txt").write_text("once upon a time\nthe king said no\n", "utf-8")
     make_adapter(model(), folder / "llm-adapters" / "sql", r=4, target_modules=["q_proj", "v_proj"])
     make_adapter(model(), folder / "llm-adapters" / "polite", r=2, target_modules="all-linear", seed=2)
 

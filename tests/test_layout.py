@@ -38,6 +38,7 @@ ALLOWED = {
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
+    "folded": {"manifest", "package", "adapters"},
     "package": {
         "whatis",
         "manifest_checks",
@@ -71,6 +72,7 @@ ALLOWED = {
         "heads",
     },
     "exporter": {
+        "folded",
         "whatis",
         "lazy",
         "errors",
@@ -90,6 +92,7 @@ ALLOWED = {
         "heads",
     },
     "runtime": {
+        "folded",
         "lazy",
         "errors",
         "arguments",
@@ -109,7 +112,7 @@ ALLOWED = {
         "heads",
     },
     "heat": {"errors"},
-    "results": {"errors", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},
+    "results": {"errors", "folded", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},
     "wording": {"results"},
     "report": {
         "heat",

@@ -53,5 +53,5 @@ def test_every_result_is_said_in_words_or_drawn(command: str) -> None:
 
 
 def test_a_difference_that_is_no_number_is_null() -> None:
-    body = as_json(OutputComparison("model", "base", "logits", None, 0.1, agrees=False))
+    body = as_json(OutputComparison("model", "base", "", "logits", None, 0.1, agrees=False))
     assert body["difference"] is None

@@ -12,31 +12,63 @@ from typing import Any, TypeVar
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter, Coverage, Origin
-from onnx_lora.arguments import is_finite_number
+from onnx_lora.adapters.strength import (
+    Strength,
+    Weight,
+    as_strength,
+    group_problems,
+    say_weight,
+    weight_in,
+    weight_problem,
+)
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.points import Array
 
-__all__ = ["Parts", "Tensors", "blend", "make_blend"]
+__all__ = ["Parts", "Tensors", "add_up", "blend", "check_weights", "make_blend"]
 
 T = TypeVar("T")
 
 Tensors = Mapping[str, Array]  # by graph input name
-Parts = Sequence[tuple[BoundAdapter, float]]  # adapters and their weights
+Parts = Sequence[tuple[BoundAdapter, float | Strength]]  # adapters and their weights
 
 _A, _B, _SCALE = ".lora_A.weight", ".lora_B.weight", ".dora_scale"
 
 
 @public
-def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
+def blend(parts: Sequence[tuple[BoundAdapter, Weight]]) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
-    One part of weight 1 gives its own tensors, uncopied; no part gives the base.
+    A weight is a number, or numbers by groups of modules, `{"down_blocks": 0.6, "*": 1.0}` (see `strength.py`). One
+    part of weight 1 gives its own tensors, uncopied; no part gives the base.
 
-    Raises SelectionError: a weight that is no finite number; parts that are bound to different packages; a whole
-    weight, or a change that does not add, which more than one part brings, or a part of another weight than 1.
+    Raises SelectionError: a weight that is no finite number, a group without a module; parts that are bound to
+    different packages; a whole weight, or a change that does not add, which more than one part brings, or a part of
+    another weight than 1.
     """
-    problems = [*_weight_problems(parts), *_whole_weight_problems(parts), *_unaddable_problems(parts)]
+    return add_up(check_weights(parts))
+
+
+def check_weights(parts: Sequence[tuple[BoundAdapter, Weight | Strength]]) -> Parts:
+    """The parts with their weights as they are kept. Raises SelectionError: one is no weight, or names no module."""
+    problems: list[str] = []
+    checked: list[tuple[BoundAdapter, float | Strength]] = []
+    for part, weight in parts:
+        problem = None if isinstance(weight, Strength) else weight_problem(weight)
+        if problem is not None:
+            problems.append(f"{part.name}: a weight must be {problem}")
+            continue
+        own = as_strength(weight)
+        problems.extend(group_problems(part, own))
+        checked.append((part, own))
+    if problems:
+        raise SelectionError("these adapters cannot be blended so", problems=problems)
+    return checked
+
+
+def add_up(parts: Parts) -> Tensors:
+    """What `blend` gives, of parts whose weights were checked. Raises SelectionError: they do not add."""
+    problems = [*_whole_weight_problems(parts), *_unaddable_problems(parts)]
     if problems:
         raise SelectionError("these adapters cannot be blended so", problems=problems)
     if _is_one_whole(parts):
@@ -55,7 +87,7 @@ def blend(parts: Sequence[tuple[BoundAdapter, float]]) -> Tensors:
 
 
 @public
-def make_blend(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> BoundAdapter:
+def make_blend(parts: Sequence[tuple[BoundAdapter, Weight]], *, name: str) -> BoundAdapter:
     """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
 
     Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name.
@@ -64,10 +96,10 @@ def make_blend(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> Bou
     """
     if not parts:
         raise SelectionError("a blend must have an adapter at least, and has none")
-    first, weight = parts[0]
-    if len(parts) == 1 and is_finite_number(weight) and weight == 1.0:
-        return first
-    tensors = dict(blend(parts))
+    checked = check_weights(parts)
+    if _is_one_whole(checked):
+        return checked[0][0]
+    tensors = dict(add_up(checked))
     for tensor in tensors.values():
         tensor.flags.writeable = False
     adapters = [part for part, _ in parts]
@@ -75,7 +107,7 @@ def make_blend(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> Bou
         name=name,
         tensors=tensors,
         coverage=_blend_coverage(adapters, tensors),
-        origin=_blend_origin(parts),
+        origin=_blend_origin(checked),
         base_digests=_blend_digests(adapters),
         graphs=adapters[0].graphs,
         changes=_union(part.changes for part in adapters),
@@ -88,20 +120,13 @@ def make_blend(parts: Sequence[tuple[BoundAdapter, float]], *, name: str) -> Bou
 # --- what cannot be blended --------------------------------------------------------------------
 
 
-def _weight_problems(parts: Parts) -> list[str]:
-    problems: list[str] = []
-    for part, weight in parts:
-        if not is_finite_number(weight):
-            problems.append(f"{part.name}: a weight must be a finite number, and is {weight!r}")
-    return problems
-
-
 def _whole_weight_problems(parts: Parts) -> list[str]:
     """Whole weights do not add: one adapter brings them, as they are, or none."""
-    owners: dict[str, list[tuple[BoundAdapter, float]]] = {}
+    owners: dict[str, list[tuple[BoundAdapter, float | Strength]]] = {}
     for part, weight in parts:
         for parameter in part.coverage.replaced:
-            owners.setdefault(parameter, []).append((part, weight))
+            own = weight_in(weight, parameter.rpartition(".")[0])
+            owners.setdefault(parameter, []).append((part, own))
     problems: list[str] = []
     for parameter, found in owners.items():
         if not _is_one_whole(found):
@@ -119,10 +144,10 @@ def _unaddable_problems(parts: Parts) -> list[str]:
         changed.append(frozenset([*part.coverage.applied, *part.coverage.replaced]))
     problems: list[str] = []
     for module in _unaddable_modules(parts):
-        owners: list[tuple[BoundAdapter, float]] = []
-        for own, names in zip(parts, changed, strict=True):
+        owners: list[tuple[BoundAdapter, float | Strength]] = []
+        for (part, weight), names in zip(parts, changed, strict=True):
             if module in names or f"{module}.weight" in names:
-                owners.append(own)
+                owners.append((part, weight_in(weight, module)))
         if not _is_one_whole(owners):
             problems.append(
                 f"{module}: its change (DoRA, or one that only folds) does not add to others, and must come from one "
@@ -173,7 +198,7 @@ def _blend_factors(module: str, parts: Parts) -> Tensors:
         if name_a not in part.tensors:
             continue
         a = part.tensors[name_a]
-        b = _weigh(part, name_b, float(weight))
+        b = _weigh(part, name_b, weight_in(weight, module))
         all_a.append(a)
         all_b.append(b)
         layouts.add((a.shape[1], b.shape[2], a.dtype))
@@ -209,7 +234,7 @@ def _blend_origin(parts: Parts) -> Origin:
         path=", ".join(PurePath(origin.path).name for origin in origins),
         sha256=", ".join(origin.sha256 for origin in origins),
         format=", ".join(dict.fromkeys(origin.format for origin in origins)),
-        method="blend of " + ", ".join(f"{part.name}:{float(weight):g}" for part, weight in parts),
+        method="blend of " + ", ".join(f"{part.name}:{say_weight(weight)}" for part, weight in parts),
         base_model=", ".join(dict.fromkeys(origin.base_model for origin in origins if origin.base_model)),
     )
 

@@ -29,10 +29,11 @@ from onnx_lora.results import (
     BatchResult,
     ConvertResult,
     CoverageResult,
+    FoldedResult,
     InspectedAdapter,
     PackageResult,
 )
-from onnx_lora.whatis import Thing
+from onnx_lora.whatis import Thing, what_is
 
 __all__ = ["convert", "inspect"]
 
@@ -208,7 +209,7 @@ def inspect(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Show what a package or an adapter at PATH holds. Points, ranks, sizes and coverage are listed.
+    """Show what a package, an adapter or a folded model at PATH holds. Points, ranks, sizes and coverage are listed.
 
     \b
     Example:  onnx-lora inspect adapters/sql --package smollm --plot heat.png
@@ -218,6 +219,13 @@ def inspect(
     if package is None and (path / MANIFEST).is_file():
         report.show(PackageResult.of(Package.open(path)), as_json=as_json)
         return
+    if package is None and what_is(path) in (Thing.ONNX, Thing.GENAI) and path.is_dir():
+        from onnx_lora.runtime import read_folded
+
+        folded = read_folded(path)
+        if folded is not None:
+            report.show(FoldedResult.of(folded), as_json=as_json)
+            return
     adapter = GivenAdapter(path, chosen=adapter_name).read()
     if package is None:
         report.show(InspectedAdapter(AdapterResult.of(adapter), None, {}, None), as_json=as_json)

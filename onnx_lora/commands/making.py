@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
@@ -10,18 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import click
 
 from onnx_lora import report
-from onnx_lora.adapters import bind, read_adapter
+from onnx_lora.adapters import bind, read_adapter, write_adapter
 from onnx_lora.adapters.adapter import refuse_fold_only
+from onnx_lora.commands.given import SPELLING, GivenAdapter, adapter_name_option, parse_adapters
 from onnx_lora.commands.options import json_option
 from onnx_lora.commands.outputs import force_option, output
-from onnx_lora.errors import InputError
+from onnx_lora.errors import InputError, SeveralAdaptersError
 from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS
 from onnx_lora.package import Package
 from onnx_lora.results import PackageResult, VerifyResult
-from onnx_lora.whatis import Thing
+from onnx_lora.staging import scratch
+from onnx_lora.whatis import Thing, what_is
 
 if TYPE_CHECKING:
-    from onnx_lora.exporter import Comparison
+    from onnx_lora.exporter import Comparison, TriedAdapter
 
 __all__ = ["attach", "export", "quantize", "verify"]
 
@@ -202,35 +205,125 @@ def quantize(
 @click.command()
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="CHECKPOINT", help="The checkpoint it was exported from.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT folder (default: random adapters).")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar=SPELLING,
+    help="Several are compared one by one; of a folded model all that are in it (default: random adapters).",
+)
+@click.option(
+    "--original",
+    "originals",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The PEFT folder that --adapter was converted from, one for each of them: what PEFT loads.",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A file of your own texts, one a line: how often base and adapters say what the float model says there.",
+)
+@adapter_name_option
 @json_option
-def verify(package: Path, reference: str, adapter: Path | None, as_json: bool) -> None:
-    """Compare PACKAGE with PyTorch and PEFT. The largest difference of each output is shown.
+def verify(
+    package: Path,
+    reference: str,
+    adapters: Sequence[str],
+    originals: Sequence[Path],
+    text: Path | None,
+    adapter_name: str | None,
+    as_json: bool,
+) -> None:
+    """Compare PACKAGE, or a folded model, with PyTorch and PEFT. The largest difference of each output is shown.
 
     Without --adapter, unproven points that agree are written down as proven.
 
     \b
     Example:  onnx-lora verify smollm --reference ./SmolLM2-135M --adapter adapters/sql
+              onnx-lora verify smollm --reference ./SmolLM2-135M --adapter sql.onnx_adapter --original adapters/sql
+              onnx-lora verify sql-folded --reference ./SmolLM2-135M --adapter adapters/sql
     """
+    from onnx_lora.exporter import compare_texts
     from onnx_lora.exporter import verify as run_verify
 
+    given = parse_adapters(adapters, adapter_name)
+    if originals and len(originals) != len(given):
+        raise click.UsageError("--original goes with --adapter, one for each of them")
+    texts = () if text is None else _read_lines(text)
+    if what_is(package) in (Thing.ONNX, Thing.GENAI):
+        if texts:
+            raise click.UsageError("--text is for packages; a folded model is compared with its adapters alone")
+        comparisons = _verify_folded(package, reference, given, originals)
+        report.show(VerifyResult.of(comparisons), as_json=as_json)
+        return
     opened = Package.open(package, allow_unproven=True)
-    tensors = None if adapter is None else _bind_peft_folder(adapter, opened)
-    with report.progress("verifying"):
-        comparisons = run_verify(opened, reference, adapter=adapter, tensors=tensors)
-    report.show(VerifyResult.of(comparisons, opened, Package.open(package)), as_json=as_json)
+    with scratch() as folder:
+        tried = [_try_on(opened, one, folder / str(number)) for number, one in enumerate(given)]
+        for number, original in enumerate(originals):
+            tried[number] = replace(tried[number], folder=original)
+        for one in given:
+            if one.weight != 1.0:
+                raise click.UsageError("a weight is for a folded model; adapters of a package are compared as they are")
+        with report.progress("verifying"):
+            comparisons = run_verify(opened, reference, adapters=tried)
+            agreements = compare_texts(opened, reference, texts, tried) if texts else []
+    report.show(VerifyResult.of(comparisons, opened, Package.open(package), agreements), as_json=as_json)
 
 
-def _bind_peft_folder(path: Path, package: Package) -> Mapping[str, Any]:
-    """An adapter that PEFT loads too, as graph inputs.
+def _read_lines(file: Path) -> list[str]:
+    """The lines of a text file that hold something. Raises InputError: it is none, or has none."""
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"must be a text file in UTF-8, one text a line: {error}", path=file) from error
+    if not lines:
+        raise InputError("must hold texts, one a line, and is empty", path=file)
+    return lines
 
-    Raises InputError: it is no PEFT folder. BindError: it does not fit, or only folds.
+
+def _try_on(package: Package, given: GivenAdapter, place: Path) -> TriedAdapter:
+    """An adapter as graph inputs, and as a PEFT folder: its own, or one that is written to `place`.
+
+    Raises BindError: it does not fit, or only folds. UnsupportedAdapterError: no PEFT folder can hold it.
     """
-    adapter = read_adapter(path)
-    if adapter.origin.format != "peft":
-        raise InputError(
-            "is compared with what PEFT loads, and must be a PEFT folder; onnx-lora convert writes one", path=path
-        )
+    from onnx_lora.exporter import TriedAdapter
+
+    adapter = given.read()
     bound = bind(adapter, package)
     refuse_fold_only(bound, bound.coverage.fold_only)
-    return bound.tensors
+    if adapter.origin.format != "peft" or _is_one_of_several(given.path):
+        write_adapter(adapter, place, format="peft", package=package)
+        return TriedAdapter(given.label, place, bound.tensors)
+    return TriedAdapter(given.label, adapter.origin.path, bound.tensors)
+
+
+def _is_one_of_several(path: Path) -> bool:
+    """Whether one file holds several adapters, of which PEFT loads none."""
+    try:
+        read_adapter(path)
+    except SeveralAdaptersError:
+        return (path / "adapter_config.json").is_file()
+    return False
+
+
+def _verify_folded(
+    folder: Path, reference: str, given: Sequence[GivenAdapter], originals: Sequence[Path]
+) -> Sequence[Comparison]:
+    from onnx_lora.exporter import TriedAdapter, verify_folded
+    from onnx_lora.runtime import read_folded
+
+    model = read_folded(folder)
+    if model is None:
+        raise InputError(
+            "must be a package, or a folded model that says what it was made of, and its graphs do not: fold it again, "
+            "or give ONNX files their points with `attach`",
+            path=folder,
+        )
+    if not given:
+        held = ", ".join(f"{one.name}:{one.weight:g}" for one in model.adapters)
+        raise InputError(f"is compared with what was folded in ({held}): give that with --adapter", path=folder)
+    places = originals or [one.path for one in given]
+    tried = [TriedAdapter(one.label, place, weight=one.weight) for one, place in zip(given, places, strict=True)]
+    with report.progress("verifying"):
+        return verify_folded(model, reference, tried)

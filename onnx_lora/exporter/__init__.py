@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from onnx_lora.exporter.precision import Precision
     from onnx_lora.exporter.quantization import Method, quantize
     from onnx_lora.exporter.request import Points
+    from onnx_lora.exporter.verification.adapters import TriedAdapter
     from onnx_lora.exporter.verification.comparison import Comparison
-    from onnx_lora.exporter.verification.verify import verify
+    from onnx_lora.exporter.verification.own_texts import TextComparison, compare_texts
+    from onnx_lora.exporter.verification.verify import verify, verify_folded
 
 __all__ = [
     "Checkpoint",
@@ -25,11 +27,15 @@ __all__ = [
     "Pipeline",
     "Points",
     "Precision",
+    "TextComparison",
     "TorchModule",
+    "TriedAdapter",
     "attach",
+    "compare_texts",
     "export",
     "quantize",
     "verify",
+    "verify_folded",
 ]
 
 if not TYPE_CHECKING:  # so that checkers report names that are not there
@@ -44,9 +50,13 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "Points": "onnx_lora.exporter.request",
             "Precision": "onnx_lora.exporter.precision",
             "TorchModule": "onnx_lora.exporter.frontends.torch_module",
+            "TriedAdapter": "onnx_lora.exporter.verification.adapters",
+            "TextComparison": "onnx_lora.exporter.verification.own_texts",
             "attach": "onnx_lora.exporter.api",
+            "compare_texts": "onnx_lora.exporter.verification.own_texts",
             "export": "onnx_lora.exporter.api",
             "quantize": "onnx_lora.exporter.quantization",
             "verify": "onnx_lora.exporter.verification.verify",
+            "verify_folded": "onnx_lora.exporter.verification.verify",
         },
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnx_lora.runtime.measuring import measure
     from onnx_lora.runtime.requantize import Requantize, Rounding
     from onnx_lora.runtime.session import AdapterSession
-    from onnx_lora.runtime.standalone import fold_to
+    from onnx_lora.runtime.standalone import fold_to, read_folded
 
 __all__ = [
     "AdapterSession",
@@ -41,6 +41,7 @@ __all__ = [
     "fold",
     "fold_to",
     "measure",
+    "read_folded",
 ]
 
 if not TYPE_CHECKING:  # so that checkers report names that are not there
@@ -64,5 +65,6 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "Rounding": "onnx_lora.runtime.requantize",
             "AdapterSession": "onnx_lora.runtime.session",
             "fold_to": "onnx_lora.runtime.standalone",
+            "read_folded": "onnx_lora.runtime.standalone",
         },
     )

@@ -11,7 +11,7 @@ from typing import Any
 from onnx_lora.boundary import translate_unread
 from onnx_lora.errors import MissingDependencyError, PackageError
 
-__all__ = ["External", "find_externals", "load", "place", "resize"]
+__all__ = ["External", "find_externals", "load", "metadata", "place", "resize", "set_metadata"]
 
 # TensorProto.DataLocation
 _EXTERNAL = 1
@@ -51,6 +51,20 @@ def load(path: Path) -> Any:
         raise translate_unread(error, path, PackageError, "make the package again") from error
     except DecodeError as error:
         raise PackageError(f"cannot be read: {error}; make the package again", path=path) from error
+
+
+def metadata(model: Any) -> dict[str, str]:
+    """The texts that a graph's file holds beside the graph."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def set_metadata(model: Any, key: str, text: str) -> None:
+    """Put in such a text, in the place of one of the same key."""
+    others = [entry for entry in model.metadata_props if entry.key != key]
+    del model.metadata_props[:]
+    model.metadata_props.extend(others)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = key, text
 
 
 def find_externals(model: Any, path: Path) -> list[External]:

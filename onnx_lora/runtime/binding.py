@@ -9,16 +9,17 @@ from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
 from onnx_lora.adapters.compose import make_blend
+from onnx_lora.adapters.strength import Weight
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
 
-__all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "open_package"]
+__all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "bind_parts", "open_package"]
 
 AnyAdapter: TypeAlias = Union[str, "os.PathLike[str]", Adapter, BoundAdapter]
 AnyPackage: TypeAlias = Union[str, "os.PathLike[str]", Package]
 
 # Several adapters and their weights. Adapters already read cannot be keys: they go in pairs.
-Mixture: TypeAlias = Mapping[AnyAdapter, float] | Sequence[tuple[AnyAdapter, float]]
+Mixture: TypeAlias = Mapping[AnyAdapter, Weight] | Sequence[tuple[AnyAdapter, Weight]]
 
 
 def open_package(package: AnyPackage, *, allow_unproven: bool = False) -> Package:
@@ -53,8 +54,16 @@ def bind_blend(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool 
 
     Raises AdapterError: one cannot be read, or does not fit. SelectionError: they cannot be blended.
     """
+    parts = bind_parts(adapter, package, strict=strict)
+    return parts[0][0] if _is_one(adapter) else make_blend(parts, name="blend")
+
+
+def bind_parts(
+    adapter: AnyAdapter | Mixture, package: Package, *, strict: bool = False
+) -> list[tuple[BoundAdapter, Weight]]:
+    """The adapters of a blend with their weights; of one adapter itself at weight 1. Raises as `bind_blend`."""
     if isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter)):
-        return bind_adapter(adapter, package, strict=strict)
+        return [(bind_adapter(adapter, package, strict=strict), 1.0)]
     pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
     if not _are_pairs(pairs):
         raise SelectionError(
@@ -63,8 +72,12 @@ def bind_blend(adapter: AnyAdapter | Mixture, package: Package, *, strict: bool 
         )
     if not pairs:
         raise SelectionError("a blend must name an adapter, and is empty")
-    parts = [(bind_adapter(part, package, strict=strict), weight) for part, weight in pairs]
-    return make_blend(parts, name="blend")
+    return [(bind_adapter(part, package, strict=strict), weight) for part, weight in pairs]
+
+
+def _is_one(adapter: object) -> bool:
+    """Whether it is an adapter, and no blend."""
+    return isinstance(adapter, (str, os.PathLike, Adapter, BoundAdapter))
 
 
 def _are_pairs(given: object) -> bool:

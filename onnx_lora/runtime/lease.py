@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
+from onnx_lora.adapters.strength import Strength, say_weight
 from onnx_lora.onnxruntime_errors import fail_in_run
 from onnx_lora.runtime._ort import ort
 from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
@@ -14,7 +15,7 @@ from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
 __all__ = ["Identity", "Lease"]
 
 # Per row, the adapters that were loaded and their weights.
-_Parts: TypeAlias = tuple[tuple[tuple[ReferenceType[Loaded], float], ...], ...]
+_Parts: TypeAlias = tuple[tuple[tuple[ReferenceType[Loaded], float | Strength], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +70,5 @@ def _describe(part: Part) -> str:
     said: list[str] = []
     for loaded, weight in part:
         name = repr(loaded.part.name)
-        said.append(name if weight == 1.0 else f"{name} at {weight:g}")
+        said.append(name if weight == 1.0 else f"{name} at {say_weight(weight)}")
     return " and ".join(said) or "the base"

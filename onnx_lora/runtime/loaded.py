@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from onnx_lora.adapters.strength import Strength
 from onnx_lora.points import Array
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Loaded:
 
 
 # One row's adapters and their weights; none for the base.
-Part: TypeAlias = tuple[tuple[Loaded, float], ...]
+Part: TypeAlias = tuple[tuple[Loaded, float | Strength], ...]
 
 # One part for each row, or a single one for all rows. Holding the adapters keeps their identity from being given to
 # another one while an entry lives.

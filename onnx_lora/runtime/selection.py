@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeAlias, cast
 
-from onnx_lora.arguments import is_finite_number
+from onnx_lora.adapters.strength import Strength, Weight, as_strength, weight_problem
 from onnx_lora.errors import SelectionError
 
 __all__ = ["AdapterChoice", "Choice", "Selection", "explain_unknown", "parse"]
 
 # What a caller may write: a name, a blend, or None for the base; or a list of these, one per row.
-OneChoice: TypeAlias = str | Mapping[str, float] | None
+OneChoice: TypeAlias = str | Mapping[str, float | Mapping[str, float]] | None
 AdapterChoice: TypeAlias = OneChoice | list[OneChoice] | tuple[OneChoice, ...]
 
 # Adapters and their weights, by name, sorted: no adapter is the base.
-Choice: TypeAlias = tuple[tuple[str, float], ...]
+Choice: TypeAlias = tuple[tuple[str, float | Strength], ...]
 
 # Names of adapters in a message.
 _MOST_NAMES = 3
@@ -93,8 +93,10 @@ def _parse_choice(asked: object, loaded: Collection[str], where: str, problems: 
             problems.append(f"{where}: adapters are chosen by name, not by a {type(name).__name__}")
         elif name not in loaded:
             problems.append(f"{where}: {explain_unknown(name, loaded)}")
-        elif not is_finite_number(weight):
-            problems.append(f"{where}: the weight of {name!r} must be a finite number, and is {weight!r}")
         else:
-            choice.append((name, float(cast(float, weight))))
-    return tuple(sorted(choice))
+            problem = weight_problem(weight)
+            if problem is not None:
+                problems.append(f"{where}: the weight of {name!r} must be {problem}")
+            else:
+                choice.append((name, as_strength(cast(Weight, weight))))
+    return tuple(sorted(choice, key=lambda part: part[0]))

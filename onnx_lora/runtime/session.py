@@ -152,7 +152,8 @@ class AdapterSession:
     ) -> list[Any]:
         """Compute outputs, as `onnxruntime.InferenceSession.run` does, with the adapter of this call.
 
-        `adapter`: None (the base), a name, a blend `{name: weight}`, or a list of these, one per row.
+        `adapter`: None (the base), a name, a blend `{name: weight}`, or a list of these, one per row. A weight is a
+        number, or numbers by groups of modules: `{"style": {"down_blocks": 0.6, "*": 1.0}}`.
 
         Raises FeedError: inputs or outputs do not fit. SelectionError: no such adapter, blend or row.
         RunError: ONNX Runtime failed.

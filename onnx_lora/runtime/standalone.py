@@ -15,9 +15,11 @@ from typing import IO
 import numpy as np
 
 from onnx_lora.adapters import BoundAdapter
+from onnx_lora.adapters.compose import make_blend
 from onnx_lora.boundary import public, translate_unread
 from onnx_lora.companions import copy_file
 from onnx_lora.errors import InputError, PackageError
+from onnx_lora.folded import KEY, FoldedIn, FoldedModel
 from onnx_lora.heads import VOCABULARY_HEADS
 from onnx_lora.json_text import parse_json
 from onnx_lora.manifest import MANIFEST, GraphInfo
@@ -25,12 +27,12 @@ from onnx_lora.package import Package
 from onnx_lora.points import NIBBLES, Array, StoredTensor, align_offset
 from onnx_lora.roles import LinearWeight
 from onnx_lora.runtime import _onnx
-from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_blend, open_package
+from onnx_lora.runtime.binding import AnyAdapter, AnyPackage, Mixture, bind_parts, open_package
 from onnx_lora.runtime.merge import InitializerEdit, Progress, plan_edits
 from onnx_lora.runtime.requantize import Requantize, compute_values
 from onnx_lora.staging import staged
 
-__all__ = ["fold_to"]
+__all__ = ["fold_to", "read_folded"]
 
 _log = logging.getLogger(__name__)
 
@@ -82,18 +84,33 @@ def fold_to(
     if whole.path.resolve() in Path(out).resolve().parents:
         raise InputError("must not lie inside the package itself; choose another place", path=out)
     infos = whole.manifest.graphs if graph is None else (whole.graph(graph),)
-    bound = bind_blend(adapter, whole, strict=strict)
+    parts = bind_parts(adapter, whole, strict=strict)
+    bound = make_blend(parts, name="blend")
+    made_of = [FoldedIn.of(one, weight) for one, weight in parts]
     plans = [_Plan.of(info, bound) for info in infos]
     steps = _Steps(progress, sum(len(plan.edits) for plan in plans))
     with staged(out) as folder:
         with (folder / _DATA).open("wb") as file:
-            writer = _Writer(whole, requantize, _Data(file), steps)
+            writer = _Writer(whole, requantize, _Data(file), steps, made_of)
             for plan in plans:
                 name = _MODEL if len(plans) == 1 else plan.info.file
                 writer.write(plan, folder / name)
         _copy_companions(whole, folder)
         _fix_labels(plans, folder / "config.json", whole.path)
     return Path(out)
+
+
+def read_folded(folder: str | os.PathLike[str]) -> FoldedModel | None:
+    """What a folder that `fold_to` wrote was made of; None where its graphs do not say.
+
+    Raises PackageError: a graph cannot be read. MissingDependencyError: no `onnx`.
+    """
+    texts: dict[str, str] = {}
+    for file in sorted(Path(folder).glob("*.onnx")):
+        text = _onnx.metadata(_onnx.load(file)).get(KEY)
+        if text is not None:
+            texts[file.name] = text
+    return FoldedModel.of(Path(folder), texts)
 
 
 class _Steps:
@@ -150,6 +167,7 @@ class _Writer:
     requantize: Requantize | None
     data: _Data
     steps: _Steps
+    made_of: Sequence[FoldedIn]
 
     def write(self, plan: _Plan, target: Path) -> None:
         source = self.package.path / plan.info.base_file
@@ -171,6 +189,7 @@ class _Writer:
                 self.steps.count()
             _onnx.place(external, _DATA, offset, length)
         _onnx.resize(model, shapes)
+        _onnx.set_metadata(model, KEY, FoldedModel.text(plan.info.name, self.package, self.made_of))
         target.write_bytes(model.SerializeToString())
 
     def _put(self, new: Array, edit: InitializerEdit, stored: StoredTensor) -> tuple[int, int]:

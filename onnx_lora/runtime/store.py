@@ -10,7 +10,8 @@ from threading import Lock
 
 import numpy as np
 
-from onnx_lora.adapters import BoundAdapter, blend, stack_rows
+from onnx_lora.adapters import BoundAdapter, stack_rows
+from onnx_lora.adapters.compose import add_up, check_weights
 from onnx_lora.errors import SelectionError
 from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
@@ -177,7 +178,9 @@ def _blend_part(part: Part) -> Mapping[str, Array]:
         return {}
     if _is_alone(part):
         return part[0][0].part.tensors
-    return blend([(loaded.part, weight) for loaded, weight in part])
+    # A group may name modules of another graph.
+    check_weights([(loaded.bound, weight) for loaded, weight in part])
+    return add_up([(loaded.part, weight) for loaded, weight in part])
 
 
 def _is_alone(part: Part) -> bool:

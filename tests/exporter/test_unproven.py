@@ -175,7 +175,7 @@ def test_where_a_call_may_have_been_folded_points_are_unproven(by: str, given: s
     package = attach(file, tmp_path / "out", checkpoint=checkpoint)
     adapter = _adapter(CalledTwice, tmp_path / "adapter", "q", "fc")
     assert set(package.unproven) >= {"q", "fc"}
-    with pytest.raises(BindError, match=r"fc, q: unproven, because .*--reference CHECKPOINT"):
+    with pytest.raises(BindError, match=r"fc, q: unproven, because .*`verify`"):
         AdapterSession(package).load_adapter("a", adapter)
     with pytest.raises(BindError, match="unproven"):
         fold(package, adapter)

@@ -23,11 +23,18 @@ __all__ = ["Loaded", "ModelSource", "Original", "Reference"]
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What one graph must reproduce: inputs for the given names (two rows where it can), and PyTorch's answer by the
-    names of the graph's outputs, with the model as it is at that moment."""
+    names of the graph's outputs, with the model as it is at that moment.
+
+    `left_out`: the model's inputs for which a graph with inputs of the given names has none. `without`: the same
+    reference where the model is not given some of its inputs, which it names as `dropped`; None where it needs all.
+    """
 
     graph: str
     feeds: Callable[[Sequence[str]], dict[str, Array]]
     answer: Callable[[], dict[str, Array]]
+    left_out: Callable[[Sequence[str]], tuple[str, ...]] = lambda _: ()
+    without: Callable[[Sequence[str]], Reference] | None = None
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

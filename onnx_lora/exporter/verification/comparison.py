@@ -47,6 +47,8 @@ class Comparison:
         "int8": the base as it is, where quantized products are multiplied in floats in all other cases.
     `difference`: the largest absolute difference; `allowed`: how large it may be.
     `effect`: how far the adapter moved this output from the base's.
+    `left_out`: the model's inputs that the graph has not; PyTorch's model was not given them either.
+    `adapter`: the adapter's name, where several were tried one by one.
     """
 
     graph: str
@@ -55,6 +57,8 @@ class Comparison:
     difference: float
     allowed: float
     effect: float = 0.0
+    left_out: tuple[str, ...] = ()
+    adapter: str = ""
 
     @property
     def agrees(self) -> bool:
@@ -110,7 +114,7 @@ def compare(
     for name, value in outputs.items():
         wanted = expected[name]
         if value.shape != wanted.shape:
-            yield Comparison(case.graph, label, name, float("inf"), 0.0)
+            yield Comparison(case.graph, label, name, float("inf"), 0.0, left_out=case.dropped)
             continue
         if not value.size:
             continue
@@ -118,7 +122,7 @@ def compare(
         if base is not None and base[name].shape == value.shape:
             effect = _largest(value, base[name])
         difference = _largest(value, wanted)
-        yield Comparison(case.graph, label, name, difference, _allowed(wanted), effect)
+        yield Comparison(case.graph, label, name, difference, _allowed(wanted), effect, case.dropped)
 
 
 def compare_int8(package: Package, case: Reference, base: Mapping[str, Array]) -> Iterator[Comparison]:

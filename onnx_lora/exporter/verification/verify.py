@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
-from onnx_lora.errors import VerificationError
+from onnx_lora.errors import PackageError, VerificationError
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of
-from onnx_lora.exporter.frontends.source import ModelSource, Original
+from onnx_lora.exporter.frontends.source import ModelSource, Original, Reference
 from onnx_lora.exporter.frontends.sources import recorded_source
 from onnx_lora.exporter.intake.load import load
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.locating.doubts import drop_miscounted
 from onnx_lora.exporter.locating.locate import locate
+from onnx_lora.exporter.ort_check import open_graph
+from onnx_lora.exporter.verification.adapters import TriedAdapter, put_on_model
 from onnx_lora.exporter.verification.comparison import Comparison, compare, compare_int8, compare_rows, run_case
 from onnx_lora.exporter.verification.quantized_reference import adopt_quantized
-from onnx_lora.exporter.verification.random_adapters import peft_failures, put_adapter, put_weights
+from onnx_lora.exporter.verification.random_adapters import put_adapter, put_weights
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
+from onnx_lora.folded import FoldedModel
 from onnx_lora.manifest import GraphInfo
 from onnx_lora.package import Package
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array
 
-__all__ = ["verify", "verify_original"]
+__all__ = ["verify", "verify_folded", "verify_original"]
+
+# What the manifest calls graphs that no exporter of ours made.
+_MADE_ELSEWHERE = ("attach",)
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +55,12 @@ def verify(
     *,
     adapter: str | os.PathLike[str] | None = None,
     tensors: Mapping[str, Array] | None = None,
+    adapters: Sequence[TriedAdapter] = (),
 ) -> list[Comparison]:
     """Compare a package with the model it was made from, in PyTorch.
+
+    A graph that somebody else exported may lack inputs that the model has (`token_type_ids`). The model is not given
+    them either, and `Comparison.left_out` names them.
 
     Where random adapters are tried (no `adapter` is given) and agree, the unproven points and whole weights that they
     reach are proven, and the manifest is written anew to say so.
@@ -58,6 +69,7 @@ def verify(
         as `export` takes it: `TorchModule(module, example_inputs=...)`.
     adapter: a PEFT folder that PEFT loads into the model; `tensors` is the same adapter, bound to the
         package, by the names of its inputs. Without them random adapters are tried.
+    adapters: several of these, one by one.
 
     Gives one comparison for each output of each graph and case.
 
@@ -69,9 +81,12 @@ def verify(
         source = recorded_source(package.manifest.source, checkpoint)
     else:
         source = checkpoint
-    original = source.load_original(package)
+    original = _like_with_like(package, source.load_original(package))
+    tried = list(adapters)
     if adapter is not None:
-        return _compare_adapter(package, original, adapter, tensors or {})
+        tried.append(TriedAdapter(Path(adapter).name, adapter, tensors or {}))
+    if tried:
+        return _compare_adapters(package, original, tried)
     trial = _try_all(package, original)
     if package.unproven:
         uncounted = _check_calls(package, original)
@@ -89,22 +104,64 @@ def verify_original(package: Package, original: Original) -> list[Comparison]:
     return _try_all(package, original).comparisons
 
 
-def _compare_adapter(
-    package: Package, original: Original, adapter: str | os.PathLike[str], tensors: Mapping[str, Array]
-) -> list[Comparison]:
-    """The base, and one adapter that PEFT loads into the model, where it stays."""
-    comparisons: list[Comparison] = []
-    with peft_failures():
-        import peft
+def _like_with_like(package: Package, original: Original) -> Original:
+    """The original whose references leave out what the package's graphs have no input for. Of graphs that were made
+    here nothing is left out: an exporter that drops an input is to be seen."""
+    if package.manifest.source.get("made_by") not in _MADE_ELSEWHERE:
+        return original
 
-        adopt_quantized(package, original.model)
-        cases = original.references()
-        bases = [run_case(package, case, {}) for case in cases]
-        for case, base in zip(cases, bases, strict=True):
-            comparisons += compare(package, case, "base", base)
-        peft.PeftModel.from_pretrained(original.model, os.fspath(adapter)).eval()
+    def references() -> list[Reference]:
+        found: list[Reference] = []
+        for case in original.references():
+            lacking = _left_out(package, case)
+            found.append(case.without(lacking) if lacking and case.without is not None else case)
+        return found
+
+    return Original(original.model, references)
+
+
+def _left_out(package: Package, case: Reference) -> tuple[str, ...]:
+    """The model's inputs that a graph of the package has not."""
+    try:
+        file = package.path / package.graph(case.graph).file
+    except PackageError:
+        return ()  # told where it is compared
+    return case.left_out([value.name for value in open_graph(file).get_inputs()])
+
+
+def _compare_adapters(package: Package, original: Original, adapters: Sequence[TriedAdapter]) -> list[Comparison]:
+    """The base, and adapters that PEFT loads into the model one by one."""
+    comparisons: list[Comparison] = []
+    adopt_quantized(package, original.model)
+    cases = original.references()
+    bases = [run_case(package, case, {}) for case in cases]
     for case, base in zip(cases, bases, strict=True):
-        comparisons += compare(package, case, "adapter", run_case(package, case, tensors), base)
+        comparisons += compare(package, case, "base", base)
+    for adapter in adapters:
+        with put_on_model(original.model, [adapter]):
+            for case, base in zip(cases, bases, strict=True):
+                compared = compare(package, case, "adapter", run_case(package, case, adapter.tensors), base)
+                comparisons += [replace(entry, adapter=adapter.name) for entry in compared]
+    _judge(package, comparisons)
+    return comparisons
+
+
+def verify_folded(
+    model: FoldedModel, checkpoint: str | os.PathLike[str], adapters: Sequence[TriedAdapter]
+) -> list[Comparison]:
+    """Compare a folded model with its checkpoint and the adapters that were folded in, all at once, in PyTorch.
+
+    Raises VerificationError: the outputs differ by more than rounding. ModelError: no such checkpoint, or PEFT cannot
+    load or blend the adapters. ExportError: a graph cannot run. MissingDependencyError.
+    """
+    package = model.as_package()
+    original = recorded_source(package.manifest.source, checkpoint).load_original(package)
+    comparisons: list[Comparison] = []
+    with put_on_model(original.model, adapters):
+        names = {graph.name for graph in package.manifest.graphs}
+        for case in original.references():
+            if case.graph in names:
+                comparisons += compare(package, case, "folded", run_case(package, case, {}, as_it_is=True))
     _judge(package, comparisons)
     return comparisons
 
@@ -197,18 +254,38 @@ def _uncalled_weights(info: GraphInfo, called: Calls) -> list[str]:
     return problems
 
 
+def _which_side(comparisons: Sequence[Comparison]) -> str:
+    """What differs, as far as the comparisons tell."""
+    wrong = {entry.case for entry in comparisons if not entry.agrees}
+    if "base" in wrong:
+        left_out = sorted({name for entry in comparisons for name in entry.left_out})
+        without = f" (compared without {', '.join(left_out)})" if left_out else ""
+        return (
+            f"the base differs already{without}, so no adapter is at fault: this is another checkpoint than the graphs "
+            "were made from, or the graphs compute something else"
+        )
+    if "folded" in wrong:
+        return "other adapters or weights were folded in, or into another checkpoint"
+    if wrong <= {"adapter", "rows"}:
+        return "the base agrees, and what the adapters change does not"
+    return f"what differs is {', '.join(sorted(wrong))}"
+
+
 def _judge(package: Package, comparisons: list[Comparison]) -> None:
     """Raises VerificationError: an output differs by more than rounding. An adapter without effect is logged."""
     problems: list[str] = []
     for entry in comparisons:
         if not entry.agrees:
+            of = f" {entry.adapter}" if entry.adapter else ""
             problems.append(
-                f"graph {entry.graph}, {entry.case}, output {entry.output}: differs by {entry.difference:.3g}, "
+                f"graph {entry.graph}, {entry.case}{of}, output {entry.output}: differs by {entry.difference:.3g}, "
                 f"and {entry.allowed:.3g} is allowed"
             )
     if problems:
         raise VerificationError(
-            "must reproduce the model in PyTorch, and does not", path=package.path, problems=problems
+            f"must reproduce the model in PyTorch, and does not: {_which_side(comparisons)}",
+            path=package.path,
+            problems=problems,
         )
     adapted = [entry for entry in comparisons if entry.case == "adapter"]
     if adapted and not any(entry.is_seen for entry in adapted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from onnx_lora.exporter.frontends.quiet import quiet
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["reference_of"]
 
+# Inputs that models make themselves where they are not given.
+_OPTIONAL = frozenset({"attention_mask", "decoder_attention_mask", "pixel_mask", "position_ids", "token_type_ids"})
+
 
 def reference_of(name: str, part: Any, config: Any) -> Reference:
     """Inputs for one of Optimum's graphs, and what the module behind it answers to them. `config`: Optimum's own of
@@ -22,6 +26,11 @@ def reference_of(name: str, part: Any, config: Any) -> Reference:
     inputs: dict[str, Any] = {}
     for key, value in config.generate_dummy_inputs(framework="pt").items():
         inputs[key] = _mask_little(key, value)
+    return _reference_with(name, part, config, inputs)
+
+
+def _reference_with(name: str, part: Any, config: Any, inputs: dict[str, Any]) -> Reference:
+    """The reference whose model is given these inputs."""
 
     def answer() -> dict[str, Array]:
         import torch
@@ -47,7 +56,19 @@ def reference_of(name: str, part: Any, config: Any) -> Reference:
             flat.update(_flatten(config, key, value))
         return flat
 
-    return Reference(name, feeds, answer)
+    def left_out(names: Sequence[str]) -> tuple[str, ...]:
+        lacking: list[str] = []
+        for key, value in inputs.items():
+            own = set(_flatten(config, key, value))
+            if key in _OPTIONAL and not own & set(names):
+                lacking.append(key)
+        return tuple(lacking)
+
+    def without(names: Sequence[str]) -> Reference:
+        kept = {key: value for key, value in inputs.items() if key not in names}
+        return replace(_reference_with(name, part, config, kept), dropped=tuple(names))
+
+    return Reference(name, feeds, answer, left_out, without)
 
 
 def _mask_little(name: str, value: Any) -> Any:
