@@ -11,14 +11,14 @@ import json
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 
 import click
 
 from onnx_lora import __version__
 from onnx_lora.boundary import translate
-from onnx_lora.commands.words import in_options
+from onnx_lora.commands.words import error_in_options, in_options
 from onnx_lora.errors import InternalError, OnnxLoraError, printable
 from onnx_lora.results import ErrorResult, as_json
 
@@ -107,10 +107,8 @@ def main() -> None:
 
 
 def _end_with(error: OnnxLoraError, cause: Exception, *, as_json: bool) -> None:
-    result = ErrorResult.of(error)
     if as_json:
-        problems = [in_options(problem) for problem in result.problems]
-        _echo_error(replace(result, message=in_options(result.message), problems=problems))
+        _echo_error(error_in_options(ErrorResult.of(error)))
     if isinstance(error, InternalError):
         click.echo(printable("".join(traceback.format_exception(cause)), _TRACEBACK_LIMIT), err=True)
     click.echo(f"error: {in_options(str(error))}", err=True)

@@ -13,7 +13,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from onnx_lora.adapters import Adapter, BoundAdapter, Converted
+    from onnx_lora.adapters import Adapter, BoundAdapter, Converted, ConvertedFolder
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
     from onnx_lora.errors import OnnxLoraError
@@ -531,17 +531,60 @@ class BatchEntry:
     adapter: str
     """Its folder or file."""
 
-    written: str
-    """The output, whether it is there or not."""
+    chosen: str | None
+    """Which one there, where that holds several; null where it holds one."""
+
+    output: str
+    """Its output, whether it is there or not."""
 
     state: Literal["written", "up to date", "failed"]
-    """"up to date": an earlier run wrote it from the same bytes."""
+    """"up to date": an earlier run wrote it from the same bytes, for the same package, and it is whole."""
+
+    sha256: str | None
+    """Of the output: of a file's bytes, or of a folder's files. Null where it failed."""
+
+    size_bytes: int | None
+    """The size of the output; null where it failed."""
 
     coverage: CoverageResult | None
-    """What it does to the package; null without one, and where it was not written now."""
+    """What it does to the package of `--package`; null where none was given, and where it failed."""
+
+    notes: Sequence[str]
+    """What a user should know."""
 
     error: ErrorResult | None
     """Why it failed; null where it did not."""
+
+    keeps_older: bool
+    """Whether it failed, and an output that an earlier run wrote is still there."""
+
+    @staticmethod
+    def of(converted: Converted, package: Package | None) -> BatchEntry:
+        effect, coverage = converted.effect, None
+        if effect is not None and package is not None:
+            coverage = CoverageResult(
+                points=len(package.points),
+                applied=effect.applied,
+                at_base=effect.at_base,
+                replaced=effect.replaced,
+                without_effect=effect.silent,
+                fold_only=[FoldOnly(module, reason) for module, reason in effect.fold_only.items()],
+                size_bytes=effect.size_bytes,
+                base_size_bytes=_count_bytes(package),
+                notes=converted.notes,
+            )
+        return BatchEntry(
+            adapter=str(converted.source),
+            chosen=converted.chosen,
+            output=str(converted.out),
+            state=converted.state,
+            sha256=converted.sha256,
+            size_bytes=converted.size_bytes,
+            coverage=coverage,
+            notes=converted.notes,
+            error=None if converted.error is None else ErrorResult.of(converted.error),
+            keeps_older=converted.keeps_older,
+        )
 
 
 @dataclass(frozen=True)
@@ -564,21 +607,33 @@ class BatchResult:
     """How many failed."""
 
     adapters: Sequence[BatchEntry]
-    """All of them, in the order of names."""
+    """All of them, in the order of their places."""
+
+    passed_over: Mapping[str, str]
+    """What in the folder is no adapter: what it is, by its place."""
+
+    left_over: Sequence[str]
+    """Outputs of earlier runs whose adapter is gone. They stay."""
+
+    exit_code: int
+    """What the command ends with: 0; else the smallest of the errors'."""
 
     @staticmethod
-    def of(
-        folder: str | PathLike[str], format: str, converted: Sequence[Converted], package: Package | None
-    ) -> BatchResult:
-        entries: list[BatchEntry] = []
-        for one in converted:
-            coverage = None
-            if one.bound is not None and package is not None:
-                coverage = CoverageResult.of(one.bound, package)
-            error = None if one.error is None else ErrorResult.of(one.error)
-            entries.append(BatchEntry(str(one.source), str(one.out), one.state, coverage, error))
+    def of(folder: str | PathLike[str], format: str, done: ConvertedFolder, package: Package | None) -> BatchResult:
+        entries = [BatchEntry.of(converted, package) for converted in done.adapters]
         states = Counter(entry.state for entry in entries)
-        return BatchResult(str(folder), format, states["written"], states["up to date"], states["failed"], entries)
+        codes = [entry.error.exit_code for entry in entries if entry.error is not None]
+        return BatchResult(
+            folder=str(folder),
+            format=format,
+            written=states["written"],
+            up_to_date=states["up to date"],
+            failed=states["failed"],
+            adapters=entries,
+            passed_over=done.passed_over,
+            left_over=[str(output) for output in done.left_over],
+            exit_code=min(codes, default=0),
+        )
 
 
 @dataclass(frozen=True)

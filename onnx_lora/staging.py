@@ -17,14 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from onnx_lora.boundary import translate_unwritten
-from onnx_lora.errors import OutputExistsError
+from onnx_lora.errors import OnnxLoraError, OutputExistsError, StorageError
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["exchanging", "replacing", "scratch", "staged", "staged_place"]
+__all__ = ["alone", "exchanging", "put_over", "replacing", "scratch", "staged", "staged_place", "under_the_name"]
 
 # Another host may share the disk and not its locks; it leaves alone what is not its own.
 _HOST = sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:8]
@@ -120,6 +120,61 @@ def _exchange(made: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_over(made: Path, target: Path, aside: Path) -> None:
+    """Move what was made to the place of `target`, whatever is there. `aside`: a free path in a `scratch` of the same
+    disk; a folder that is replaced goes there, and vanishes with it, even where the process is killed between the two
+    steps that a folder takes.
+
+    Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_there = target.exists() or target.is_symlink()
+    if is_there and (made.is_dir() or target.is_dir()):
+        target.rename(aside)
+        try:
+            made.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        return
+    made.replace(target)
+
+
+@contextmanager
+def under_the_name(place: Path, target: Path) -> Iterator[None]:
+    """Errors of the block that speak of `place`, where something is made, speak of `target`, which the user knows."""
+    try:
+        yield
+    except OnnxLoraError as error:
+        old, new = str(place), str(target)
+        error.args = (str(error).replace(old, new),)
+        error.message = error.message.replace(old, new)
+        error.problems = tuple(problem.replace(old, new) for problem in error.problems)
+        error.path = None if error.path is None else error.path.replace(old, new)
+        raise
+
+
+@contextmanager
+def alone(lock: Path, what: str, *, path: Path) -> Iterator[None]:
+    """A block that one process runs at a time: it holds the lock of the file `lock`, which stays. Where there are no
+    locks it just runs.
+
+    Raises StorageError of `path`: another process is in it; `what` is what it does. OSError: the file cannot be made.
+    """
+    file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StorageError(f"{what}; wait until it has ended", path=path) from error
+            except OSError:
+                pass  # a disk without locks
+        yield
+    finally:
+        os.close(file)
 
 
 @contextmanager

@@ -117,16 +117,21 @@ def _(result: ConvertResult) -> Lines:
 
 @in_words.register
 def _(result: BatchResult) -> Lines:
-    failures: dict[str, str] = {}
+    notes: list[str] = []
+    failures: list[str] = []
     for entry in result.adapters:
+        place = entry.adapter if entry.chosen is None else f"{entry.adapter}, {entry.chosen}"
+        notes.extend(f"{place}: {note}" for note in entry.notes)
         if entry.error is not None:
-            said = [entry.error.message, *entry.error.problems]
-            failures[entry.adapter] = "; ".join(said)
+            older = "; the older output is still there" if entry.keeps_older else ""
+            failures.append(f"{place}: {entry.error.message}{older}")
     return {
         "written": result.written,
         "up to date": result.up_to_date,
-        "failed": result.failed,
-        "failures": failures,
+        "failed": failures,
+        "notes": notes,
+        "no adapters": result.passed_over,
+        "adapter is gone": result.left_over,
     }
 
 

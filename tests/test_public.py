@@ -26,6 +26,7 @@ PUBLIC = {
     "Cache",
     "Chat",
     "Converted",
+    "ConvertedFolder",
     "Checkpoint",
     "Generation",
     "OnnxFiles",

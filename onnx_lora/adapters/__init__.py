@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         Origin,
         Replacement,
     )
-    from onnx_lora.adapters.batch import Converted
+    from onnx_lora.adapters.batch.convert import Converted, ConvertedFolder
     from onnx_lora.adapters.binding import bind
     from onnx_lora.adapters.compose import blend
     from onnx_lora.adapters.read import read_adapter
@@ -31,6 +31,7 @@ __all__ = [
     "BoundAdapter",
     "Change",
     "Converted",
+    "ConvertedFolder",
     "Coverage",
     "Delta",
     "MatrixDelta",
@@ -57,7 +58,8 @@ if not TYPE_CHECKING:  # so that checkers report names that are not there
             "MatrixDelta": "onnx_lora.adapters.adapter",
             "Origin": "onnx_lora.adapters.adapter",
             "Replacement": "onnx_lora.adapters.adapter",
-            "Converted": "onnx_lora.adapters.batch",
+            "Converted": "onnx_lora.adapters.batch.convert",
+            "ConvertedFolder": "onnx_lora.adapters.batch.convert",
             "convert_all": "onnx_lora.adapters.write",
             "bind": "onnx_lora.adapters.binding",
             "blend": "onnx_lora.adapters.compose",

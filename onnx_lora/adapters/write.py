@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 
+from onnx_lora import __version__
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter
-from onnx_lora.adapters.batch import Conversion, Converted, Progress, convert_folder, digest_of
+from onnx_lora.adapters.batch.collection import FoundAdapter, find_adapters
+from onnx_lora.adapters.batch.convert import ConvertedFolder, Progress, Recipe, check_places, convert_collection
+from onnx_lora.adapters.batch.records import MadeOf
 from onnx_lora.adapters.binding import bind
 from onnx_lora.adapters.formats.registry import RegisteredFormat, find_format, format_names, holds_graph_inputs
 from onnx_lora.adapters.portable import make_portable
@@ -64,9 +68,7 @@ def write_adapter(
     chosen = _find_writable(format, target)
     if chosen.writes_bound:
         if package is None:
-            raise InputError(
-                f"{format} holds the inputs of a package's graphs: give that package (`package=...`)", path=target
-            )
+            raise _needs_package(format, target)
         return _write_bound(bind(adapter, package), target, chosen)
     portable = make_portable(adapter, package, laid_out=holds_graph_inputs(adapter.origin.format))
     with staged_place(target) as place:
@@ -101,36 +103,59 @@ def convert_all(
     strict: bool = False,
     allow_unproven: bool = False,
     progress: Progress = lambda *_: None,
-) -> list[Converted]:
-    """Convert every adapter in `folder` to a file (or folder) of its name in `out`, in a format of `write_adapter`.
+) -> ConvertedFolder:
+    """Convert every adapter in `folder`, at any depth, to a file (or folder) of its name in `out`, in a format of
+    `write_adapter`. Of a file or an adapter's folder that holds several, each is written as NAME-ADAPTER.
 
-    An adapter is a folder or a file right in `folder`; of one that holds several, each is written as NAME-ADAPTER. What
-    an earlier run wrote from the same bytes, for the same package, with the same version of onnx-lora, is left alone;
-    what it wrote from others is replaced. One adapter that fails does not stop the others. Other entries are passed
-    over.
+    One that fails says why in its `error`, and the others are converted. What an earlier run wrote is left alone where
+    it is whole and would be the same again: of files with the same digests, for the same package, by the same version
+    of onnx-lora, under the same conditions. Else it is replaced, once the new one is whole. The same input gives the
+    same bytes.
 
-    package, strict, allow_unproven: as for `write_adapter`, `bind` and `Package.open`.
+    package, strict, allow_unproven: as for `write_adapter`, `bind` and `Package.open`. progress: called with an
+    adapter's place, how many are done, and how many there are.
 
-    Gives what became of each, in the order of names. Raises InputError: no such folder, or an unknown format.
-    PackageError: the package cannot be opened. StorageError: `out` cannot be written.
+    Raises InputError: no such folder, no adapter in it, an unknown format, or one that needs a package; `out` lies in
+    `folder`, or holds it. PackageError: the package cannot be opened. StorageError: `out` cannot be written, or another
+    run converts into it.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise InputError("must be a folder of adapters, and is none", path=place)
-    _find_writable(format, place)
+    source, target = Path(folder), Path(out)
+    check_places(source, target)
+    chosen = _find_writable(format, target)
+    if package is None and chosen.writes_bound:
+        raise _needs_package(format, target)
     opened = package if isinstance(package, Package) or package is None else Package.open(package)
     if opened is not None and allow_unproven:
         opened = opened.allowing_unproven(allow_unproven)
+    collection = find_adapters(source)
+    if not collection.found:
+        raise InputError("must hold adapters, and holds none", path=source)
 
-    def convert(source: Path, chosen: str | None, made: Path) -> tuple[Adapter, BoundAdapter | None]:
-        adapter = read_adapter(source, name=chosen)
-        bound = None if opened is None else bind(adapter, opened, strict=strict)
-        given = bound if bound is not None and holds_graph_inputs(format) else adapter
-        write_adapter(given, made, format=format, package=opened)
-        return adapter, bound
+    def write(found: FoundAdapter, place: Path) -> Adapter | BoundAdapter:
+        adapter = read_adapter(found.path, name=found.name)
+        written = adapter if opened is None else bind(adapter, opened, strict=strict)
+        write_adapter(written if chosen.writes_bound else adapter, place, format=format, package=opened)
+        return written
 
-    mark = "" if opened is None else digest_of(opened.path / MANIFEST)
-    return convert_folder(place, Path(out), Conversion(format, FORMATS[format], mark, convert), progress)
+    conditions = _conditions(chosen, opened, strict=strict)
+    return convert_collection(collection, target, Recipe(chosen.ending, conditions, write), progress)
+
+
+def _conditions(format: RegisteredFormat, package: Package | None, *, strict: bool) -> MadeOf:
+    """All that decides about an output but its adapter."""
+    version = f"onnx-lora {__version__}"
+    if format.distribution is not None:
+        version += f", {format.distribution}"
+    if package is None:
+        return MadeOf(format.name, version, strict, allow_unproven=False)
+    manifest = sha256((package.path / MANIFEST).read_bytes()).hexdigest()
+    return MadeOf(format.name, version, strict, package.allow_unproven, manifest)
+
+
+def _needs_package(format: str, target: Path) -> InputError:
+    return InputError(
+        f"{format} holds the inputs of a package's graphs: give that package (`package=...`)", path=target
+    )
 
 
 def _find_writable(name: object, target: Path) -> RegisteredFormat:

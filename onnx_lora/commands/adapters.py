@@ -18,12 +18,14 @@ from onnx_lora.adapters.formats.registry import holds_graph_inputs
 from onnx_lora.commands.given import SPELLING, GivenAdapter, adapter_name_option, parse_adapters
 from onnx_lora.commands.options import json_option, strict_option, unproven_option
 from onnx_lora.commands.outputs import force_option, new_file, output
+from onnx_lora.commands.words import error_in_options, in_options
 from onnx_lora.errors import InputError
 from onnx_lora.heat import PICTURES, Heat
 from onnx_lora.manifest import MANIFEST
 from onnx_lora.package import Package
 from onnx_lora.results import (
     AdapterResult,
+    BatchEntry,
     BatchResult,
     ConvertResult,
     CoverageResult,
@@ -141,16 +143,20 @@ def _convert_folder(
     strict: bool,
     as_json: bool,
 ) -> None:
-    """Convert what a folder holds; end with the exit code of wrong input where one adapter failed."""
+    """Convert what a folder holds; end with the exit code of an adapter that failed."""
     if kind is None:
         raise click.UsageError("--all needs --format, which says what to write into OUT")
     opened = None if package is None else Package.open(package, allow_unproven=allow_unproven)
     with report.progress("converting") as progress:
         converted = convert_all(folder, out, format=kind, package=opened, strict=strict, progress=progress)
     result = BatchResult.of(folder, kind, converted, opened)
-    report.show(result, as_json=as_json)
-    if result.failed:
-        sys.exit(InputError.exit_code)
+    entries: list[BatchEntry] = []
+    for entry in result.adapters:
+        entries.append(entry if entry.error is None else replace(entry, error=error_in_options(entry.error)))
+    report.show(replace(result, adapters=entries), as_json=as_json)
+    for adapter in converted.failed:
+        click.echo(f"error: {in_options(str(adapter.error))}", err=True)
+    sys.exit(result.exit_code)
 
 
 def _convert_one(

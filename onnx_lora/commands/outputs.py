@@ -9,8 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from onnx_lora.errors import InputError, OnnxLoraError, OutputExistsError
-from onnx_lora.staging import exchanging, staged_place
+from onnx_lora.errors import InputError, OutputExistsError
+from onnx_lora.staging import exchanging, staged_place, under_the_name
 from onnx_lora.whatis import Thing, what_is
 
 __all__ = ["force_option", "new_file", "output"]
@@ -40,14 +40,8 @@ def output(out: Path, *, force: bool, kinds: Sequence[Thing]) -> Iterator[Path]:
     if what_is(out) not in kinds:
         wanted = " or ".join(kind.value for kind in kinds)
         raise OutputExistsError(f"--force replaces {wanted}, and there is {what_is(out).value}; remove it", path=out)
-    with exchanging(out) as place:
-        try:
-            yield place
-        except OnnxLoraError as error:
-            # The user knows the place by its own name.
-            error.args = (str(error).replace(str(place), str(out)),)
-            error.path = None if error.path is None else error.path.replace(str(place), str(out))
-            raise
+    with exchanging(out) as place, under_the_name(place, out):
+        yield place
 
 
 @contextmanager

@@ -4,8 +4,11 @@ as `allow_unproven=True`; here it becomes the option of the same name."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-__all__ = ["OPTIONS", "in_options"]
+from onnx_lora.results import ErrorResult
+
+__all__ = ["OPTIONS", "error_in_options", "in_options"]
 
 # An argument with a value, or with none where the sentence says it.
 _ARGUMENT = re.compile(r"`([a-z_]+)=([^`]*)`")
@@ -34,6 +37,12 @@ _FLAGS = frozenset({"True", "Requantize()", "...", ""})
 def in_options(text: str) -> str:
     """The text with options in the place of arguments: `--allow-unproven`."""
     return _ARGUMENT.sub(_as_option, text)
+
+
+def error_in_options(error: ErrorResult) -> ErrorResult:
+    """The error with options in the place of arguments."""
+    problems = [in_options(problem) for problem in error.problems]
+    return replace(error, message=in_options(error.message), problems=problems)
 
 
 def _as_option(found: re.Match[str]) -> str:

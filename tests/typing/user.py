@@ -5,7 +5,7 @@ It is checked and never run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from onnx_lora import (
     Chat,
     Checkpoint,
     Converted,
+    ConvertedFolder,
     ExportError,
     FeedError,
     Generation,
@@ -131,8 +132,9 @@ def write(folder: Path) -> str:
 
 # A program that tells every error apart, the narrow ones first.
 def convert_everything(folder: str, package: Package) -> list[str]:
-    done: list[Converted] = convert_all(folder, "converted", format="safetensors", package=package)
-    return [f"{one.name}: {one.error or one.state}" for one in done]
+    done: ConvertedFolder = convert_all(folder, "converted", format="safetensors", package=package)
+    failed: Sequence[Converted] = done.failed
+    return [f"{one.name}: {one.error}" for one in failed]
 
 
 REASONS: Mapping[type[OnnxLoraError], str] = {

@@ -6,7 +6,7 @@ A format of another distribution is such an object too, named by an entry point 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnx_lora.adapters.formats.place import Place
     from onnx_lora.package import Package
 
-__all__ = ["AdapterFormat", "ReadsInitial", "ReadsMemory", "Row", "WritesBound", "WritesPortable"]
+__all__ = ["AdapterFormat", "HoldsSeveral", "ReadsInitial", "ReadsMemory", "Row", "WritesBound", "WritesPortable"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,17 @@ class AdapterFormat(Protocol):
         """The adapter. `name`: what to call it; None: as the file says, or `place.default_name`.
 
         Raises AdapterFileError: damaged. UnsupportedAdapterError: a method, or a tensor, that is refused.
+        """
+
+
+@runtime_checkable
+class HoldsSeveral(Protocol):
+    """A format of which one file or folder may hold several adapters."""
+
+    def names(self, place: Place) -> Sequence[str | None]:
+        """The names by which `read` chooses each of the adapters; None is the one that needs no name.
+
+        Raises AdapterFileError: damaged. UnsupportedAdapterError: a method that is refused.
         """
 
 

@@ -7,13 +7,21 @@ A new format is a file with its object, and a line here. Other distributions nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from onnx_lora.adapters.adapter import Adapter, BoundAdapter, Delta, MatrixDelta, PortableAdapter, Replacement
-from onnx_lora.adapters.formats.format import AdapterFormat, ReadsInitial, ReadsMemory, Row, WritesBound, WritesPortable
+from onnx_lora.adapters.formats.format import (
+    AdapterFormat,
+    HoldsSeveral,
+    ReadsInitial,
+    ReadsMemory,
+    Row,
+    WritesBound,
+    WritesPortable,
+)
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.adapters.formats.unknown import explain_unknown
 from onnx_lora.adapters.plugins import Plugins
@@ -96,6 +104,11 @@ class RegisteredFormat:
 
     def recognises(self, place: Place) -> bool:
         return self._call(lambda: self.format.recognises(place), bool)
+
+    def names(self, place: Place) -> Sequence[str | None]:
+        """The names of the adapters in a file or folder; None is the one that needs no name."""
+        several = self.format
+        return self._call(lambda: several.names(place), Sequence) if isinstance(several, HoldsSeveral) else (None,)
 
     def read(self, place: Place, name: str | None, initial: Path | None = None) -> Adapter:
         """`initial`: the adapter before its training, of a format that `reads_initial`."""

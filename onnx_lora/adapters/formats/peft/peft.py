@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, PortableAdapter
 from onnx_lora.adapters.formats.format import Row
 from onnx_lora.adapters.formats.peft.config import CONFIG
-from onnx_lora.adapters.formats.peft.reader import read_memory, read_peft
+from onnx_lora.adapters.formats.peft.reader import list_names, read_memory, read_peft
 from onnx_lora.adapters.formats.peft.writer import write_peft
 from onnx_lora.adapters.formats.place import Place
 from onnx_lora.package import Package
@@ -30,6 +30,9 @@ class PeftFormat:
     def recognises(self, place: Place) -> bool:
         fields = place.config(CONFIG)
         return fields is not None and "peft_type" in fields
+
+    def names(self, place: Place) -> Sequence[str | None]:
+        return list_names(place.path)
 
     def read(self, place: Place, name: str | None) -> Adapter:
         return read_peft(place.path, name)

@@ -3,27 +3,28 @@ read; those that it would ignore or read otherwise are refused by name. It knows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onnx_lora.adapters.adapter import Adapter, Origin
 from onnx_lora.adapters.formats.files.memory import MEMORY, as_json, as_tensor_file
-from onnx_lora.adapters.formats.files.reading import open_reading
-from onnx_lora.adapters.formats.files.safetensors_file import read_safetensors
+from onnx_lora.adapters.formats.files.reading import TensorFile, open_reading
+from onnx_lora.adapters.formats.files.safetensors_file import read_header, read_safetensors
 from onnx_lora.adapters.formats.files.torch_pickle import read_torch_pickle
 from onnx_lora.adapters.formats.peft.building import build_adapter
 from onnx_lora.adapters.formats.peft.config import CONFIG, parse_config, read_config
 from onnx_lora.adapters.formats.peft.initial import without_initial
 from onnx_lora.adapters.formats.peft.keys import Names
 from onnx_lora.adapters.formats.peft.rules import PeftConfig
-from onnx_lora.adapters.formats.peft.several import AdapterFolder, choose_folder, choose_tensors
+from onnx_lora.adapters.formats.peft.several import AdapterFolder, choose_folder, choose_tensors, names_of
 from onnx_lora.adapters.methods.registry import METHODS
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.points import Array
 from onnx_lora.whatis import Thing, explain
 
-__all__ = ["read_memory", "read_peft"]
+__all__ = ["list_names", "read_memory", "read_peft"]
 
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
@@ -43,6 +44,18 @@ def read_peft(folder: Path, name: str | None = None, initial: Path | None = None
     chosen = choose_folder(folder, name, initial)
     trained = _read_folder(chosen, name, with_initial=initial is not None)
     return trained if initial is None else without_initial(trained, _read_initial(initial))
+
+
+def list_names(folder: Path) -> tuple[str | None, ...]:
+    """The names of the adapters in a PEFT folder, by which `read_peft` chooses; None is the one that needs no name.
+
+    Raises as `read_peft`.
+    """
+    chosen = choose_folder(folder, None)
+    files = _Files.find(chosen.path)
+    config = read_config(chosen.path / CONFIG, with_initial=True)
+    inside = Names(config.method, METHODS).adapters(files.keys())
+    return names_of(inside, chosen)
 
 
 def read_memory(
@@ -70,26 +83,51 @@ def _read_initial(folder: Path) -> Adapter:
 
 def _read_folder(chosen: AdapterFolder, name: str | None, *, with_initial: bool) -> Adapter:
     folder = chosen.path
-    present = _list_files(folder)
-    if CONFIG not in present:
-        other = explain(folder, Thing.ADAPTER)
-        if other is not None:
-            raise AdapterFileError(f"must be an adapter, and {other}", path=folder)
-        found = _explain_missing_config(present)
-        raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
+    files = _Files.find(folder)
     config = read_config(folder / CONFIG, with_initial=with_initial)
-    weights = [folder / name for name in (_SAFETENSORS, _PICKLE) if name in present]
-    if not weights:
-        found = _explain_missing_weights(present)
-        raise AdapterFileError(f"must hold {_SAFETENSORS} (or {_PICKLE}); found {found}", path=folder)
-    with open_reading(weights[0]) as file:
-        content = read_safetensors(file) if _SAFETENSORS in present else read_torch_pickle(file)
-    notes = list(chosen.notes)
-    if len(weights) > 1:
-        notes.append(f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read")
+    content = files.read()
+    notes = [*chosen.notes, *files.notes]
     tensors = choose_tensors(content.tensors, Names(config.method, METHODS), chosen, name)
     origin = Origin(str(folder), content.sha256, "peft", config.method_name, config.base_model)
-    return _make_adapter(name or folder.resolve().name, tensors, config, origin, weights[0], notes)
+    return _make_adapter(name or folder.resolve().name, tensors, config, origin, files.weights, notes)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a PEFT folder. `weights`: the one that is read; `notes`: what a user should know of the others."""
+
+    weights: Path
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls, folder: Path) -> _Files:
+        """Raises AdapterFileError: one is missing, or the folder cannot be read."""
+        present = _list_files(folder)
+        if CONFIG not in present:
+            other = explain(folder, Thing.ADAPTER)
+            if other is not None:
+                raise AdapterFileError(f"must be an adapter, and {other}", path=folder)
+            found = _explain_missing_config(present)
+            raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
+        if _SAFETENSORS in present and _PICKLE in present:
+            note = f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read"
+            return cls(folder / _SAFETENSORS, (note,))
+        for name in (_SAFETENSORS, _PICKLE):
+            if name in present:
+                return cls(folder / name)
+        found = _explain_missing_weights(present)
+        raise AdapterFileError(f"must hold {_SAFETENSORS} (or {_PICKLE}); found {found}", path=folder)
+
+    def read(self) -> TensorFile:
+        with open_reading(self.weights) as file:
+            return read_safetensors(file) if self.weights.name == _SAFETENSORS else read_torch_pickle(file)
+
+    def keys(self) -> Iterable[str]:
+        """The names of the tensors, whose numbers are left alone where they can be."""
+        if self.weights.name != _SAFETENSORS:
+            return self.read().tensors
+        with open_reading(self.weights) as file:
+            return read_header(file).names
 
 
 def _make_adapter(

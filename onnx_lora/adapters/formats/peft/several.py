@@ -17,7 +17,7 @@ from onnx_lora.adapters.problems import abbreviate, list_first
 from onnx_lora.errors import AdapterFileError, SeveralAdaptersError
 from onnx_lora.points import Array
 
-__all__ = ["AdapterFolder", "choose_folder", "choose_tensors", "folders_below"]
+__all__ = ["AdapterFolder", "choose_folder", "choose_tensors", "folders_below", "names_of"]
 
 # The name of the adapter that PEFT saves into the folder itself.
 _AT_THE_TOP = "default"
@@ -70,6 +70,12 @@ def choose_folder(folder: Path, name: str | None, initial: Path | None = None) -
         if not is_initial and not _OLDER_STATE.fullmatch(entry):
             others.append(entry)
     return AdapterFolder(folder, tuple(others))
+
+
+def names_of(inside: Collection[str], folder: AdapterFolder) -> tuple[str | None, ...]:
+    """What chooses each adapter of a folder with a config. `inside`: the names in the keys of its file."""
+    own: tuple[str | None, ...] = tuple(sorted(inside)) if len(inside) > 1 else (None,)
+    return (*own, *folder.beside)
 
 
 def choose_tensors(

@@ -1,0 +1,1 @@
+"""Folders of adapters, converted in one go, which a second run goes on with."""
