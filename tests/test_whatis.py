@@ -57,7 +57,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["attach", "package", "out"], "and is a package of onnx-lora; it has its points already"),
     (["attach", "nowhere.onnx", "out"], "there is no such file"),
     (["inspect", "checkpoint"], "must be an adapter, and is a checkpoint of BertForSequenceClassification"),
-    (["inspect", "folded"], "must be an adapter, and is a folder of ONNX files"),
+    (["convert", "folded", "out"], "must be an adapter, and is a folder of ONNX files"),
     (["fold", "checkpoint", "out", "--adapter", "adapter"], "must be a package, and is a checkpoint of Bert"),
     (["fold", "adapter", "out", "--adapter", "package"], "must be a package, and is a PEFT adapter of org/base"),
     (["fold", "package", "out", "--adapter", "checkpoint"], "must be an adapter, and is a checkpoint of Bert"),
