@@ -25,6 +25,7 @@ from onnx_lora.results import ErrorResult, as_json
 __all__ = ["COMMANDS", "cli", "main"]
 
 _INTERRUPTED = 130
+_STOPPED = "interrupted; nothing half done is left"
 
 # Of a fault of ours, to be reported whole.
 _TRACEBACK_LIMIT = 20_000  # characters
@@ -93,7 +94,9 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("interrupted; nothing was written", err=True)
+        if as_json:
+            _echo_error(ErrorResult("Interrupted", _STOPPED, None, (), _INTERRUPTED))
+        click.echo(_STOPPED, err=True)
         sys.exit(_INTERRUPTED)
     except click.ClickException as error:
         if as_json:

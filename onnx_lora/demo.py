@@ -49,8 +49,8 @@ class DemoTask:
     rank: int
     """The adapter's rank."""
 
-    kilobytes: float
-    """The size of the adapter's file, in thousands of bytes."""
+    size_bytes: int
+    """The size of the adapter's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class DemoResult:
     fold_difference: float
     """The largest difference, over all logits, of folded adapters from adapters kept apart."""
 
-    milliseconds: dict[str, float]
+    seconds: dict[str, float]
     """Median times, by what was timed."""
 
     base_bytes: int
@@ -125,8 +125,8 @@ def run_demo(
         progress("fold", 3, 4)
         sessions = {task.name: fold(package, MODEL / "adapters" / task.name) for task in tasks}
         folded = {name: _take_logits(own.run(None, feeds)) for name, own in sessions.items()}
-        milliseconds = {"attach the points, once": 1000 * attached, "load four adapters": 1000 * loaded}
-        milliseconds |= _time_calls(session, sessions[tasks[0].name], feeds, tasks)
+        seconds = {"attach the points, once": attached, "load four adapters": loaded}
+        seconds |= _time_calls(session, sessions[tasks[0].name], feeds, tasks)
     answers: list[tuple[Answer, ...]] = []
     for row in range(len(sentences)):
         answers.append(tuple(_choose_answer(single[task.name][row], task) for task in tasks))
@@ -136,9 +136,9 @@ def run_demo(
         answers=tuple(answers),
         mixed_difference=max(_measure_difference(mixed[name], single[name]) for name in single),
         fold_difference=max(_measure_difference(folded[name], single[name]) for name in single),
-        milliseconds=milliseconds,
+        seconds=seconds,
         base_bytes=(MODEL / "model.onnx").stat().st_size,
-        adapter_bytes=round(sum(1000 * task.kilobytes for task in tasks)),
+        adapter_bytes=sum(task.size_bytes for task in tasks),
         package=None if keep is None else str(keep),
     )
 
@@ -184,7 +184,7 @@ def tokenize(sentences: Sequence[str]) -> dict[str, Array]:
 
 def _describe_task(session: AdapterSession, name: str, facts: Mapping[str, Any]) -> DemoTask:
     bound = session.adapters[name]
-    size = sum(value.nbytes for value in bound.tensors.values()) / 1000
+    size = sum(value.nbytes for value in bound.tensors.values())
     return DemoTask(name, tuple(facts["labels"]), facts["accuracy"], max(bound.coverage.ranks.values()), size)
 
 
@@ -242,4 +242,4 @@ def _time_calls(
             taken = time.perf_counter() - start
             if turn >= _WARM_UP:
                 seconds[name].append(taken)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}

@@ -34,6 +34,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -223,9 +224,21 @@ class RunError(OutsideError):
 
 
 class VerificationError(OutsideError):
-    """A package does not give the numbers of its reference."""
+    """A package does not give the numbers of its reference. `comparisons`: all that was compared, as
+    `onnx_lora.verify` gives it; empty where it did not come to that."""
 
     exit_code = 4
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | PathLike[str] | None = None,
+        problems: Sequence[str] = (),
+        comparisons: Sequence[Any] = (),
+    ) -> None:
+        super().__init__(message, path=path, problems=problems)
+        self.comparisons = tuple(comparisons)
 
 
 class InternalError(OnnxLoraError):

@@ -318,8 +318,8 @@ def _describe_start(graph: GraphMeasurement) -> dict[str, str]:
         said["load the adapter"] = f"{graph.load:.3g} s, {format_size(graph.adapter_bytes)}"
     if graph.fold is not None:
         said["fold it and start a session"] = f"{graph.fold:.3g} s, {format_size(graph.folded_bytes or 0)} of weights"
-    if graph.folded_resident is not None:
-        said["the process grew meanwhile by"] = format_size(graph.folded_resident)
+    if graph.folded_resident_bytes is not None:
+        said["the process grew meanwhile by"] = format_size(graph.folded_resident_bytes)
     return said
 
 
@@ -336,8 +336,8 @@ def show_demo(result: DemoResult) -> None:
         f"[bold]Folded in:[/] W0 + s·B·A before the session starts: largest difference {result.fold_difference:.1g}."
     )
     times = Table(box=None, pad_edge=False, show_header=False)
-    for name, milliseconds in result.milliseconds.items():
-        times.add_row(name, f"{milliseconds:.3g} ms")
+    for name, seconds in result.seconds.items():
+        times.add_row(name, f"{1000 * seconds:.3g} ms")
     console.print(times)
     ratio = math.ceil(result.base_bytes / max(1, result.adapter_bytes))
     console.print(
@@ -355,7 +355,7 @@ def _make_answers(result: DemoResult) -> Table:
     table = Table(title="One base model, one session, a different adapter in every call", title_justify="left")
     table.add_column("sentence", overflow="fold", ratio=2)
     for task in result.tasks:
-        table.add_column(f"{task.name}\n[dim]rank {task.rank}, {task.kilobytes:.0f} kB", overflow="fold")
+        table.add_column(f"{task.name}\n[dim]rank {task.rank}, {format_size(task.size_bytes)}", overflow="fold")
     for sentence, answers in zip(result.sentences, result.answers, strict=True):
         cells = [f"{answer.label} [dim]{answer.probability:.0%}" for answer in answers]
         table.add_row(sentence, *cells)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
+from onnx_lora.errors import OnnxLoraError, VerificationError
+
 if TYPE_CHECKING:
     from onnx_lora.adapters import Adapter, BoundAdapter, Converted, ConvertedFolder
     from onnx_lora.demo import DemoResult
     from onnx_lora.demo_text import WriterResult
-    from onnx_lora.errors import OnnxLoraError
     from onnx_lora.exporter import Comparison, TextComparison
     from onnx_lora.folded import FoldedModel
     from onnx_lora.package import Package
@@ -771,7 +772,7 @@ class ErrorResult:
     """Why a command did not do what it was asked."""
 
     error: str
-    """The error's class, as `onnx_lora.errors` has it, or `UsageError`."""
+    """The error's class, as `onnx_lora.errors` has it; `UsageError`; or `Interrupted`."""
 
     message: str
     """What must hold, what was found, and what to do."""
@@ -785,9 +786,16 @@ class ErrorResult:
     exit_code: int
     """What the command ends with."""
 
+    verification: VerifyResult | None = None
+    """The numbers of a verification that failed; null of other errors."""
+
     @staticmethod
     def of(error: OnnxLoraError) -> ErrorResult:
-        return ErrorResult(type(error).__name__, error.message, error.path, list(error.problems), error.exit_code)
+        numbers = None
+        if isinstance(error, VerificationError) and error.comparisons:
+            numbers = VerifyResult.of(error.comparisons)
+        problems = list(error.problems)
+        return ErrorResult(type(error).__name__, error.message, error.path, problems, error.exit_code, numbers)
 
 
 def as_json(result: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import types
 import typing
@@ -96,7 +97,7 @@ def render(page: str) -> str:
         parts += ["", f"### {kind.__name__}", "", describe(kind), "", "| field | type | |", "|---|---|---|"]
         said = dict(meanings(kind))
         for name, hint in _hints(kind).items():
-            parts.append(f"| `{name}` | {_words(hint)} | {said[name]} |")
+            parts.append(f"| `{name}` | {_words(hint)} | {_in_json(said[name])} |")
     return f"{before}{_BEGIN}\n\n" + "\n".join(parts) + "\n"
 
 
@@ -134,9 +135,14 @@ def _schema_of_class(kind: type) -> dict[str, Any]:
     return {
         "type": "object",
         "description": describe(kind),
-        "properties": {name: {"description": said[name]} | _schema_of(hint) for name, hint in hints.items()},
+        "properties": {name: {"description": _in_json(said[name])} | _schema_of(hint) for name, hint in hints.items()},
         "required": list(hints),
     }
+
+
+def _in_json(text: str) -> str:
+    """What a class says of a field to readers of Python, for readers of JSON."""
+    return re.sub(r"\bNone\b", "null", text)
 
 
 def _schema_of(hint: Any) -> dict[str, Any]:

@@ -210,9 +210,12 @@ def test_verify_against_peft(desk: Path, checkpoints: Make) -> None:
 
 def test_verify_fails_on_another_base(desk: Path, tmp_path: Path) -> None:
     make_model("bert", seed=7).save_pretrained(tmp_path / "other")
-    result = _call("verify", "bert", "--reference", tmp_path / "other", folder=desk)
+    result = _call("verify", "bert", "--reference", tmp_path / "other", "--json", folder=desk)
     assert result.returncode == 4
     assert "must reproduce the model in PyTorch, and does not" in result.stderr
+    body = json.loads(result.stdout)
+    check_result("error", body)
+    assert any(entry["difference"] > entry["allowed"] for entry in body["verification"]["outputs"])
 
 
 @pytest.mark.parametrize(
@@ -325,7 +328,7 @@ def test_a_file_system_that_takes_no_files_is_named(desk: Path, target: str) -> 
 @pytest.mark.parametrize(
     "failure, code, message",
     [
-        (KeyboardInterrupt(), 130, "nothing was written"),
+        (KeyboardInterrupt(), 130, "nothing half done is left"),
         (OSError(errno.ENOSPC, "No space left on device"), 3, "the disk is full"),
     ],
     ids=["interrupt", "full disk"],
@@ -338,8 +341,9 @@ def test_a_run_that_fails_as_it_writes_leaves_nothing_behind(
         raise failure
 
     monkeypatch.setattr(np, "savez", failing)
-    result = _call("run", "bert", "--input", "feeds.npz", "--output", tmp_path / "new" / "o.npz", folder=desk)
+    result = _call("run", "bert", "--input", "feeds.npz", "--output", tmp_path / "new" / "o.npz", "--json", folder=desk)
     assert result.returncode == code
+    check_result("error", json.loads(result.stdout))
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -373,7 +377,7 @@ def test_an_interrupt_leaves_nothing_behind(desk: Path, tmp_path: Path, checkpoi
     # Interrupted within `exec`, CPython 3.11 ends by the signal itself, whatever exit code it is given; a shell says
     # 130 of both.
     assert process.returncode in (130, -signal.SIGINT), errors
-    assert "interrupted; nothing was written" in errors
+    assert "interrupted; nothing half done is left" in errors
     assert list(tmp_path.iterdir()) == []
 
 

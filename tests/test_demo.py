@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,9 @@ from onnx_lora.demo import MODEL, run_demo, tokenize
 from onnx_lora.demo_text import BASE, WriterResult, run_writer
 from onnx_lora.errors import InputError, PromptError
 from onnx_lora.exporter import attach
+from onnx_lora.report import show_json
+from onnx_lora.results import DemoRun
+from tests.support.json_schema import check_result
 from tests.support.numbers import assert_close
 
 LIMIT = 8_000_000  # bytes: what the wheel may carry
@@ -110,8 +112,14 @@ def test_the_demo_answers_and_measures() -> None:
     assert [answers[1].label for answers in result.answers[2:4]] == ["positive", "negative"]
     assert result.mixed_difference < 1e-4
     assert result.fold_difference < 1e-4
-    assert all(value > 0 for value in result.milliseconds.values())
-    json.dumps(dataclasses.asdict(result))
+    assert all(value > 0 for value in result.seconds.values())
+
+
+def test_what_the_demo_prints_for_machines_is_what_the_schema_says(capsys: pytest.CaptureFixture[str]) -> None:
+    show_json(DemoRun(run_demo(), run_writer()))
+    body = json.loads(capsys.readouterr().out)
+    check_result("demo", body)
+    assert body["tasks"]["adapter_bytes"] == sum(task["size_bytes"] for task in body["tasks"]["tasks"])
 
 
 def test_the_demo_answers_about_your_own_sentence() -> None:
@@ -172,5 +180,5 @@ def test_the_writer_is_small(written: WriterResult) -> None:
 
 def test_a_prompt_of_ones_own(written: WriterResult) -> None:
     assert all(row.text.startswith("I want") for row in run_writer("I want").rows)
-    with pytest.raises(InputError, match="--prompt must hold a text"):
+    with pytest.raises(InputError, match="the prompt must hold a text"):
         run_writer(" ")

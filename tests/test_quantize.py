@@ -18,6 +18,7 @@ from onnx_lora.errors import BindError, ModelError
 from onnx_lora.exporter.quantization import Method, quantize
 from onnx_lora.points import Array
 from onnx_lora.runtime import Requantize
+from tests.support.json_schema import check_result
 from tests.support.models import make_adapter, make_model
 from tests.support.numbers import assert_close, assert_same_bits
 
@@ -88,7 +89,7 @@ def test_folding_into_quantized_weights_needs_leave(
     _, package = quantized("int4")
     with pytest.raises(BindError, match=r"quantized, and folding would round it again.*`requantize="):
         fold(package, adapter)
-    with pytest.raises(BindError, match="--requantize"):
+    with pytest.raises(BindError, match="`requantize="):
         fold_to(package, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -167,6 +168,7 @@ def test_language_models_keep_all_their_points(packages: Callable[[str], Path], 
 def test_the_commands_say_what_rounding_cost(packages: Callable[[str], Path], adapter: Path, tmp_path: Path) -> None:
     source, out = str(packages("bert")), str(tmp_path / "q")
     run = CliRunner().invoke(cli, ["quantize", source, out, "--bits", "8", "--json"], catch_exceptions=False)
+    check_result("quantize", json.loads(run.stdout))
     assert json.loads(run.stdout)["points"] > 0
     arguments = ["fold", out, str(tmp_path / "f"), "--adapter", str(adapter), "--requantize", "--source", source]
     facts = json.loads(CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False).stdout)

@@ -11,6 +11,8 @@ import jsonschema
 import pytest
 
 from onnx_lora.cli import COMMANDS
+from onnx_lora.errors import VerificationError
+from onnx_lora.exporter import Comparison
 from onnx_lora.results import ErrorResult, OutputComparison, as_json
 from onnx_lora.wording import in_words
 from scripts import result_schema
@@ -50,6 +52,16 @@ def test_every_result_is_said_in_words_or_drawn(command: str) -> None:
     drawn = {"demo", "generate", "measure"}  # by a function of their own in `report`
     for kind in result_schema.COMMANDS[command]:
         assert (in_words.dispatch(kind) is not in_words.dispatch(object)) == (command not in drawn)
+
+
+def test_a_verification_that_failed_has_its_numbers() -> None:
+    wrong = Comparison("model", "adapter", "logits", 0.5, 0.1)
+    error = VerificationError("must reproduce the model", comparisons=[wrong])
+    body = as_json(ErrorResult.of(error))
+    check_result("error", body)
+    assert body["verification"]["outputs"][0]["difference"] == 0.5
+    assert not body["verification"]["agrees"]
+    assert as_json(ErrorResult.of(VerificationError("no graph")))["verification"] is None
 
 
 def test_a_difference_that_is_no_number_is_null() -> None:

@@ -64,7 +64,7 @@ class GraphMeasurement:
     folded_bytes: int | None
     """The weights that a folded session keeps beside the base's file."""
 
-    folded_resident: int | None
+    folded_resident_bytes: int | None
     """How much the process grew as the folded session started, in bytes; None where the system does not say."""
 
 

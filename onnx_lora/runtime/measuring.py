@@ -75,7 +75,7 @@ class _Start:
     points: float
     load: float | None
     fold: float | None
-    folded_resident: int | None
+    folded_resident_bytes: int | None
 
 
 @public
@@ -191,7 +191,7 @@ class _Run:
             fold=start.fold,
             adapter_bytes=_adapter_bytes(self._adapter, sessions.points.graph),
             folded_bytes=None if sessions.folded is None else folded_bytes(sessions.folded),
-            folded_resident=start.folded_resident,
+            folded_resident_bytes=start.folded_resident_bytes,
         )
 
     def _start(self, name: str) -> tuple[_Sessions, _Start]:

@@ -15,6 +15,7 @@ from onnx_lora.cli import cli, main
 from onnx_lora.points import Array
 from onnx_lora.runtime.generation import decoder as running
 from tests.generation.conftest import Decoder
+from tests.support.json_schema import check_result
 
 TWENTY = Sampling(max_tokens=20)
 
@@ -43,6 +44,7 @@ def test_several_prompts_are_one_batch_with_an_adapter_each(decoder: Decoder, ge
     found = _run(decoder, *words, "--rows", "b,-")
     assert found.stdout == f"=== 1: the cat\n{expected[0].text}\n\n=== 2: hat\n{expected[1].text}\n\n"
     blend = json.loads(_run(decoder, *words, "--json").stdout)
+    check_result("generate", blend)
     expected = generator.generate(["the cat", "hat"], adapter={"a": 1.0, "b": 0.5}, sampling=TWENTY)
     assert [each["tokens"] for each in blend["generations"]] == [list(each.tokens) for each in expected]
     assert [each["text"] for each in blend["generations"]] == [each.text for each in expected]

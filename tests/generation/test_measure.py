@@ -10,6 +10,7 @@ import pytest
 from onnx_lora import measure
 from onnx_lora.cli import main
 from tests.generation.conftest import FAMILIES, Decoder, Make
+from tests.support.json_schema import check_result
 
 
 @pytest.mark.parametrize("family", ["growing", "shared"])
@@ -40,6 +41,7 @@ def test_the_command_shows_a_table_or_json(
     monkeypatch.setattr(sys, "argv", [*command, "--json"])
     main()
     result = json.loads(capsys.readouterr().out)
+    check_result("measure", result)
     assert [call["call"] for call in result["graphs"][0]["calls"]] == ["prefill of 32 tokens", "one token"]
     assert result["advice"]["switching"] == "delta"
 
@@ -59,4 +61,4 @@ def test_ctrl_c_ends_it_with_one_line(
     assert ended.value.code == 130
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.strip() == "interrupted; nothing was written"
+    assert said.err.strip() == "interrupted; nothing half done is left"

@@ -286,6 +286,7 @@ def _judge(package: Package, comparisons: list[Comparison]) -> None:
             f"must reproduce the model in PyTorch, and does not: {_which_side(comparisons)}",
             path=package.path,
             problems=problems,
+            comparisons=comparisons,
         )
     adapted = [entry for entry in comparisons if entry.case == "adapter"]
     if adapted and not any(entry.is_seen for entry in adapted):
