@@ -100,6 +100,7 @@ def fold_to(
     return Path(out)
 
 
+@public
 def read_folded(folder: str | os.PathLike[str]) -> FoldedModel | None:
     """What a folder that `fold_to` wrote was made of; None where its graphs do not say.
 

@@ -184,7 +184,7 @@ def test_verify_takes_an_adapter(wide: Make, built: Callable[[str], Package], tm
     bound = AdapterSession(package).load_adapter("it", adapter)
     cases = {entry.case for entry in verify(package, wide("llama"), adapter=adapter, tensors=bound.tensors)}
     assert cases == {"base", "adapter"}
-    with pytest.raises(VerificationError, match="adapter, output logits"):
+    with pytest.raises(VerificationError, match="adapter it, output logits"):
         verify(package, wide("llama"), adapter=adapter, tensors={})
 
 
@@ -260,7 +260,7 @@ def test_an_interrupted_export_leaves_nothing(wide: Make, tmp_path: Path) -> Non
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, out, err.strip()) == (130, "", "interrupted; nothing was written")
+    assert (process.returncode, out, err.strip()) == (130, "", "interrupted; nothing half done is left")
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert list(tmp_path.iterdir()) == []
 

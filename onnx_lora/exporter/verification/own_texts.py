@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_lora.boundary import public
 from onnx_lora.errors import InputError, ModelError
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.quiet import quiet
 from onnx_lora.exporter.frontends.sources import recorded_source
 from onnx_lora.exporter.ort_check import open_graph, run_graph
 from onnx_lora.exporter.verification.adapters import TriedAdapter, put_on_model
+from onnx_lora.package import Package
 
 if TYPE_CHECKING:
-    from onnx_lora.package import Package
     from onnx_lora.points import Array
 
 __all__ = ["TextComparison", "compare_texts"]
@@ -71,6 +72,7 @@ class _Answers:
         return _Answers(np.concatenate(best), np.concatenate(losses) if losses else empty)
 
 
+@public
 def compare_texts(
     package: Package,
     checkpoint: str | os.PathLike[str],
@@ -85,6 +87,10 @@ def compare_texts(
     Raises InputError: no text, a package of several graphs, or a graph that reads no tokens or gives no logits.
     ModelError: no such checkpoint or no tokenizer, or PEFT cannot load an adapter. MissingDependencyError.
     """
+    if not isinstance(package, Package):
+        raise InputError(f"package must be a Package, and is a {type(package).__name__}")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError("texts must be a list of texts")
     original = recorded_source(package.manifest.source, checkpoint).load_original(package)
     encoded = _encode(checkpoint, texts)
     graph = _Graph.of(package, original.references())

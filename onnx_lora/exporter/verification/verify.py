@@ -146,6 +146,7 @@ def _compare_adapters(package: Package, original: Original, adapters: Sequence[T
     return comparisons
 
 
+@public
 def verify_folded(
     model: FoldedModel, checkpoint: str | os.PathLike[str], adapters: Sequence[TriedAdapter]
 ) -> list[Comparison]:
