@@ -40,6 +40,8 @@ DATA = [
     "BoundAdapter",
     "Change",
     "Comparison",
+    "TextComparison",
+    "TriedAdapter",
     "Coverage",
     "Delta",
     "MatrixDelta",
