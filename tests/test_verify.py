@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers as hf
 from click.testing import CliRunner
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from onnx_lora import Package, attach, bind, fold_to, read_adapter, verify, write_adapter
 from onnx_lora.cli import cli
 from onnx_lora.errors import InputError, ModelError, VerificationError
 from onnx_lora.exporter import TriedAdapter, verify_folded
+from onnx_lora.exporter.verification.adapters import put_on_model
 from onnx_lora.runtime import read_folded
 from tests.support.models import make_adapter, make_model
 
@@ -159,6 +161,16 @@ def test_a_folded_model_says_what_is_in_it_and_no_path(desk: Path, tmp_path: Pat
     assert str(tmp_path) not in entry.value
     shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "a" / "folded")], catch_exceptions=False)
     assert "one: times 1, LoRA" in shown.output
+
+
+def test_scales_of_the_model_itself_are_no_adapters_scales(tmp_path: Path) -> None:
+    # Llama's attention holds a number called `scaling`.
+    make_adapter(make_model("llama"), tmp_path / "one", r=4, target_modules=["q_proj"])
+    model = make_model("llama")
+    with put_on_model(model, [TriedAdapter("one", tmp_path / "one", weight=0.5)]):
+        scales = [dict(layer.scaling) for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    assert scales
+    assert all(scale == {"adapter0": scales[0]["adapter0"]} for scale in scales)
 
 
 def test_what_peft_cannot_weigh_is_told(desk: Path, tmp_path: Path) -> None:

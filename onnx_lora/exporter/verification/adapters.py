@@ -62,7 +62,11 @@ def put_on_model(model: Any, adapters: Sequence[TriedAdapter]) -> Iterator[None]
 
 def _weigh(tuned: Any, name: str, adapter: TriedAdapter) -> None:
     """Multiply an adapter's scales in PEFT's layers. Raises ModelError: they have none."""
-    layers = [layer for layer in tuned.modules() if name in getattr(layer, "scaling", {})]
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # Modules of the model itself may have a `scaling` too: Llama's attention keeps the one of its scores there.
+    tuners = [layer for layer in tuned.modules() if isinstance(layer, BaseTunerLayer)]
+    layers = [layer for layer in tuners if name in getattr(layer, "scaling", {})]
     if not layers:
         raise ModelError(
             f"PEFT cannot weigh the adapter {adapter.name!r}, which is no LoRA; compare it at weight 1",
