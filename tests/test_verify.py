@@ -181,6 +181,16 @@ def test_what_peft_cannot_weigh_is_told(desk: Path, tmp_path: Path) -> None:
         verify_folded(model, desk / "checkpoint", [TriedAdapter("oft", desk / "oft", weight=0.5)])
 
 
+def test_a_model_that_an_adapter_could_not_be_put_on_is_as_it_was(desk: Path) -> None:
+    model = make_model("bert")
+    with (
+        pytest.raises(ModelError, match="cannot weigh"),
+        put_on_model(model, [TriedAdapter("oft", desk / "oft", weight=0.5)]),
+    ):
+        pass
+    assert not [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 def test_a_folded_model_that_says_nothing_is_told_from_a_package(desk: Path, tmp_path: Path) -> None:
 
     shutil.copytree(

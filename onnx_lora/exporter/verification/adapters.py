@@ -48,10 +48,10 @@ def put_on_model(model: Any, adapters: Sequence[TriedAdapter]) -> Iterator[None]
             tuned.load_adapter(os.fspath(other.folder), adapter_name=name)
         if others:
             tuned.base_model.set_adapter(names)
+    try:
         for name, adapter in zip(names, adapters, strict=True):
             if adapter.weight != 1.0:
                 _weigh(tuned, name, adapter)
-    try:
         yield
     finally:
         with peft_failures():
