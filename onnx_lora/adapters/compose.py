@@ -36,7 +36,7 @@ _A, _B, _SCALE = ".lora_A.weight", ".lora_B.weight", ".dora_scale"
 
 
 @public
-def blend(parts: Sequence[tuple[BoundAdapter, Weight]]) -> Tensors:
+def blend(parts: Sequence[tuple[BoundAdapter, float | Mapping[str, float]]]) -> Tensors:
     """The weighted sum of adapters, exact: factors side by side along the rank, the weight in B.
 
     A weight is a number, or numbers by groups of modules, `{"down_blocks": 0.6, "*": 1.0}` (see `strength.py`). One
@@ -87,7 +87,7 @@ def add_up(parts: Parts) -> Tensors:
 
 
 @public
-def make_blend(parts: Sequence[tuple[BoundAdapter, Weight]], *, name: str) -> BoundAdapter:
+def make_blend(parts: Sequence[tuple[BoundAdapter, float | Mapping[str, float]]], *, name: str) -> BoundAdapter:
     """A blend as an adapter of its own, called `name`: the sum that `blend` gives, and what is known of its parts.
 
     Its origin lists the parts'. One part of weight 1 is that adapter itself, under its own name.

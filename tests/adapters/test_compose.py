@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -254,5 +255,6 @@ def test_all_problems_of_a_call_are_told_at_once(package: Package) -> None:
 
 
 def test_a_message_spells_out_what_a_blend_is_made_of() -> None:
-    with pytest.raises(InputError, match=r"parts must be Sequence\[tuple\[BoundAdapter, float\]\], and is int 3"):
+    spelt = "Sequence[tuple[BoundAdapter, float | Mapping[str, float]]]"
+    with pytest.raises(InputError, match=re.escape(f"parts must be {spelt}, and is int 3")):
         blend(3)  # type: ignore[arg-type]

@@ -52,8 +52,8 @@ def list_names(folder: Path) -> tuple[str | None, ...]:
     Raises as `read_peft`.
     """
     chosen = choose_folder(folder, None)
-    files = _Files.find(chosen.path)
-    config = read_config(chosen.path / CONFIG, with_initial=True)
+    config = _read_config(chosen.path, with_initial=True)
+    files = _WeightFiles.find(chosen.path)
     inside = Names(config.method, METHODS).adapters(files.keys())
     return names_of(inside, chosen)
 
@@ -83,8 +83,8 @@ def _read_initial(folder: Path) -> Adapter:
 
 def _read_folder(chosen: AdapterFolder, name: str | None, *, with_initial: bool) -> Adapter:
     folder = chosen.path
-    files = _Files.find(folder)
-    config = read_config(folder / CONFIG, with_initial=with_initial)
+    config = _read_config(folder, with_initial=with_initial)
+    files = _WeightFiles.find(folder)
     content = files.read()
     notes = [*chosen.notes, *files.notes]
     tensors = choose_tensors(content.tensors, Names(config.method, METHODS), chosen, name)
@@ -92,23 +92,32 @@ def _read_folder(chosen: AdapterFolder, name: str | None, *, with_initial: bool)
     return _make_adapter(name or folder.resolve().name, tensors, config, origin, files.weights, notes)
 
 
+def _read_config(folder: Path, *, with_initial: bool) -> PeftConfig:
+    """The config of a folder, which is looked at before its weights: a method that is refused says more than a missing
+    file. Raises AdapterFileError: there is none, or it is damaged. UnsupportedAdapterError: a method that is refused.
+    """
+    present = _list_files(folder)
+    if CONFIG not in present:
+        other = explain(folder, Thing.ADAPTER)
+        if other is not None:
+            raise AdapterFileError(f"must be an adapter, and {other}", path=folder)
+        found = _explain_missing_config(present)
+        raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
+    return read_config(folder / CONFIG, with_initial=with_initial)
+
+
 @dataclass(frozen=True)
-class _Files:
-    """The files of a PEFT folder. `weights`: the one that is read; `notes`: what a user should know of the others."""
+class _WeightFiles:
+    """The files of weights in a PEFT folder. `weights`: the one that is read; `notes`: what a user should know of the
+    others."""
 
     weights: Path
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def find(cls, folder: Path) -> _Files:
-        """Raises AdapterFileError: one is missing, or the folder cannot be read."""
+    def find(cls, folder: Path) -> _WeightFiles:
+        """Raises AdapterFileError: there are none, or the folder cannot be read."""
         present = _list_files(folder)
-        if CONFIG not in present:
-            other = explain(folder, Thing.ADAPTER)
-            if other is not None:
-                raise AdapterFileError(f"must be an adapter, and {other}", path=folder)
-            found = _explain_missing_config(present)
-            raise AdapterFileError(f"must hold {CONFIG} and does not; found {found}", path=folder)
         if _SAFETENSORS in present and _PICKLE in present:
             note = f"both {_SAFETENSORS} and {_PICKLE} are there; as in PEFT, the first was read"
             return cls(folder / _SAFETENSORS, (note,))
