@@ -152,6 +152,18 @@ def test_a_folded_model_is_compared_with_what_is_in_it(desk: Path, tmp_path: Pat
         verify_folded(model, desk / "checkpoint", [TriedAdapter("two", desk / "two", weight=-1.0)])
 
 
+def test_groups_of_a_folded_model_are_pefts_layers(desk: Path, tmp_path: Path) -> None:
+    groups = {"layer.0": -2.0, "*": 0.5}
+    fold_to(desk / "package", [(desk / "two", groups)], tmp_path / "folded")
+    model = read_folded(tmp_path / "folded")
+    assert model is not None
+    compared = verify_folded(model, desk / "checkpoint", [TriedAdapter("two", desk / "two", weight=groups)])
+    assert all(entry.agrees for entry in compared)
+    for others in ({"layer.0": 2.0, "*": 0.5}, {"layer.0": -2.0}, 0.5):
+        with pytest.raises(VerificationError, match="other adapters or weights were folded in"):
+            verify_folded(model, desk / "checkpoint", [TriedAdapter("two", desk / "two", weight=others)])
+
+
 def test_a_folded_model_says_what_is_in_it_and_no_path(desk: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         fold_to(desk / "package", desk / "one", tmp_path / name / "folded")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from onnx_lora.adapters.strength import as_strength, weight_in
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.verification.random_adapters import peft_failures
 
@@ -21,12 +22,13 @@ __all__ = ["TriedAdapter", "put_on_model"]
 @dataclass(frozen=True)
 class TriedAdapter:
     """An adapter to compare: `folder`, a PEFT folder, is what PEFT loads into the model; `tensors`, by the names of the
-    package's inputs, is what the graphs get. `weight`: what it is multiplied with, in a folded model."""
+    package's inputs, is what the graphs get. `weight`: what it is multiplied with, in a folded model; a number, or one
+    for each of some groups of modules, as in a call."""
 
     name: str
     folder: str | os.PathLike[str]
     tensors: Mapping[str, Array] = field(default_factory=dict)
-    weight: float = 1.0
+    weight: float | Mapping[str, float] = 1.0
 
 
 @contextmanager
@@ -65,12 +67,15 @@ def _weigh(tuned: Any, name: str, adapter: TriedAdapter) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     # Modules of the model itself may have a `scaling` too: Llama's attention keeps the one of its scores there.
-    tuners = [layer for layer in tuned.modules() if isinstance(layer, BaseTunerLayer)]
-    layers = [layer for layer in tuners if name in getattr(layer, "scaling", {})]
+    tuners = {
+        module: layer for module, layer in tuned.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    layers = {module: layer for module, layer in tuners.items() if name in getattr(layer, "scaling", {})}
     if not layers:
         raise ModelError(
             f"PEFT cannot weigh the adapter {adapter.name!r}, which is no LoRA; compare it at weight 1",
             path=adapter.folder,
         )
-    for layer in layers:
-        layer.scaling[name] *= adapter.weight
+    strength = as_strength(adapter.weight)
+    for module, layer in layers.items():
+        layer.scaling[name] *= weight_in(strength, module)
