@@ -73,8 +73,7 @@ def point_options(command: Callable[P, R]) -> Callable[..., R]:
         targets, replaceable = _split(targets), _split(replaceable)
         word = targets[0] if len(targets) == 1 and targets[0] in ("all-linear", "all") else None
         chosen: Any = targets_regex or word or (targets or "all-linear")
-        heads = "heads" if replaceable in ([], ["heads"]) else replaceable
-        options = {"targets": chosen, "replaceable": heads, "default_rank": default_rank, "dora": dora}
+        options = {"targets": chosen, "replaceable": replaceable or "heads", "default_rank": default_rank, "dora": dora}
         return command(*args, options=options, **kwargs)  # type: ignore[arg-type]
 
     return wrapped

@@ -46,7 +46,7 @@ class Points:
         expression over whole module names, or names and suffixes, those of embeddings and convolutions too; "all"
         gives a point to every module that can have one.
     `replaceable`: as PEFT's `modules_to_save`: names of modules, or suffixes of parameters ("bias"). "heads": the
-        heads of classification models, which PEFT always saves.
+        heads of classification models, which PEFT always saves; alone or among others.
     `default_rank`: the rank of a point that is not fed: 0, or 1 for execution providers that cannot run rank 0
         (DirectML, CoreML).
     `dora`: whether points take DoRA's scale, at the cost of one product and one input more at each.

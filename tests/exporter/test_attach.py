@@ -87,6 +87,13 @@ def test_the_head_may_have_another_number_of_outputs(tmp_path: Path) -> None:
     assert not head.fits((7, 5))
 
 
+@pytest.mark.parametrize("word", ["heads", ["heads"], ["heads", "q_proj"]], ids=str)
+def test_heads_is_a_word_alone_and_among_names(tmp_path: Path, word: str | list[str]) -> None:
+    package = attach(_model(tmp_path), tmp_path / "out", replaceable=word)
+    modules = {name.rpartition(".")[0].rpartition(".")[2] for name in package.replaceable}
+    assert modules == {"classifier", *word} - {"heads"} if isinstance(word, list) else {"classifier"}
+
+
 def test_companions_come_along(tmp_path: Path) -> None:
     file = _model(tmp_path / "in")
     (file.parent / "config.json").write_text('{"model_type": "mine"}')

@@ -205,15 +205,15 @@ def check_names(replaceable: str | Sequence[str], graphs: Sequence[WholeWeightSi
 
     Raises ModelError: a name means nothing.
     """
-    if replaceable == HEADS_ONLY:
-        return
     found: set[str] = set()
     refused: dict[str, str] = {}
     for graph in graphs:
         found.update(weight.name for weight in graph.found)
         refused.update(graph.refused)
     problems: list[str] = []
-    for name in _as_names(replaceable):
+    for name in _given(replaceable):
+        if name == HEADS_ONLY:  # not every model has one
+            continue
         reasons: list[str] = []
         for what, why in refused.items():
             is_asked = _is_asked(what, (name,)) or matches(what, (name,))
@@ -229,8 +229,14 @@ def check_names(replaceable: str | Sequence[str], graphs: Sequence[WholeWeightSi
 
 
 def _as_names(replaceable: str | Iterable[str]) -> tuple[str, ...]:
-    if replaceable == HEADS_ONLY:
-        return CLASSIFIERS
+    """The names that are asked for; "heads" stands for those of classifiers."""
+    names: list[str] = []
+    for name in _given(replaceable):
+        names += CLASSIFIERS if name == HEADS_ONLY else [name]
+    return tuple(names)
+
+
+def _given(replaceable: str | Iterable[str]) -> tuple[str, ...]:
     return (replaceable,) if isinstance(replaceable, str) else tuple(replaceable)
 
 
