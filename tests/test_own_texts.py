@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -15,6 +16,7 @@ from onnx_lora import Package, bind, read_adapter
 from onnx_lora.cli import cli
 from onnx_lora.errors import InputError, ModelError
 from onnx_lora.exporter import TextComparison, TriedAdapter, compare_texts, export, quantize
+from tests.support.llama2c import read_model, read_tokens
 from tests.support.models import make_adapter
 
 pytestmark = pytest.mark.slow
@@ -76,6 +78,21 @@ def test_a_quantized_package_shows_how_far_it_is(desk: Path) -> None:
         assert one.agreement < 1.0
         assert one.loss_float == exact.loss_float
         assert abs(one.loss_package - one.loss_float) > 1e-3  # type: ignore[operator]
+
+
+def test_a_trained_decoder_keeps_most_of_its_answers_in_int4(data: Path, tmp_path: Path) -> None:
+    base = data / "base" / "stories260K"
+    if not base.is_dir():
+        pytest.skip(f"needs the trained model stories260K: {base} is not there")
+    read_model(base / "checkpoint_legacy.bin").save_pretrained(tmp_path / "base")
+    read_tokens(base / "tokenizer.bin").save_pretrained(tmp_path / "base")
+    package = quantize(export(tmp_path / "base", tmp_path / "float", via="optimum", verify=False), tmp_path / "int4")
+    story = ["Once upon a time, there was a boy named Tim. He had a red ball", "Lily went home. She was happy."]
+    (one,) = compare_texts(package, tmp_path / "base", story)
+    assert 0.5 < one.agreement < 1.0
+    assert one.loss_float is not None
+    assert one.loss_package is not None
+    assert one.loss_float < one.loss_package < 2.0 < np.log(512)  # of a model that knows nothing
 
 
 def test_long_texts_and_many_are_cut(desk: Path) -> None:

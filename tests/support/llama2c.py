@@ -90,6 +90,21 @@ class Tokens:
             at = -max(known)[1]
             found[at : at + 2] = [ids[pairs[at]]]
 
+    def save_pretrained(self, folder: Path) -> None:
+        """The same encoder as transformers reads it."""
+        from tokenizers import Tokenizer, models, normalizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        texts = [piece.decode("utf-8", "replace") for piece in self.pieces]
+        ids = {text: index for index, text in reversed(list(enumerate(texts)))}
+        best = sorted(range(len(texts)), key=lambda index: -self.scores[index])
+        cuts = [(texts[index][:at], texts[index][at:]) for index in best for at in range(1, len(texts[index]))]
+        merges = [(left, right) for left, right in cuts if left in ids and right in ids]
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=texts[0]))
+        tokenizer.normalizer = normalizers.Prepend(" ")
+        tokenizer.post_processor = processors.TemplateProcessing(single="S $A", special_tokens=[("S", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
     def decode(self, ids: list[int]) -> str:
         return b"".join(self.pieces[index] for index in ids).decode()
 
