@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx_lora.adapters.strength import Strength, Weight, as_strength
 from onnx_lora.manifest import FORMAT_VERSION, GraphInfo, Manifest
 from onnx_lora.package import Package
+from onnx_lora.strength import Strength, Weight, as_strength
 
 if TYPE_CHECKING:
     from onnx_lora.adapters import BoundAdapter

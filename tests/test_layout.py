@@ -34,11 +34,12 @@ ALLOWED = {
     "roles": set(),
     "codec": set(),
     "heads": set(),
+    "strength": {"arguments"},
     "older_manifests": {"kinds", "roles"},
     "points": {"kinds", "roles", "quantized"},
     "manifest": {"errors", "codec", "older_manifests", "kinds", "roles", "points"},
     "manifest_checks": {"kinds", "points", "manifest"},
-    "folded": {"manifest", "package", "adapters"},
+    "folded": {"manifest", "package", "adapters", "strength"},
     "package": {
         "whatis",
         "manifest_checks",
@@ -70,6 +71,7 @@ ALLOWED = {
         "package",
         "expressions",
         "heads",
+        "strength",
     },
     "exporter": {
         "folded",
@@ -90,6 +92,7 @@ ALLOWED = {
         "quantized",
         "expressions",
         "heads",
+        "strength",
     },
     "runtime": {
         "folded",
@@ -110,6 +113,7 @@ ALLOWED = {
         "adapters",
         "quantized",
         "heads",
+        "strength",
     },
     "heat": {"errors"},
     "results": {"errors", "folded", "package", "adapters", "exporter", "runtime", "demo", "demo_text"},

@@ -12,18 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from onnx_lora.adapters.adapter import BoundAdapter, Coverage, Origin
-from onnx_lora.adapters.strength import (
-    Strength,
-    Weight,
-    as_strength,
-    group_problems,
-    say_weight,
-    weight_in,
-    weight_problem,
-)
+from onnx_lora.adapters.groups import group_problems
 from onnx_lora.boundary import public
 from onnx_lora.errors import SelectionError
 from onnx_lora.points import Array
+from onnx_lora.strength import Strength, Weight, as_strength, say_weight, weight_in, weight_problem
 
 __all__ = ["Parts", "Tensors", "add_up", "blend", "check_weights", "make_blend"]
 

@@ -9,9 +9,9 @@ from typing import TypeAlias, Union
 
 from onnx_lora.adapters import Adapter, BoundAdapter, bind, read_adapter
 from onnx_lora.adapters.compose import make_blend
-from onnx_lora.adapters.strength import Weight
 from onnx_lora.errors import SelectionError
 from onnx_lora.package import Package
+from onnx_lora.strength import Weight
 
 __all__ = ["AnyAdapter", "AnyPackage", "Mixture", "bind_adapter", "bind_blend", "bind_parts", "open_package"]
 

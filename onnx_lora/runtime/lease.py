@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import ReferenceType, ref
 
-from onnx_lora.adapters.strength import Strength, say_weight
 from onnx_lora.onnxruntime_errors import fail_in_run
 from onnx_lora.runtime._ort import ort
 from onnx_lora.runtime.loaded import Key, Loaded, Part, Values
+from onnx_lora.strength import Strength, say_weight
 
 __all__ = ["Identity", "Lease"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from onnx_lora.adapters.strength import Strength
 from onnx_lora.points import Array
+from onnx_lora.strength import Strength
 
 if TYPE_CHECKING:
     from onnx_lora.adapters import BoundAdapter

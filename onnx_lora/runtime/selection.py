@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeAlias, cast
 
-from onnx_lora.adapters.strength import Strength, Weight, as_strength, weight_problem
 from onnx_lora.errors import SelectionError
+from onnx_lora.strength import Strength, Weight, as_strength, weight_problem
 
 __all__ = ["AdapterChoice", "Choice", "Selection", "explain_unknown", "parse"]
 

@@ -9,9 +9,9 @@ import pytest
 
 from onnx_lora import fold, fold_to
 from onnx_lora.adapters import blend
-from onnx_lora.adapters.strength import as_strength, weight_in
 from onnx_lora.errors import SelectionError
 from onnx_lora.runtime import read_folded
+from onnx_lora.strength import as_strength, weight_in
 from tests.runtime import tiny
 from tests.runtime.conftest import open_session
 from tests.support.numbers import assert_close

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from onnx_lora.adapters.strength import as_strength, weight_in
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.verification.random_adapters import peft_failures
+from onnx_lora.strength import as_strength, weight_in
 
 if TYPE_CHECKING:
     from onnx_lora.points import Array
