@@ -28,6 +28,9 @@ _ROUNDS = 32
 # Stands for "any number of outputs" while a head is tried.
 _FREE = "onnx_lora_free_outputs"
 
+# How much of its shapes a graph must say to be believed.
+_MOST = 0.9
+
 # Begins the symbols that ONNX's shape inference makes up.
 _MADE_UP = "unk__"
 
@@ -70,6 +73,11 @@ class Shapes:
         shape = self._shape(value)
         return None if shape is None else len(shape)
 
+    def features(self, value: ir.Value) -> int | str | None:
+        """The last axis of `value`, or None where it cannot be told."""
+        shape = self._shape(value)
+        return shape[-1] if shape else None
+
     def form(self, value: ir.Value) -> Form:
         """How the batch lies in `value`. `OTHER` unless another form is certain."""
         shape = self._shape(value)
@@ -102,10 +110,21 @@ class Shapes:
             value = source
 
     def _merges_batch(self, shape: Shape, flat: Shape | None) -> bool:
-        """Whether a Reshape from `shape` to `flat` merges the batch with the axes behind it, but for the last one."""
-        if flat is None or len(shape) <= 2:
+        """Whether a Reshape from `shape` to `flat` makes rows of the batch and axes behind it. The features are the
+        last axis, or several that it merges: attention's heads."""
+        if flat is None or shape[0] not in self.batch:
             return False
-        return shape[0] in self.batch and shape[-1] == flat[-1]
+        features = 1
+        for axis in range(len(shape) - 1, 1, -1):
+            size = shape[axis]
+            if size == flat[-1] and features == 1:
+                return True
+            if not isinstance(size, int):
+                return False
+            features *= size
+            if features == flat[-1]:
+                return True
+        return False
 
     def is_like(self, value: ir.Value, source: ir.Value, last: int) -> bool:
         """Whether `value` has the axes of `source`, the last one `last` long: known, and equal."""
@@ -125,17 +144,53 @@ def infer_shapes(model: ir.Model) -> Shapes:
     Raises MissingDependencyError: onnxruntime or sympy is not installed.
     """
     proto = _without_weights(ir.to_proto(model))
+    declared = {value.name: shape for value in proto.graph.value_info if (shape := _read(value)) is not None}
     plain: dict[str, onnx.TypeProto] = {}
     for value in _infer_plainly(proto).value_info:
         plain[value.name] = _without_made_up(value.type)
-    inferred, certain = _infer(proto)
+    is_told = _is_told(proto, declared)
+    inferred, certain = _infer(proto, is_needed=not is_told)
     by_name: dict[str, Shape] = {}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
         known = _read(value)
         if known is not None:
             by_name[value.name] = known
-    batch = _find_batch(model, by_name) if certain else frozenset[str]()
+    if is_told:
+        by_name |= declared
+    batch = _find_batch(model, by_name) if certain or is_told else frozenset[str]()
     return Shapes(by_name, batch, plain)
+
+
+def _is_told(proto: onnx.ModelProto, declared: Mapping[str, Shape]) -> bool:
+    """Whether a graph says the shapes of its values itself, as those of torch.export do, and ONNX's own rules find
+    nothing else. Such shapes are better than what can be inferred, where operators are not known or sizes divided."""
+    outputs = [name for node in proto.graph.node for name in node.output if name]
+    told = sum(name in declared for name in outputs) + len(proto.graph.output)
+    if told < _MOST * len(outputs):
+        return False
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    del bare.graph.value_info[:]
+    for value in _infer_plainly(bare).value_info:
+        found = _read(value)
+        if found is not None and value.name in declared and _contradict(found, declared[value.name]):
+            return False
+    return True
+
+
+def _contradict(one: Shape, other: Shape) -> bool:
+    """Whether two shapes cannot be the same value's: of other lengths, or with other numbers, or another first axis."""
+    if len(one) != len(other):
+        return True
+    pairs = list(zip(one, other, strict=True))
+    for left, right in pairs:
+        if isinstance(left, int) and isinstance(right, int) and left != right:
+            return True
+    if not pairs:
+        return False
+    first, second = pairs[0]
+    is_known = isinstance(first, str) and not first.startswith(_MADE_UP)
+    return is_known and second is not None and first != second
 
 
 def _find_batch(model: ir.Model, shapes: Mapping[str, Shape]) -> frozenset[str]:
@@ -178,8 +233,11 @@ def outputs_are_free(model: ir.Model, weights: Mapping[str, int], outputs: Seque
     return certain
 
 
-def _infer(proto: onnx.ModelProto) -> tuple[onnx.GraphProto, bool]:
-    """The graph with shapes, and whether ONNX Runtime's tool found all of them."""
+def _infer(proto: onnx.ModelProto, *, is_needed: bool = True) -> tuple[onnx.GraphProto, bool]:
+    """The graph with shapes, and whether ONNX Runtime's tool found all of them. Where it is not needed, ONNX's own
+    rules do."""
+    if not is_needed:
+        return _infer_plainly(proto), False
     part = "tools.symbolic_shape_infer"
     library = load_onnxruntime("giving a graph its points needs", part=part, extra="attach,cpu")
     tool = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")

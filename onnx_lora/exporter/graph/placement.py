@@ -25,7 +25,7 @@ class Placement:
     that branches add are not known.
 
     `rank`: how many axes the product has. Of a FLATTENED one, `flattened_by` is the Reshape, and `source_rank` the
-    number of axes of its input.
+    number of axes of its input; 0 where that has other features: heads, that the Reshape merges too.
     """
 
     form: Form

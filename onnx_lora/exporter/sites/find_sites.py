@@ -47,8 +47,9 @@ def _place(product: Product, shapes: Shapes) -> Placement | None:
         return Placement(form, rank)
     reshape = shapes.flattened_by(value)
     source = None if reshape is None else reshape.inputs[0]
-    source_rank = None if source is None else shapes.rank(source)
-    return Placement(form, rank, reshape, source_rank or 0)
+    if source is None or shapes.features(source) != shapes.features(value):
+        return Placement(form, rank, reshape)
+    return Placement(form, rank, reshape, shapes.rank(source) or 0)
 
 
 def _group(occurrences: Sequence[Occurrence]) -> tuple[list[list[Occurrence]], list[UnplacedNode]]:

@@ -89,13 +89,13 @@ def _make_view(surgeon: Surgeon, site: Site) -> View:
 
 
 def _undo_reshape(surgeon: Surgeon, site: Site, reshape: ir.Node) -> View:
-    """The view of an input whose batch and positions a Reshape merged: what the Reshape read, if nothing stands between
-    it and the product; else the input with its batch and positions parted again."""
+    """The view of an input whose batch and positions a Reshape merged: what the Reshape read, if that has its
+    features and nothing stands between it and the product; else the input with its batch and positions parted again."""
     label = site.label
     source = reshape.inputs[0]
     assert source is not None  # every Reshape reads data
-    if reshape.outputs[0] is site.input:
-        rank = site.placement.source_rank
+    rank = site.placement.source_rank
+    if reshape.outputs[0] is site.input and rank:
         return View(source, rank, ("Flatten", rank - 1))
     shape = surgeon.op("Shape", source, name=f"{label}.shape")
     batch = surgeon.op("Gather", shape, surgeon.integers([0]), name=f"{label}.batch")
