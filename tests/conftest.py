@@ -102,9 +102,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path.is_relative_to(place) for place in slow):
             item.add_marker(pytest.mark.slow)
+        if "matrix" in item.keywords and not item.config.getoption("--matrix"):
+            item.add_marker(pytest.mark.skip(reason="tried by `make matrix`"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="also try the architectures that CI leaves out")
     parser.addoption("--write-docs", action="store_true", help="rewrite the tables in docs that tests compare with")
 
 
@@ -141,12 +144,13 @@ def _save(name: str, folder: Path) -> None:
     from tests.support.models import make_model
 
     model: Any = make_model(name)
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = 0
     model.save_pretrained(folder)
 
 
 def _export(checkpoint: Path, folder: Path) -> None:
     from onnx_lora.exporter import export
+    from tests.support.exporters import VIA
 
-    export(checkpoint, folder, via="optimum", verify=False)
+    export(checkpoint, folder, via=VIA, verify=False)

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from onnx_lora import AdapterSession, Package, bind, fold, read_adapter
 from onnx_lora.errors import BindError
 from onnx_lora.exporter import export
+from tests.support.exporters import VIA
 from tests.support.numbers import assert_close
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -113,7 +114,7 @@ def test_what_the_file_leaves_out_is_written_to_the_tied_head(base: tuple[Path, 
 
 def test_a_package_that_cannot_replace_the_head_says_so(tmp_path: Path) -> None:
     _save_base(tmp_path / "base", tied=True)
-    package = export(tmp_path / "base", tmp_path / "package", via="optimum", replaceable="embed_tokens", verify=False)
+    package = export(tmp_path / "base", tmp_path / "package", via=VIA, replaceable="embed_tokens", verify=False)
     _train(tmp_path / "base", tmp_path / "a", rows=97)
     with pytest.raises(
         BindError, match=r"lm_head\.weight: the package cannot replace it; export again with `replaceable="
@@ -123,7 +124,7 @@ def test_a_package_that_cannot_replace_the_head_says_so(tmp_path: Path) -> None:
 
 def test_a_package_with_nothing_replaceable_takes_tables_that_are_the_bases_own(tmp_path: Path) -> None:
     _save_base(tmp_path / "base", tied=True)
-    package = export(tmp_path / "base", tmp_path / "package", via="optimum", verify=False)
+    package = export(tmp_path / "base", tmp_path / "package", via=VIA, verify=False)
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     tuned = get_peft_model(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
     tuned.save_pretrained(tmp_path / "a", save_embedding_layers=True)

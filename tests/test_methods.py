@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from onnx_lora import AdapterSession, Package, bind, fold, read_adapter, write_bound
 from onnx_lora.errors import BindError
 from onnx_lora.exporter import export
+from tests.support.exporters import VIA
 from tests.support.numbers import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -121,7 +122,7 @@ def test_trained_tokens_reach_what_is_tied(tied: bool, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = model(input_ids=IDS).logits.numpy()
     every = ["q_proj", "embed_tokens", "lm_head"]
-    package = export(tmp_path / "base", tmp_path / "out", via="optimum", task="text-generation", targets=every)
+    package = export(tmp_path / "base", tmp_path / "out", via=VIA, task="text-generation", targets=every)
     bound = bind(read_adapter(tmp_path / "a"), package)
     assert ("lm_head" in bound.coverage.applied) is tied
     feeds = {
@@ -140,7 +141,7 @@ def test_trained_tokens_are_refused_where_the_tied_head_has_no_point(tmp_path: P
     model = get_peft_model(_llama(True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]))
     model.save_pretrained(tmp_path / "a")
     targets = ["q_proj", "embed_tokens"]
-    package = export(tmp_path / "base", tmp_path / "out", via="optimum", targets=targets, verify=False)
+    package = export(tmp_path / "base", tmp_path / "out", via=VIA, targets=targets, verify=False)
     with pytest.raises(BindError, match=r"must change lm_head too, which is tied to it.* `targets=` including lm_head"):
         bind(read_adapter(tmp_path / "a"), package)
 
@@ -158,7 +159,7 @@ def test_the_method_of_trained_tokens_writes_the_tied_head_too(tmp_path: Path) -
     package = export(
         tmp_path / "base",
         tmp_path / "out",
-        via="optimum",
+        via=VIA,
         task="text-generation",
         targets=["all-linear", "lm_head", "embed_tokens"],
     )

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from onnx_lora import AdapterSession, Package, read_adapter
 from onnx_lora.errors import AdapterFileError
 from onnx_lora.exporter import export
+from tests.support.exporters import VIA
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 
@@ -59,7 +60,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
             weights[name.replace("model.language_model.", "model.")] = values
     text.load_state_dict(weights)
     text.save_pretrained(folder / "base")
-    return export(folder / "base", folder / "package", task="text-generation-with-past", via="optimum")
+    return export(folder / "base", folder / "package", task="text-generation-with-past", via=VIA)
 
 
 def _renamed(folder: Path, body: str) -> None:

@@ -16,6 +16,7 @@ from onnx_lora import Package, bind, read_adapter
 from onnx_lora.cli import cli
 from onnx_lora.errors import InputError, ModelError
 from onnx_lora.exporter import TextComparison, TriedAdapter, compare_texts, export, quantize
+from tests.support.exporters import VIA
 from tests.support.llama2c import read_model, read_tokens
 from tests.support.models import make_adapter
 
@@ -39,7 +40,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _decoder().save_pretrained(folder / "base")
     make_tokenizer(folder / "base")
     make_adapter(_decoder(), folder / "adapter", r=4, target_modules=["q_proj", "v_proj"])
-    export(folder / "base", folder / "float", via="optimum", verify=False)
+    export(folder / "base", folder / "float", via=VIA, verify=False)
     quantize(folder / "float", folder / "int4")
     (folder / "texts.txt").write_text("\n".join(TEXTS), "utf-8")
     return folder
@@ -86,7 +87,7 @@ def test_a_trained_decoder_keeps_most_of_its_answers_in_int4(data: Path, tmp_pat
         pytest.skip(f"needs the trained model stories260K: {base} is not there")
     read_model(base / "checkpoint_legacy.bin").save_pretrained(tmp_path / "base")
     read_tokens(base / "tokenizer.bin").save_pretrained(tmp_path / "base")
-    package = quantize(export(tmp_path / "base", tmp_path / "float", via="optimum", verify=False), tmp_path / "int4")
+    package = quantize(export(tmp_path / "base", tmp_path / "float", via=VIA, verify=False), tmp_path / "int4")
     story = ["Once upon a time, there was a boy named Tim. He had a red ball", "Lily went home. She was happy."]
     (one,) = compare_texts(package, tmp_path / "base", story)
     assert 0.5 < one.agreement < 1.0
@@ -129,6 +130,6 @@ def test_a_classifiers_labels_are_compared(tmp_path: Path) -> None:
     model = hf.BertForSequenceClassification(hf.BertConfig(vocab_size=500, num_labels=5, pad_token_id=0, **sizes))
     model.save_pretrained(tmp_path / "base")
     make_tokenizer(tmp_path / "base")
-    package = export(tmp_path / "base", tmp_path / "package", via="optimum", verify=False)
+    package = export(tmp_path / "base", tmp_path / "package", via=VIA, verify=False)
     (one,) = compare_texts(package, tmp_path / "base", TEXTS)
     assert (one.answers, one.agreement, one.loss_float, one.loss_package) == (3, 1.0, None, None)

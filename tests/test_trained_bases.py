@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from onnx_lora import AdapterSession, Package, fold
 from onnx_lora.exporter import attach, export
+from tests.support.exporters import VIA
 from tests.support.llama2c import read_model, read_tokens
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close, assert_same_bits
@@ -66,7 +67,7 @@ def trained(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
         package = attach(base / "model.onnx", folder / "package")
     else:
         model().save_pretrained(folder / "checkpoint")
-        package = export(folder / "checkpoint", folder / "package", via="optimum", verify=False)
+        package = export(folder / "checkpoint", folder / "package", via=VIA, verify=False)
     return Trained(model, package, make_adapter(model(), folder / "adapter", **_lora(first)), text)
 
 

@@ -18,6 +18,7 @@ from onnx_lora import AdapterSession, Package, bind, fold
 from onnx_lora.adapters import Adapter, Origin, Replacement
 from onnx_lora.errors import ExportError, ModelError, VerificationError
 from onnx_lora.exporter import TorchModule, export, verify
+from tests.support.exporters import VIA
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 
@@ -114,9 +115,9 @@ def test_what_torch_cannot_trace_is_an_error_of_ours(tmp_path: Path) -> None:
 
 
 def test_export_verifies_base_adapter_and_rows(checkpoints: Make, tmp_path: Path) -> None:
-    package = export(checkpoints("llama"), tmp_path / "out", via="optimum")
+    package = export(checkpoints("llama"), tmp_path / "out", via=VIA)
     assert package.manifest.source == {
-        "made_by": "optimum",
+        "made_by": VIA,
         "from": checkpoints("llama").name,
         "task": "text-generation-with-past",
         "precision": "fp32",
@@ -151,7 +152,7 @@ def test_verification_leaves_the_model_as_it_was(net: tuple[Net, Package]) -> No
 
 
 def test_half_precision(checkpoints: Make, tmp_path: Path) -> None:
-    package = export(checkpoints("llama"), tmp_path / "out", via="optimum", precision="fp16")
+    package = export(checkpoints("llama"), tmp_path / "out", via=VIA, precision="fp16")
     # Optimum's graph keeps some products in float32; their points follow the graph.
     assert {point.dtype for point in package.points.values()} == {"float16", "float32"}
     assert package.points["model.layers.0.self_attn.q_proj"].dtype == "float16"
@@ -214,7 +215,7 @@ def test_of_the_tasks_of_a_class_the_first_that_is_exported_is_meant(name: str, 
 def test_a_task_without_past_has_no_cache(checkpoints: Make, tmp_path: Path) -> None:
     """Whoever exports it: of the two exporters one always has a cache."""
     package = export(checkpoints("llama"), tmp_path / "out", task="text-generation", verify=False)
-    assert package.manifest.source["made_by"] == "optimum"
+    assert package.manifest.source["made_by"] == VIA
     assert not any("past" in value.name for value in AdapterSession(package).get_inputs())
 
 
@@ -223,7 +224,7 @@ def test_equal_whole_weights_that_the_exporter_kept_once_are_replaceable_apart(
     checkpoints: Make, tmp_path: Path, replaceable: str
 ) -> None:
     """Parameters at their first values are equal: torch.onnx keeps one, and an Identity in the place of each other."""
-    package = export(checkpoints("bert"), tmp_path / "package", via="optimum", replaceable=[replaceable])
+    package = export(checkpoints("bert"), tmp_path / "package", via=VIA, replaceable=[replaceable])
     changed = [name for name in package.replaceable if name.endswith(".bias")]
     assert len({package.replaceable[name].sha256 for name in changed}) < len(changed)
     ids = np.array([[11, 42, 7], [3, 5, 8]])

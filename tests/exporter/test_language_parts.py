@@ -17,6 +17,7 @@ from onnx_lora.errors import BindError, ModelError
 from onnx_lora.exporter import export, verify
 from onnx_lora.exporter.frontends.exporters import genai, optimum
 from onnx_lora.exporter.frontends.source import Reference
+from tests.support.exporters import VIA
 from tests.support.numbers import assert_close
 
 _CORE: dict[str, Any] = {
@@ -169,7 +170,7 @@ def test_a_task_without_a_cache_is_exported_without_one(tmp_path: Path) -> None:
 
 def test_an_adapter_of_a_part_that_is_left_out_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = _save(_llava, tmp_path / "llava")
-    package = export(checkpoint, tmp_path / "package", via="optimum", verify=False)
+    package = export(checkpoint, tmp_path / "package", via=VIA, verify=False)
     model, _ = _original(package, checkpoint)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")

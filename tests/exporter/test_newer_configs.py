@@ -23,6 +23,7 @@ from onnx_lora.exporter.frontends.configs.newer import open_readable, translate_
 from onnx_lora.exporter.frontends.exporters.genai import load_causal_model
 from onnx_lora.exporter.frontends.exporters.optimum import load_model
 from onnx_lora.exporter.verification.verify import verify
+from tests.support.exporters import VIA
 
 pytestmark = pytest.mark.skipif(not hf.__version__.startswith("4."), reason="the installed transformers is not 4")
 
@@ -218,7 +219,7 @@ def test_a_package_of_a_version_5_checkpoint_has_its_numbers(llama: Path, tmp_pa
 
 
 def test_the_package_keeps_the_config_as_it_came(llama: Path, tmp_path: Path) -> None:
-    package = export(as_version_5(llama), tmp_path / "out", via="optimum", verify=False)
+    package = export(as_version_5(llama), tmp_path / "out", via=VIA, verify=False)
     assert package.manifest.source["from"] == "llama"
     assert "llama" in (package.path / "config.json").read_text("utf-8")
 

@@ -41,6 +41,7 @@ from onnx_lora.exporter.frontends.exporters.registry import EXPORTERS, ExportReq
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource, Original
 from onnx_lora.exporter.request import Progress
+from tests.support.exporters import VIA
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -263,7 +264,7 @@ def noticed() -> Iterator[dict[str, Any]]:
 def test_an_export_and_a_failed_one_leave_other_libraries_as_they_were(
     noticed: dict[str, Any], checkpoints: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    export(checkpoints("bert"), tmp_path / "bert", via="optimum", targets=["query"])
+    export(checkpoints("bert"), tmp_path / "bert", via=VIA, targets=["query"])
     assert _state() == noticed
     package = export(make_tiny(), tmp_path / "tiny", example_inputs=(X,))
     assert _state() == noticed

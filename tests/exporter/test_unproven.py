@@ -22,6 +22,7 @@ from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.verification.verify import verify
 from onnx_lora.quantized import Scheme, is_rounded, quantize
+from tests.support.exporters import VIA
 from tests.support.numbers import assert_close
 
 Net = Callable[[], nn.Module]
@@ -444,7 +445,7 @@ def _deberta(spread: float = 0.3) -> Any:
 
 def test_verify_proves_what_it_compares_and_writes_it_down(tmp_path: Path) -> None:
     _deberta().save_pretrained(tmp_path / "checkpoint")
-    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", targets=["query_proj", "value_proj"])
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via=VIA, targets=["query_proj", "value_proj"])
     assert not plain.unproven
     for level, exact in (("ORT_DISABLE_ALL", True), ("ORT_ENABLE_BASIC", False)):
         folder = shutil.copytree(plain.path, tmp_path / level)
@@ -465,7 +466,7 @@ def test_verify_proves_no_call_that_is_too_weak_to_be_seen(tmp_path: Path) -> No
     """With weights as small as transformers makes them, the missing calls move the outputs less than rounding does."""
     _deberta(0.02).save_pretrained(tmp_path / "checkpoint")
     targets = ["query_proj", "value_proj"]
-    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", targets=targets)
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via=VIA, targets=targets)
     file = _optimised(plain.path / plain.graph().base_file)
     package = attach(file.rename(plain.path / "base.onnx"), tmp_path / "out", targets=targets)
     with pytest.raises(VerificationError, match=r"query_proj: torch calls .*query_proj 2 times|graph model, adapter"):
@@ -479,7 +480,7 @@ def test_verify_knows_decoders_without_a_cache(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=60, n_positions=32)
     transformers.GPT2LMHeadModel(config).eval().save_pretrained(tmp_path / "checkpoint")
-    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via="optimum", task="text-generation", verify=False)
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", via=VIA, task="text-generation", verify=False)
     package = attach(plain.path / plain.graph().base_file, tmp_path / "out")
     assert all(entry.agrees for entry in verify(package, tmp_path / "checkpoint"))
 

@@ -41,6 +41,7 @@ from onnx_lora.runtime.generation.settings import Settings
 from onnx_lora.runtime.generation.text import TextTokenizer
 from tests.fuzz import seeds
 from tests.fuzz.worker import Target
+from tests.support.exporters import VIA
 
 __all__ = ["TARGETS"]
 
@@ -175,7 +176,7 @@ def _generate(folder: Path, out: Path) -> None:
 
 
 def _export(folder: Path, out: Path) -> None:
-    assert export(folder, out / "package", via="optimum", verify=False).points
+    assert export(folder, out / "package", via=VIA, verify=False).points
 
 
 TARGETS: tuple[Target, ...] = (

@@ -13,6 +13,7 @@ from peft import PeftModel
 from onnx_lora import Sampling, TextGenerator
 from onnx_lora.exporter import export
 from tests.generation.conftest import FAMILIES, Decoder, Make, expected, open_generator
+from tests.support.exporters import VIA
 from tests.support.llama2c import read_model, read_tokens
 from tests.support.models import make_adapter
 
@@ -106,7 +107,7 @@ def test_trained_models_write_as_in_pytorch(name: str, data: Path, tmp_path: Pat
     else:
         model, prompt = lambda: hf.GPT2LMHeadModel.from_pretrained(base).eval(), [1, 12, 5]
     model().save_pretrained(tmp_path / "checkpoint")
-    export(tmp_path / "checkpoint", tmp_path / "package", via="optimum", verify=False)
+    export(tmp_path / "checkpoint", tmp_path / "package", via=VIA, verify=False)
     adapter = make_adapter(model(), tmp_path / "a", r=4, lora_alpha=2, target_modules="all-linear")
     generator = open_generator(Decoder(tmp_path / "checkpoint", tmp_path / "package", {"a": adapter}), "a")
     peft = PeftModel.from_pretrained(model(), adapter).eval()

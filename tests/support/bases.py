@@ -16,9 +16,9 @@ from torch import nn
 
 from onnx_lora import Package
 from onnx_lora.exporter import export
-from onnx_lora.exporter.frontends.exporters.optimum import load_model
-from onnx_lora.exporter.frontends.exporters.optimum import references as onnx_references
 from onnx_lora.exporter.frontends.torch_module import reference
+from tests.support.exporters import VIA, load_model
+from tests.support.exporters import references as onnx_references
 
 __all__ = ["BASES", "Answers", "Base"]
 
@@ -58,7 +58,7 @@ class Base:
             return export(model, package, example_inputs=(self.example(),), verify=False, **options)
         model.save_pretrained(folder / "checkpoint")
         del model  # the largest has 1.6 GB
-        return export(folder / "checkpoint", package, via="optimum", verify=False, **options)
+        return export(folder / "checkpoint", package, via=VIA, verify=False, **options)
 
     def answers(self, folder: Path, package: Package, change: Callable[[Any], object]) -> list[Answers]:
         """What the model answers before and after `change`, for every graph of its package in `folder`."""

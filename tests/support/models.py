@@ -10,6 +10,9 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 
+from tests.support.exporters import HAS_OPTIMUM
+from tests.support.newer_models import NEWER
+
 __all__ = ["ARCHITECTURES", "make_adapter", "make_model"]
 
 _CORE: dict[str, Any] = {
@@ -25,6 +28,9 @@ _VISION: dict[str, Any] = {key: value for key, value in _CORE.items() if key != 
     "image_size": 32,
     "patch_size": 8,
 }
+
+# What vision transformers call them, before transformers 5 and since.
+_QUERY_VALUE = ["query", "q_proj", "value", "v_proj"]
 
 # Architecture -> (a model with random weights, the q/v projections by PEFT's suffixes).
 ARCHITECTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -127,12 +133,12 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ),
         ["q_proj", "v_proj"],
     ),
-    "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION)), ["query", "value"]),
+    "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**_VISION)), _QUERY_VALUE),
     "swin": (
         lambda: hf.SwinForImageClassification(
             hf.SwinConfig(image_size=32, patch_size=2, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
         ),
-        ["query", "value"],
+        _QUERY_VALUE,
     ),
     "clip": (
         lambda: hf.CLIPModel(
@@ -151,6 +157,8 @@ ARCHITECTURES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["c_attn"],
     ),
 }
+if not HAS_OPTIMUM:
+    ARCHITECTURES |= NEWER
 
 
 def make_model(name: str, *, seed: int = 0) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter.foreign_libraries import Failure, attempt
 
-__all__ = ["LanguagePart", "find_text_class", "language_part_of"]
+__all__ = ["LanguagePart", "find_text_class", "language_part_of", "others_than"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def language_part_of(model: Any, path: str | os.PathLike[str]) -> LanguagePart:
     text.generation_config = copy.deepcopy(model.generation_config)
     if not _answer_alike(model, text, path):
         raise _unlike(name, "computes something else of a text than", path)
-    return LanguagePart(text, _others_than(model, (body, _name_of(model, head))))
+    return LanguagePart(text, others_than(model, (body, _name_of(model, head))))
 
 
 def _unlike(name: str, difference: str, path: str | os.PathLike[str]) -> ModelError:
@@ -161,7 +161,7 @@ def _answer_alike(model: Any, text: Any, path: str | os.PathLike[str]) -> bool:
     return bool((theirs - ours).abs().max() <= rounding * theirs.abs().max())
 
 
-def _others_than(model: Any, kept: tuple[str, ...]) -> tuple[str, ...]:
+def others_than(model: Any, kept: Collection[str]) -> tuple[str, ...]:
     """The parts of a model that hold weights and none of what is kept, by the names of their modules."""
     left_out: list[str] = []
     for name, module in model.named_children():
@@ -169,7 +169,7 @@ def _others_than(model: Any, kept: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(left_out)
 
 
-def _parts_of(name: str, module: Any, kept: tuple[str, ...]) -> list[str]:
+def _parts_of(name: str, module: Any, kept: Collection[str]) -> list[str]:
     if name in kept or not any(True for _ in module.parameters()):
         return []
     if not any(one.startswith(f"{name}.") for one in kept):

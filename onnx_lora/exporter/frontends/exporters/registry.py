@@ -23,6 +23,7 @@ __all__ = ["EXPORTERS", "CheckpointExporter", "ExportRequest", "Refusal", "choos
 # it. A new exporter is one file with a `CheckpointExporter`, and one line here.
 EXPORTERS: dict[str, str] = {
     "genai": "onnx_lora.exporter.frontends.exporters.genai:EXPORTER",
+    "transformers": "onnx_lora.exporter.frontends.exporters.transformers:EXPORTER",
     "optimum": "onnx_lora.exporter.frontends.exporters.optimum:EXPORTER",
 }
 
