@@ -318,7 +318,7 @@ def _with_config(source: Path, folder: Path, **change: Any) -> Path:
         ({"precision": "int4", "block_size": 0}, "block_size must be one of .*, and is 0"),
         ({"precision": "int4", "accuracy_level": 5}, "accuracy_level must be one of .*, and is 5"),
         ({"block_size": 32}, "are for precision int4 and int8"),
-        ({"via": "onnx"}, "via must be one of genai, optimum, and is 'onnx'"),
+        ({"via": "onnx"}, "via must be one of genai, transformers, optimum, and is 'onnx'"),
         ({"via": "optimum", "precision": "int4"}, "Optimum writes no int4"),
         ({"via": "genai", "task": "text-classification"}, "for text-generation-with-past"),
         (

@@ -350,7 +350,8 @@ def test_shape_inference_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyP
     """Of some damaged graphs the tool finds the same sizes to be equal, and begins anew, for ever."""
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], name="/q/MatMul")]
+    # Of the product's output the graph says no shape itself.
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], name="/q/MatMul"), helper.make_node("Relu", ["h"], ["y"])]
     shapes: dict[str, Any] = {"inputs": {"x": ["batch", "seq", 4]}, "outputs": {"y": ["batch", "seq", 6]}}
     file = save(tmp_path / "in" / "m.onnx", nodes, {"w": random(4, 6)}, **shapes)
     monkeypatch.setattr(SymbolicShapeInference, "_infer_impl", lambda *_: None)
