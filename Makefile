@@ -13,12 +13,13 @@ export ONNX_LORA_MINILM ?= $(abspath $(MINILM))
 JOBS ?= 2
 
 # The tests that are run once for each exporter.
-OF_EXPORTERS := tests/test_architectures.py tests/exporter/test_transformers.py tests/exporter/test_told_shapes.py
+OF_EXPORTERS := tests/test_architectures.py tests/test_other_versions.py tests/exporter/test_transformers.py \
+  tests/exporter/test_told_shapes.py
 
 # Pythons that `make matrix` tries, where they are installed.
 PYTHONS ?= python3.12 python3.13
 
-.PHONY: setup setup-transformers5 demo test fast matrix check format fuzz bench docs site house clean
+.PHONY: setup setup-transformers5 demo test fast matrix check format fuzz bench docs versions site house clean
 
 setup: $(VENV)/.ready  ## the environment for development: everything, torch included
 
@@ -95,6 +96,11 @@ docs: setup  ## rewrite the parts of docs that are made from the code, or by run
 	$(BIN)/python scripts/package_format.py --write
 	$(BIN)/python scripts/result_schema.py --write
 	$(BIN)/python scripts/optimum_tasks.py --write
+
+versions: setup setup-transformers5  ## what modules are called in transformers 4 and in 5
+	mkdir -p build
+	$(BIN)/python -m scripts.other_versions --list build/transformers-4.json
+	$(NEXT_VENV)/bin/python -m scripts.other_versions --join build/transformers-4.json --write
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) $(NEXT_VENV) .venv-python* build .mypy_cache .pytest_cache .ruff_cache .hypothesis .fuzz

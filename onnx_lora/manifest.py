@@ -157,7 +157,7 @@ class Manifest:
 
     source: dict[str, str]
     """What it was made from: `made_by`, `from`, `base` (the model's name by its config or the hub's cache), `task`,
-    `precision`."""
+    `precision`, and the versions of the libraries that wrote its graphs (`transformers`)."""
 
     graphs: tuple[GraphInfo, ...]
     """The package's graphs, at least one."""

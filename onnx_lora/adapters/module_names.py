@@ -6,13 +6,14 @@ stays as it is (`bind` then says what the package has instead)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from onnx_lora.adapters.adapter import Adapter
 from onnx_lora.adapters.language_models import LAYOUTS, readings
+from onnx_lora.adapters.other_versions import other_names
 from onnx_lora.adapters.problems import list_first
 from onnx_lora.adapters.wrappers import without_module
 from onnx_lora.errors import BindError
@@ -28,6 +29,7 @@ __all__ = [
     "MissingPart",
     "NamingRule",
     "OtherClass",
+    "OtherVersion",
     "OwnName",
     "UnknownPart",
     "Wrapped",
@@ -50,10 +52,12 @@ _MOST_CANDIDATES = 5
 class KnownModules:
     """The modules that a package names: with a point, without one, or with a replaceable weight.
 
-    `parts`: by module, the part of a pipeline that it is of; "" where the package is no pipeline.
+    `parts`: by module, the part of a pipeline that it is of; "" where the package is no pipeline. `kinds`: the types of
+    its model and of the models within, as their configs say them.
     """
 
     parts: Mapping[str, str]
+    kinds: frozenset[str] = frozenset()
 
     @staticmethod
     def of(package: Package) -> KnownModules:
@@ -62,11 +66,11 @@ class KnownModules:
             modules = sorted(graph.modules)
             part = _part_of(graph.name, modules)
             parts.update(dict.fromkeys(modules, part))
-        return KnownModules(parts)
+        return KnownModules(parts, frozenset(_kinds_in(package.config)))
 
     def with_names(self, names: Mapping[str, str]) -> KnownModules:
         """With names that stand for modules of the package, by each the module."""
-        return KnownModules({**self.parts, **{name: self.parts[module] for name, module in names.items()}})
+        return replace(self, parts={**self.parts, **{name: self.parts[module] for name, module in names.items()}})
 
     def __contains__(self, module: object) -> bool:
         return module in self.parts
@@ -81,6 +85,16 @@ class KnownModules:
         for module in self.parts:
             found.setdefault(flat_name(module), []).append(module)
         return found
+
+
+def _kinds_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every `model_type` that a model's config and the configs in it say."""
+    kind = config.get("model_type")
+    if isinstance(kind, str):
+        yield kind
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _kinds_in(value)
 
 
 def _part_of(graph_name: str, modules: Sequence[str]) -> str:
@@ -205,6 +219,35 @@ class OtherClass:
 
 
 @dataclass(frozen=True)
+class OtherVersion:
+    """The file was saved under another version of transformers than the package was made with."""
+
+    def explain(self, names: Sequence[str], known: KnownModules, *, flat: bool) -> Explained | None:
+        del flat
+        meant: dict[str, str] = {}
+        for name in names:
+            if name in known:
+                continue
+            found = [other for other in other_names(name, known.kinds) if other in known]
+            if not found:
+                return None
+            if len(found) > 1:
+                return Explained(problems=(f"{name}: may mean {' or '.join(found)}; rename its tensors",))
+            [meant[name]] = found
+        if not meant:
+            return None
+        own, other = next(iter(meant.items()))
+        note = (
+            "the adapter was saved under another version of transformers than the package was made with: its modules "
+            f"are called otherwise, {own} is this package's {other}"
+        )
+        return Explained(meant, notes=(note,))
+
+    def spellings(self, module: str, known: KnownModules) -> Sequence[str]:
+        return other_names(module, known.kinds)
+
+
+@dataclass(frozen=True)
 class OwnName:
     """A file with one name of the package's own has all its names from there."""
 
@@ -263,7 +306,15 @@ class UnknownPart:
 
 
 # The first rule that says something of an adapter's names counts for all of them.
-RULES: tuple[NamingRule, ...] = (FlatName(), Wrapped(), OtherClass(), OwnName(), MissingPart(), UnknownPart())
+RULES: tuple[NamingRule, ...] = (
+    FlatName(),
+    Wrapped(),
+    OtherClass(),
+    OtherVersion(),
+    OwnName(),
+    MissingPart(),
+    UnknownPart(),
+)
 
 
 def explain_names(names: Sequence[str], known: KnownModules, *, flat: bool = False) -> Explained:

@@ -223,3 +223,58 @@ def test_whole_weights_are_of_the_other_class_too(tmp_path: Path) -> None:
         "the adapter was trained on another class of this model: its modules language_model.model.… are this package's "
         "model.…",
     )
+
+
+# --- names of another version of transformers ----------------------------------------------------
+
+
+def of_vit(folder: Path, *modules: str) -> Package:
+    builder = PackageBuilder(folder)
+    builder.config = {"model_type": "vit"}
+    for module in modules:
+        builder.point(module, 4, 6)
+    return builder.open()
+
+
+NEWER = ("vit.layers.0.attention.q_proj", "vit.layers.11.mlp.fc2", "classifier")
+OLDER = ("vit.encoder.layer.0.attention.attention.query", "vit.encoder.layer.11.output.dense", "classifier")
+
+
+@pytest.mark.parametrize("of_package, of_adapter", [(NEWER, OLDER), (OLDER, NEWER)])
+def test_another_versions_names_are_the_packages(
+    tmp_path: Path, of_package: Sequence[str], of_adapter: Sequence[str]
+) -> None:
+    own = with_package_names(of(*of_adapter), of_vit(tmp_path / "p", *of_package))
+    assert names(own) == list(of_package)
+    (note,) = own.notes
+    assert f"{of_adapter[0]} is this package's {of_package[0]}" in note
+
+
+def test_another_versions_names_are_those_of_the_packages_type_alone(tmp_path: Path) -> None:
+    package = single(tmp_path / "p", *NEWER)
+    assert names(with_package_names(of(*OLDER), package)) == list(OLDER)
+
+
+def test_one_name_that_no_version_has_leaves_all_as_they_are(tmp_path: Path) -> None:
+    strange = (*OLDER, "vit.encoder.layer.0.attention.attention.queries")
+    with pytest.raises(BindError) as caught:
+        bind(of(*strange), of_vit(tmp_path / "p", *NEWER))
+    for name in (OLDER[0], strange[-1]):
+        assert f"{name}: the package has no such module" in str(caught.value)
+
+
+def test_a_name_that_two_modules_had_is_refused_with_both(tmp_path: Path) -> None:
+    builder = PackageBuilder(tmp_path / "p")
+    builder.config = {"model_type": "zoedepth", "backbone": {"model_type": "beit"}}
+    wanted = ("backbone.layers.0.attention.q_proj", "backbone.beit.layers.0.attention.q_proj")
+    for module in wanted:
+        builder.point(module, 4, 6)
+    old = "backbone.encoder.layer.0.attention.attention.query"
+    with pytest.raises(BindError) as caught:
+        bind(of(old), builder.open())
+    assert all(name in str(caught.value) for name in (old, *wanted))
+
+
+def test_two_versions_names_of_one_module_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BindError, match="both mean it"):
+        bind(of(NEWER[0], OLDER[0]), of_vit(tmp_path / "p", *NEWER))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def test_every_network_becomes_a_graph_under_its_own_name(package: Package) -> N
     assert package.manifest.source == {
         **{"made_by": "optimum", "from": "small", "task": "text-to-image", "precision": "fp32"},
         "pipeline": "StableDiffusionPipeline",
+        **{name: version(name) for name in ("diffusers", "transformers", "optimum-onnx")},
     }
     assert package.points["unet.conv_in"].kind == Conv((3, 3))
     assert package.points["text_encoder.text_model.embeddings.token_embedding"].kind == EMBEDDING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from onnx_lora import AdapterSession, Package, bind, fold
 from onnx_lora.adapters import Adapter, Origin, Replacement
 from onnx_lora.errors import ExportError, ModelError, VerificationError
 from onnx_lora.exporter import TorchModule, export, verify
-from tests.support.exporters import VIA
+from tests.support.exporters import HAS_OPTIMUM, VIA
 from tests.support.models import make_adapter
 from tests.support.numbers import assert_close
 
@@ -121,6 +122,7 @@ def test_export_verifies_base_adapter_and_rows(checkpoints: Make, tmp_path: Path
         "from": checkpoints("llama").name,
         "task": "text-generation-with-past",
         "precision": "fp32",
+        **{name: version(name) for name in ("transformers", "optimum-onnx" if HAS_OPTIMUM else "torch")},
     }
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def test_the_manifest_says_who_made_it(built: Callable[[str], Package]) -> None:
         "from": "llama",
         "task": "text-generation-with-past",
         "precision": "fp32",
+        "transformers": version("transformers"),
     }
 
 

@@ -24,6 +24,7 @@ from onnx_lora.exporter.frontends.exporters.optimum_references import reference_
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
@@ -164,7 +165,7 @@ class Pipeline:
             "precision": self._dtype,
             "pipeline": type(pipeline).__name__,
         }
-        return networks, record | base_of(self.path), root
+        return networks, record | base_of(self.path) | versions_of("diffusers", "transformers", "optimum-onnx"), root
 
 
 def is_pipeline(model: str | os.PathLike[str]) -> bool:

@@ -34,6 +34,7 @@ from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.language_part import find_text_class, language_part_of
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
+from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
 
@@ -140,7 +141,7 @@ class GenaiExporter:
             "precision": precision.name,
             "builder": f"onnxruntime-genai {builder_version()}",
         }
-        record |= config.base
+        record |= config.base | versions_of("transformers")
         with config.open_readable() as read:
             if _larger_class(config) is not None:
                 record |= _save_language_part(config, read, precision.name, language)

@@ -23,6 +23,7 @@ from onnx_lora.exporter.frontends.language_part import LanguagePart, find_text_c
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_imports, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.unfused import without_norm_fusion
+from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.ort_check import open_graph
 from onnx_lora.exporter.request import GraphFile
@@ -79,6 +80,7 @@ class OptimumExporter:
             # A graph that no reference stands behind gets no points: nothing tells what it calls.
             graphs.append(GraphFile(file.stem, file, calls=calls.get(file.stem, Calls({}))))
         record = {"made_by": self.name, "from": config.name, "task": task, "precision": request.precision.name}
+        record |= versions_of("transformers", "optimum-onnx")
         if part is not None:
             record |= part.as_record(config.name)
         return Loaded(
@@ -229,7 +231,9 @@ def _task_of_class(kind: type, known: frozenset[str]) -> str:
 
     for task, classes in TasksManager._TRANSFORMERS_TASKS_TO_MODEL_MAPPINGS.items():
         chosen = TasksManager.map_from_synonym(task)
-        if kind.__name__ in classes.values() and not known.isdisjoint({chosen, f"{chosen}{_WITH_PAST}"}):
+        # Of some models it has several classes for one task (DeiT's are with a teacher and without).
+        names = [name for found in classes.values() for name in ([found] if isinstance(found, str) else found)]
+        if kind.__name__ in names and not known.isdisjoint({chosen, f"{chosen}{_WITH_PAST}"}):
             return str(chosen)
     return str(TasksManager.infer_task_from_model(kind))
 

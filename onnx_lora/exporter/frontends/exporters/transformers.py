@@ -29,6 +29,7 @@ from onnx_lora.exporter.frontends.language_part import others_than
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.unfused import without_norm_fusion
+from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.frontends.zero_biases import with_zero_biases
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.request import GraphFile
@@ -125,8 +126,7 @@ class TransformersExporter:
             "from": config.name,
             "task": loaded.task,
             "precision": request.precision.name,
-            "transformers": metadata.version("transformers"),
-        }
+        } | versions_of("transformers", "torch")
         left_out = _left_out(loaded.model, calls)
         if left_out:
             logger.warning("%s: exported for text alone; the package leaves out %s", config.name, left_out)
