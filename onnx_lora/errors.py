@@ -133,6 +133,16 @@ class OnnxLoraError(Exception):
         where = "" if self.path is None else f"{printable(self.path, _PROBLEM_LIMIT, one_line=True)}: "
         super().__init__("\n".join([f"{where}{self.message}", *lines]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # From one process to another as it is; classes of exceptions are not called with what they were made of.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[OnnxLoraError], args: tuple[Any, ...], fields: dict[str, Any]) -> OnnxLoraError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
 
 class InputError(OnnxLoraError):
     """What was given is wrong."""

@@ -12,9 +12,11 @@ from onnx_lora.boundary import public
 from onnx_lora.errors import ModelError
 from onnx_lora.exporter import frontends
 from onnx_lora.exporter.build import build
+from onnx_lora.exporter.elsewhere import call_in
 from onnx_lora.exporter.frontends.configs.hub import find_revision
 from onnx_lora.exporter.frontends.early import check_targets
 from onnx_lora.exporter.frontends.source import Loaded, ModelSource
+from onnx_lora.exporter.frontends.sources import python_of
 from onnx_lora.exporter.ort_check import blamed_on_damage
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import Points, Progress, as_names
@@ -148,16 +150,31 @@ def _export(
         if isinstance(source, frontends.Checkpoint):
             check_targets(source.path, points.targets)
         progress("export", 0, 1)
-        loaded = source.load(Path(scratch), progress)
-        package = _build(folder, loaded, points, progress)
-        if verify is None:
-            verify = loaded.original is not None
-        if verify:
-            from onnx_lora.exporter.verification.verify import verify_original
-
-            progress("verify", 0, 1)
-            verified(verify_original(package, loaded.original or source.load_original(package)))
+        given = (folder, Path(scratch), source, points, verify)
+        call_in(python_of(source), _fill, *given, progress=progress, verified=verified)
     return Package.open(out)
+
+
+def _fill(
+    folder: Path,
+    scratch: Path,
+    source: ModelSource,
+    points: Points,
+    verify: bool | None,
+    *,
+    progress: Progress,
+    verified: Callable[[Sequence[Comparison]], object],
+) -> None:
+    """Make a package in `folder`, in the Python that the source needs."""
+    loaded = source.load(scratch, progress)
+    package = _build(folder, loaded, points, progress)
+    if verify is None:
+        verify = loaded.original is not None
+    if verify:
+        from onnx_lora.exporter.verification.verify import verify_original
+
+        progress("verify", 0, 1)
+        verified(verify_original(package, loaded.original or source.load_original(package)))
 
 
 def _build(folder: Path, loaded: Loaded, points: Points, progress: Progress) -> Package:

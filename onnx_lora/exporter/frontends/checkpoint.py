@@ -68,16 +68,21 @@ class Checkpoint:
         MissingDependencyError."""
         if self.via is not None:
             find_exporter(self.via)  # refuses a name that is none before anything is read
-        request = self._request()
-        return choose_exporter(request).load(request, folder, progress)
+        return self._exporter(None).load(self._request(), folder, progress)
 
     def load_original(self, package: Package) -> Original:
         """The model in PyTorch, as the exporter that made `package` reads it. Raises ModelError,
         MissingDependencyError."""
-        request = self._request()
-        made_by = package.manifest.source.get("made_by", "")
-        exporter = find_exporter(made_by) if made_by in EXPORTERS else choose_exporter(request)
-        return exporter.load_original(request, package)
+        return self._exporter(package).load_original(self._request(), package)
+
+    def python(self, package: Package | None = None) -> str | None:
+        """See `LoadedElsewhere`. Raises ModelError, MissingDependencyError."""
+        return self._exporter(package).python()
+
+    def _exporter(self, package: Package | None) -> CheckpointExporter:
+        """The one that made the package, or that makes one."""
+        made_by = package.manifest.source.get("made_by", "") if package is not None else ""
+        return find_exporter(made_by) if made_by in EXPORTERS else self.choose_exporter()
 
     def _request(self) -> ExportRequest:
         precision = self.precision if isinstance(self.precision, Precision) else Precision(self.precision)

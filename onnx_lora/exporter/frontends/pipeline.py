@@ -22,6 +22,7 @@ from onnx_lora.exporter.frontends.configs.newer import open_readable
 from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
 from onnx_lora.exporter.frontends.exporters.optimum_references import reference_of
 from onnx_lora.exporter.frontends.failures import library_failures
+from onnx_lora.exporter.frontends.optimum_python import optimum_python
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_diffusers, quiet_imports
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.versions import versions_of
@@ -121,6 +122,10 @@ class Pipeline:
             original=Original(networks, partial(references, networks)),
             untrained=(),
         )
+
+    def python(self, package: Package | None = None) -> str | None:  # noqa: ARG002 - Optimum makes and loads all
+        """See `LoadedElsewhere`. Raises MissingDependencyError: no Python has Optimum."""
+        return optimum_python()
 
     def load_original(self, package: Package) -> Original:  # noqa: ARG002 - its own task and precision say it all
         """The networks in PyTorch. Raises ModelError, MissingDependencyError."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnx_lora.package import Package
     from onnx_lora.points import Array
 
-__all__ = ["Loaded", "ModelSource", "Original", "Reference"]
+__all__ = ["Loaded", "LoadedElsewhere", "ModelSource", "Original", "Reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,15 @@ class ModelSource(Protocol):
 
         Raises ModelError: there is none, or it cannot be read. MissingDependencyError.
         """
+        ...
+
+
+@runtime_checkable
+class LoadedElsewhere(Protocol):
+    """A source that may have to be loaded in another Python, whose libraries this one cannot have."""
+
+    def python(self, package: Package | None = None) -> str | None:
+        """The interpreter in which the graphs are made, or `package` is compared with the model; None: this one."""
         ...
 
 

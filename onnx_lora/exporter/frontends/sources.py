@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 from onnx_lora.exporter.frontends.configs.hub import find_revision
+from onnx_lora.exporter.frontends.source import LoadedElsewhere
 from onnx_lora.lazy import load_object
 
 if TYPE_CHECKING:
     from onnx_lora.exporter.frontends.source import ModelSource, RecordedSource
+    from onnx_lora.package import Package
 
-__all__ = ["SOURCES", "recorded_source"]
+__all__ = ["SOURCES", "python_of", "recorded_source"]
 
 # In this order they are asked whether a manifest describes a package of theirs; the last one takes all that are left.
 SOURCES = (
@@ -20,6 +22,14 @@ SOURCES = (
     "onnx_lora.exporter.frontends.checkpoint:Checkpoint",
     "onnx_lora.exporter.frontends.onnx_files:OnnxFiles",
 )
+
+
+def python_of(source: ModelSource, package: Package | None = None) -> str | None:
+    """The other Python in which a source is loaded, or compared with its `package`; None: this one.
+
+    Raises ModelError: nothing loads it. MissingDependencyError: no Python has what loads it.
+    """
+    return source.python(package) if isinstance(source, LoadedElsewhere) else None
 
 
 def recorded_source(record: Mapping[str, str], checkpoint: str | os.PathLike[str]) -> ModelSource:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from onnx_lora.boundary import public
 from onnx_lora.errors import PackageError, VerificationError
+from onnx_lora.exporter.elsewhere import call_in
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.source import ModelSource, Original, Reference
-from onnx_lora.exporter.frontends.sources import recorded_source
+from onnx_lora.exporter.frontends.sources import python_of, recorded_source
 from onnx_lora.exporter.intake.load import load
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.locating.doubts import drop_miscounted
@@ -81,10 +82,14 @@ def verify(
         source = recorded_source(package.manifest.source, checkpoint)
     else:
         source = checkpoint
-    original = _like_with_like(package, source.load_original(package))
     tried = list(adapters)
     if adapter is not None:
         tried.append(TriedAdapter(Path(adapter).name, adapter, tensors or {}))
+    return call_in(python_of(source, package), _verify, package, source, tried)
+
+
+def _verify(package: Package, source: ModelSource, tried: Sequence[TriedAdapter]) -> list[Comparison]:
+    original = _like_with_like(package, source.load_original(package))
     if tried:
         return _compare_adapters(package, original, tried)
     trial = _try_all(package, original)
@@ -156,7 +161,12 @@ def verify_folded(
     load or blend the adapters. ExportError: a graph cannot run. MissingDependencyError.
     """
     package = model.as_package()
-    original = recorded_source(package.manifest.source, checkpoint).load_original(package)
+    source = recorded_source(package.manifest.source, checkpoint)
+    return call_in(python_of(source, package), _verify_folded, package, source, adapters)
+
+
+def _verify_folded(package: Package, source: ModelSource, adapters: Sequence[TriedAdapter]) -> list[Comparison]:
+    original = source.load_original(package)
     comparisons: list[Comparison] = []
     with put_on_model(original.model, adapters):
         names = {graph.name for graph in package.manifest.graphs}

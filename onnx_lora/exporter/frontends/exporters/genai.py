@@ -123,6 +123,9 @@ class GenaiExporter:
             return Refusal(f"{_wanted(request)}: {problem}; {_INSTEAD}")
         return None
 
+    def python(self) -> str | None:
+        return None
+
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
         """Let the builder write the graph into `folder`; the torch model beside it.
 

@@ -20,6 +20,7 @@ from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refus
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
 from onnx_lora.exporter.frontends.language_part import LanguagePart, find_text_class, language_part_of
+from onnx_lora.exporter.frontends.optimum_python import no_optimum, optimum_python
 from onnx_lora.exporter.frontends.quiet import quiet, quiet_imports, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.unfused import without_norm_fusion
@@ -57,7 +58,10 @@ class OptimumExporter:
         if request.precision.quantized:
             return Refusal(f'Optimum writes no {request.precision.name}: the GenAI builder does, with `via="genai"`')
         problem = explain_task(request.task, request.config.fields)
-        return None if problem is None else Refusal(problem)
+        return no_optimum() if problem is None else Refusal(problem)
+
+    def python(self) -> str | None:
+        return optimum_python()
 
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:  # noqa: ARG002 - it tells none
         """Write Optimum's ONNX files into `folder`.

@@ -66,6 +66,10 @@ class CheckpointExporter(Protocol):
         one that was not named also refuses what another one does better."""
         ...
 
+    def python(self) -> str | None:
+        """The other interpreter in which it must be called; None: this one."""
+        ...
+
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
         """Write graphs into `folder`. `Loaded.record["made_by"]` must be `name`; `Loaded.original` must be there.
 

@@ -103,6 +103,9 @@ class TransformersExporter:
                 return Refusal(f"exporting by transformers needs {library}", install=f"pip install {library}")
         return None
 
+    def python(self) -> str | None:
+        return None
+
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
         """Write transformers' ONNX files into `folder`.
 
