@@ -21,7 +21,7 @@ EXTRAS: Mapping[str, str] = {
     "onnxruntime": "cpu",
     "onnxruntime_genai": "genai",
     "onnxscript": "export",
-    "optimum": "export",
+    "optimum": "optimum",
     "peft": "export",
     "rich": "cli",
     "sympy": "attach",
@@ -35,7 +35,7 @@ EXTRAS: Mapping[str, str] = {
 _EXTRAS_OF_NAMES: Mapping[str, str] = {
     "Checkpoint": "export",
     "OnnxFiles": "attach",
-    "Pipeline": "export,diffusion",
+    "Pipeline": "diffusion",
     "TorchModule": "export",
     "attach": "attach",
     "export": "export",

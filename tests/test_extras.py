@@ -22,7 +22,7 @@ PACKAGE = ROOT / "onnx_lora"
 PARTS = {
     "adapters": {"cpu", "gguf"},
     "runtime": {"cpu", "fold", "generate"},
-    "exporter": {"cpu", "attach", "export", "genai", "diffusion"},
+    "exporter": {"cpu", "attach", "export", "genai", "optimum", "diffusion"},
     "cli": {"cli"},
     "commands": {"cli"},
     "onnxruntime_errors": {"cpu"},

@@ -186,7 +186,7 @@ def _explain_irreplaceable(parameter: str, package: Package) -> str:
     if is_bias and f"{module}.weight" in package.replaceable:
         return (
             "the graph has no bias there: exporters leave out one that is zero; export the model with another value in "
-            'it, or through another exporter (`via="optimum"`)'
+            'it, or through another exporter (`via="transformers"`)'
         )
     return f"the package cannot replace it; export again with `replaceable=` including {module}"
 

@@ -111,8 +111,8 @@ def _explain_death(python: str, code: int, said: IO[bytes]) -> OnnxLoraError:
     said.seek(max(0, said.tell() - _LAST_WORDS))
     lines = said.read().decode("utf-8", "replace").strip().splitlines()
     words = lines[-1] if lines else "it said nothing"
-    if "No module named" in words and "onnx_lora" in words:
-        return MissingDependencyError(f"{python} has no onnx-lora; install it there, in this version")
+    if "No module named" in words:
+        return MissingDependencyError(f"{python} must have onnx-lora in this version, and says: {words}")
     how = f"was killed by signal {-code}, often for lack of memory" if code < 0 else f"ended with {code}"
     return ExportError(f"the process of {python} {how}: {words}")
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx_lora.errors import ExportError, ModelError, OnnxLoraError
 from onnx_lora.exporter.foreign_libraries import translate_failures
 from onnx_lora.onnxruntime_errors import fail_as, is_unsupported, load_onnxruntime
 from onnx_lora.points import Array
 
-__all__ = ["blamed_on_damage", "check_opens", "open_graph", "run_graph"]
+if TYPE_CHECKING:
+    from onnx_lora.package import Package
+
+__all__ = ["blamed_on_damage", "check_opens", "open_graph", "run_graph", "takes_cache"]
 
 
 def check_opens(file: Path, source: Path) -> None:
@@ -50,6 +53,15 @@ def blamed_on_damage(files: Iterable[Path]) -> Iterator[None]:
 
     with translate_failures(blame):
         yield
+
+
+def takes_cache(package: Package) -> bool:
+    """Whether a graph of the package takes what an earlier call computed."""
+    for graph in package.manifest.graphs:
+        for value in open_graph(package.path / graph.file).get_inputs():
+            if value.name.startswith("past_key_values"):
+                return True
+    return False
 
 
 def _onnxruntime() -> Any:

@@ -35,8 +35,9 @@ class Checkpoint:
     `task`: what it is exported for, by Optimum's names ("text-classification"). None: what its config says, decoders
         with their cache.
     `via`: the exporter that makes a graph of it: "genai" (ONNX Runtime GenAI's builder; its packages run in
-        onnxruntime_genai too) or "optimum". None: the builder for the language models it is known to be right for, if
-        onnxruntime-genai is installed, and for what only it can write; else Optimum.
+        onnxruntime_genai too), "transformers" or "optimum". None: the builder for the language models it is known to be
+        right for, if onnxruntime-genai is installed, and for what only it can write; else transformers, from 5.24 on;
+        else Optimum.
     `precision`: "fp32", "fp16", "int8" or "int4", or a `Precision`, which says the size of blocks too.
 
     Raises ModelError: there is no such precision.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from onnx_lora.errors import ExportError, MissingDependencyError, ModelError, OnnxLoraError
 from onnx_lora.exporter.foreign_libraries import translate_failures
+from onnx_lora.extras import EXTRAS
 from onnx_lora.onnxruntime_errors import native_failures
 
 __all__ = ["library_failures"]
@@ -32,8 +33,9 @@ def library_failures(model: str | os.PathLike[str], done: str) -> AbstractContex
 
 def _as_ours(model: str | os.PathLike[str], done: str, error: Exception) -> OnnxLoraError | None:
     if isinstance(error, ImportError):
+        extra = EXTRAS.get((error.name or "").partition(".")[0], "export")
         return MissingDependencyError(
-            f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[export,cpu]'"
+            f"exporting a checkpoint needs {error.name or error}: pip install 'onnx-lora[{extra},cpu]'"
         )
     if isinstance(error, MemoryError) or _is_of_the_disk(error):
         return None

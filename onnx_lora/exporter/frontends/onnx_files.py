@@ -13,7 +13,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.frontends.companion_files import COMPANIONS, companions_of
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
 from onnx_lora.exporter.frontends.configs.names import base_of, name_of
-from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, find_exporter
+from onnx_lora.exporter.frontends.exporters.registry import CheckpointExporter, ExportRequest, choose_exporter
 from onnx_lora.exporter.frontends.source import Loaded
 from onnx_lora.exporter.locating.genai_names import GenaiNames
 from onnx_lora.exporter.precision import Precision
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxFiles"]
 
-# Whose loading of a checkpoint a graph of unknown make is compared with.
-_COMPARED_WITH = "optimum"
+# With whose loading of a checkpoint a graph of unknown make is compared: the first of these that can.
+_COMPARED_WITH = ("transformers", "optimum")
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,37 @@ class OnnxFiles:
         )
 
     def load_original(self, package: Package) -> Original:
-        """The checkpoint's model, as Optimum loads it for the task that the package names, or that its config does.
+        """The checkpoint's model, as it would be exported for the task that the package names, or that its config does.
 
         Raises ModelError: no checkpoint was given, or it cannot be read. MissingDependencyError.
         """
         if self.checkpoint is None:
             raise ModelError("ONNX files are compared with a checkpoint in PyTorch, and none was given")
-        record = package.manifest.source
-        precision = Precision(record.get("precision", "fp32"))
-        request = ExportRequest(ModelConfig.read(self.checkpoint), record.get("task"), precision)
-        return find_exporter(_COMPARED_WITH).load_original(request, package)
+        request = _request_of(package, self.checkpoint)
+        return _comparing(request).load_original(request, package)
+
+    def python(self, package: Package | None = None) -> str | None:
+        """See `LoadedElsewhere`. The graphs are there already, so that it is asked of a package alone."""
+        if package is None or self.checkpoint is None:
+            return None
+        return _comparing(_request_of(package, self.checkpoint)).python()
 
     def _base(self, folder: Path) -> dict[str, str]:
         """The model's name: as the configs say, else as the checkpoint's folder is called."""
         if self.checkpoint is None:
             return base_of(folder)
         return {"base": name_of(self.checkpoint)} | base_of(folder) | base_of(self.checkpoint)
+
+
+def _request_of(package: Package, checkpoint: str | os.PathLike[str]) -> ExportRequest:
+    record = package.manifest.source
+    precision = Precision(record.get("precision", "fp32"))
+    return ExportRequest(ModelConfig.read(checkpoint), record.get("task"), precision)
+
+
+def _comparing(request: ExportRequest) -> CheckpointExporter:
+    """Raises ModelError, MissingDependencyError: none can load the checkpoint."""
+    return choose_exporter(request, _COMPARED_WITH)
 
 
 def _find_files(path: Path) -> list[Path]:

@@ -215,7 +215,7 @@ def _import_diffusers() -> Any:
             import optimum.exporters.onnx  # noqa: F401 - looks for diffusers' version, and writes of it
         except ImportError as error:
             raise MissingDependencyError(
-                f"exporting a pipeline needs {error.name or error}: pip install 'onnx-lora[export,diffusion,cpu]'"
+                f"exporting a pipeline needs {error.name or error}: pip install 'onnx-lora[diffusion,cpu]'"
             ) from error
     return diffusers
 

@@ -79,7 +79,7 @@ _TASK = "text-generation-with-past"
 _LANES = 16
 
 _INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
-_INSTEAD = 'export it with `via="optimum"`, in fp32 or fp16; `quantize` makes 8 or 4 bits of that'
+_INSTEAD = 'export it with `via="transformers"`, in fp32 or fp16; `quantize` makes 8 or 4 bits of that'
 
 # One of these is in every folder with a tokenizer.
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")

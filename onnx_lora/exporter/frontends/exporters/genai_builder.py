@@ -182,7 +182,7 @@ def _raise(wish: Wish, code: int, lines: list[str]) -> None:
         raise ExportError(f"the GenAI builder was killed ({name}), often for lack of memory", path=wish.model)
     if kind == "NotImplementedError" and "is not currently supported" in message:
         raise ModelError(
-            'the GenAI builder does not know this architecture; export it with `via="optimum"`', path=wish.model
+            'the GenAI builder does not know this architecture; export it with `via="transformers"`', path=wish.model
         )
     if _is_whole(wish.folder) and not any(line.startswith("Saving processing files") for line in lines):
         raise NoTokenizer(said)

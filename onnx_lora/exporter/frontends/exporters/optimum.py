@@ -26,7 +26,7 @@ from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.unfused import without_norm_fusion
 from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.locating.calls import Calls
-from onnx_lora.exporter.ort_check import open_graph
+from onnx_lora.exporter.ort_check import takes_cache
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
 
@@ -102,7 +102,7 @@ class OptimumExporter:
         graphs have one. Raises ModelError, MissingDependencyError."""
         loaded = _load(request.config, request.task, request.precision.name)
         task = loaded.task
-        if request.task is None and task.endswith(_WITH_PAST) and not _has_cache(package):
+        if request.task is None and task.endswith(_WITH_PAST) and not takes_cache(package):
             task = task.removesuffix(_WITH_PAST)
             _tell_cache(loaded.model, task)
         return Original(loaded.model, partial(references, loaded.model, task, loaded.part))
@@ -271,15 +271,6 @@ def _settle_task(theirs: Any, task: str, library: str, config: ModelConfig, *, i
             path=config.model,
         )
     return task
-
-
-def _has_cache(package: Package) -> bool:
-    """Whether a graph takes what an earlier call computed."""
-    for graph in package.manifest.graphs:
-        for value in open_graph(package.path / graph.file).get_inputs():
-            if value.name.startswith("past_key_values"):
-                return True
-    return False
 
 
 def references(model: Any, task: str, part: LanguagePart | None = None) -> list[Reference]:

@@ -3,6 +3,7 @@ first asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -89,8 +90,8 @@ def find_exporter(name: str) -> CheckpointExporter:
     return cast(CheckpointExporter, load_object(EXPORTERS[name]))
 
 
-def choose_exporter(request: ExportRequest) -> CheckpointExporter:
-    """The exporter that the user named, else the first that takes the request.
+def choose_exporter(request: ExportRequest, among: Sequence[str] = ()) -> CheckpointExporter:
+    """The exporter that the user named, else the first that takes the request, `among` some or all.
 
     Raises ModelError: there is no exporter of that name, or none takes the request. MissingDependencyError: one would
     take it if a library were installed, and no other does.
@@ -103,7 +104,7 @@ def choose_exporter(request: ExportRequest) -> CheckpointExporter:
             raise refusal.as_error(path)
         return named
     refusals: dict[str, Refusal] = {}
-    for name in EXPORTERS:
+    for name in among or EXPORTERS:
         exporter = find_exporter(name)
         refusal = exporter.accepts(request)
         if refusal is None:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from onnx_lora.exporter.frontends.unfused import without_norm_fusion
 from onnx_lora.exporter.frontends.versions import versions_of
 from onnx_lora.exporter.frontends.zero_biases import with_zero_biases
 from onnx_lora.exporter.locating.calls import Calls
+from onnx_lora.exporter.ort_check import takes_cache
 from onnx_lora.exporter.request import GraphFile
 from onnx_lora.exporter.weights.torch_weights import read_module_weights
 
@@ -146,9 +147,13 @@ class TransformersExporter:
             untrained=loaded.untrained,
         )
 
-    def load_original(self, request: ExportRequest, package: Package) -> Original:  # noqa: ARG002 - its task says all
-        """The torch model that transformers would export. Raises ModelError, MissingDependencyError."""
-        return _load(request.config, request.task, request.precision.name).original()
+    def load_original(self, request: ExportRequest, package: Package) -> Original:
+        """The torch model that transformers would export. Where no task is told, a decoder has its cache if the
+        package's graphs have one. Raises ModelError, MissingDependencyError."""
+        loaded = _load(request.config, request.task, request.precision.name)
+        if request.task is None and loaded.has_cache and not takes_cache(package):
+            loaded = loaded.without_cache()
+        return loaded.original()
 
 
 EXPORTER = TransformersExporter()
@@ -199,6 +204,11 @@ class _Model:
     def has_cache(self) -> bool:
         return self.task.endswith(_WITH_PAST)
 
+    def without_cache(self) -> _Model:
+        task = self.task.removesuffix(_WITH_PAST)
+        _tell_cache(self.model, task)
+        return replace(self, task=task)
+
     def original(self) -> Original:
         return Original(self.model, partial(references, self.model, self.task))
 
@@ -221,9 +231,14 @@ def _load(config: ModelConfig, task: str | None, precision: str) -> _Model:
         untrained = check_whole(loaded, account, config.model, read)
     if task is None and loaded.can_generate() and chosen in _GENERATING:
         chosen += _WITH_PAST
-    for told in (loaded.config, loaded.config.get_text_config(decoder=True)):
-        told.use_cache = chosen.endswith(_WITH_PAST)
+    _tell_cache(loaded, chosen)
     return _Model(loaded.eval(), chosen, untrained)
+
+
+def _tell_cache(model: Any, task: str) -> None:
+    """Tell a model, and the language model within, whether to give its cache."""
+    for told in (model.config, model.config.get_text_config(decoder=True)):
+        told.use_cache = task.endswith(_WITH_PAST)
 
 
 def _choose_class(theirs: Any, task: str | None, config: ModelConfig) -> tuple[str, Any]:

@@ -6,6 +6,7 @@ Inputs and outputs are called as Optimum calls them: `past_key_values.0.key`, `p
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,9 @@ _OF_DECODERS: Mapping[str, str] = {
     "attention_mask": "encoder_attention_mask",
     "encoder_outputs.last_hidden_state": "encoder_hidden_states",
 }
+
+# Inputs that models make themselves where they are not given.
+_OPTIONAL = ("attention_mask", "position_ids", "token_type_ids")
 
 # Layers whose cache is keys and values of all tokens.
 _FULL = "full_attention"
@@ -93,7 +97,14 @@ class Part:
                     flat[self.graph_name(path, is_output=True)] = value.numpy()
             return flat
 
-        return Reference(self.name, feeds, answer)
+        def left_out(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(path for path in _OPTIONAL if path in self.inputs and self.graph_name(path) not in names)
+
+        def without(names: Sequence[str]) -> Reference:
+            kept = {path: value for path, value in self.inputs.items() if path not in names}
+            return dataclasses.replace(dataclasses.replace(self, inputs=kept).reference(), dropped=tuple(names))
+
+        return Reference(self.name, feeds, answer, left_out, without)
 
 
 def leaves_of(values: Any) -> dict[str, Any]:
