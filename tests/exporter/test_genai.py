@@ -291,7 +291,7 @@ def test_weights_that_are_missing_are_not_invented(wide: Make, tmp_path: Path) -
     weights = load_file(file)
     del weights[lost]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(ModelError, match="cannot read it"):
+    with pytest.raises(ModelError, match="lacks weights"):
         export(tmp_path / "llama", tmp_path / "out", via="genai")
     index = json.loads((tmp_path / "llama" / "model.safetensors.index.json").read_text())
     del index["weight_map"][lost]
@@ -365,16 +365,16 @@ def test_without_the_builder(wide: Make, tmp_path: Path, monkeypatch: pytest.Mon
     for options in ({"via": "genai"}, {"precision": "int4"}):
         with pytest.raises(MissingDependencyError, match=r"pip install 'onnx-lora\[export,genai,cpu\]'"):
             export(wide("llama"), tmp_path / "out", **options)
-    assert Checkpoint(wide("llama")).choose_exporter().name == "optimum"
+    assert Checkpoint(wide("llama")).choose_exporter().name == "transformers"
 
 
 @pytest.mark.parametrize(
     "name, task, chosen",
     [
         ("llama", None, "genai"),
-        ("llama", "text-generation", "optimum"),
+        ("llama", "text-generation", "transformers"),
         ("llama", "text-generation-with-past", "genai"),
-        ("llama", "feature-extraction", "optimum"),
+        ("llama", "feature-extraction", "transformers"),
         ("gemma", "text-generation-with-past", "genai"),
     ],
 )
@@ -383,8 +383,8 @@ def test_who_exports_by_default(wide: Make, name: str, task: str | None, chosen:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])  # heads too small, and two unknown ones
-def test_others_go_to_optimum_by_default(checkpoints: Make, name: str) -> None:
-    assert Checkpoint(checkpoints(name)).choose_exporter().name == "optimum"
+def test_others_go_to_transformers_by_default(checkpoints: Make, name: str) -> None:
+    assert Checkpoint(checkpoints(name)).choose_exporter().name == "transformers"
 
 
 def test_the_builder_knows_what_we_say_it_knows() -> None:

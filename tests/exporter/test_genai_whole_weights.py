@@ -26,6 +26,7 @@ _CORE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 64,
+    "eos_token_id": 2,
 }
 
 MODELS = {

@@ -76,6 +76,9 @@ class TinyExporter:
             return Refusal("writes floats alone")
         return None if request.config.architecture == "Tiny" else Refusal("knows the architecture Tiny alone")
 
+    def python(self) -> str | None:
+        return None
+
     def load(self, request: ExportRequest, folder: Path, progress: Progress) -> Loaded:
         loaded = self._source(request).load(folder, progress)
         return replace(loaded, record={"made_by": self.name, "from": request.config.name})

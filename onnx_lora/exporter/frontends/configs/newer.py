@@ -19,7 +19,7 @@ from onnx_lora.errors import ModelError
 from onnx_lora.exporter.frontends.configs.rope import RopeError, rope_fields
 from onnx_lora.json_file import read_json
 
-__all__ = ["is_newer", "open_readable", "translate_config"]
+__all__ = ["copy_or_link", "is_newer", "open_readable", "translate_config"]
 
 _CONFIG = "config.json"
 
@@ -85,7 +85,7 @@ def open_readable(
         return
     with tempfile.TemporaryDirectory(prefix="onnx_lora.") as scratch:
         folder = Path(scratch) / root.resolve().name
-        shutil.copytree(root, folder, copy_function=_copy_or_link)
+        shutil.copytree(root, folder, copy_function=copy_or_link)
         for name, config in changed.items():
             (folder / name).unlink()
             (folder / name).write_text(json.dumps(config, indent=2), "utf-8")
@@ -258,7 +258,8 @@ def _snapshot(model: str | os.PathLike[str]) -> Path:
     return Path(snapshot_download(str(model), ignore_patterns=list(_NOT_READ)))
 
 
-def _copy_or_link(source: str, target: str) -> str:
+def copy_or_link(source: str, target: str) -> str:
+    """Give a folder a file of another, the large ones without copying them: as `shutil.copytree` calls it."""
     real = Path(source).resolve()
     if real.stat().st_size > _LINKED:
         Path(target).symlink_to(real)

@@ -8,26 +8,26 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_lora.errors import ExportError
 from onnx_lora.exporter.foreign_libraries import attempt
 from onnx_lora.exporter.frontends.calls import count_calls
 from onnx_lora.exporter.frontends.companion_files import companions_of
 from onnx_lora.exporter.frontends.configs.model_config import ModelConfig
 from onnx_lora.exporter.frontends.configs.whole import LOADING, check_whole
 from onnx_lora.exporter.frontends.exporters.genai_builder import (
-    NoTokenizer,
     Wish,
     build_graph,
     builder_version,
     knows_architecture,
 )
+from onnx_lora.exporter.frontends.exporters.genai_tokenizer import has_tokenizer, with_some_tokenizer
 from onnx_lora.exporter.frontends.exporters.registry import ExportRequest, Refusal
 from onnx_lora.exporter.frontends.failures import library_failures
 from onnx_lora.exporter.frontends.huggingface import heads_of
@@ -81,9 +81,6 @@ _LANES = 16
 _INSTALL = "pip install 'onnx-lora[export,genai,cpu]'"
 _INSTEAD = 'export it with `via="transformers"`, in fp32 or fp16; `quantize` makes 8 or 4 bits of that'
 
-# One of these is in every folder with a tokenizer.
-_TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe")
-
 # What a graph is compared on: rows of equal length, because GroupQueryAttention knows no padding on the left.
 _ROWS, _LENGTH = 2, 6
 
@@ -118,6 +115,8 @@ class GenaiExporter:
         if not is_needed and "quantization_config" in request.config.fields:
             # The builder unpacks weights that are quantized already, and nobody here does, to compare with.
             return Refusal("its weights are quantized already, and there is nothing to compare them with")
+        if not is_needed and fields.get("eos_token_id") is None and not _has_tokenizer(request.config):
+            return Refusal("the builder needs a token that ends texts, and the config says none")
         problem = _unfit_heads(fields)
         if problem is not None:
             return Refusal(f"{_wanted(request)}: {problem}; {_INSTEAD}")
@@ -149,7 +148,8 @@ class GenaiExporter:
             if _larger_class(config) is not None:
                 record |= _save_language_part(config, read, precision.name, language)
             built_from = language if language.is_dir() else read
-            self._build(Wish(config.model, built, precision, config.layers, built_from), folder, progress)
+            with _tokenizer_beside(built_from, folder, built) as whole:
+                build_graph(Wish(config.model, built, precision, config.layers, whole), folder, progress)
             progress("load the checkpoint", 0, 1)
             # Only now: the builder had it in memory too.
             model, untrained = _load(config, read, precision.name)
@@ -173,18 +173,22 @@ class GenaiExporter:
             model, _ = _load(request.config, read, request.precision.name)
         return Original(model, partial(references, model))
 
-    def _build(self, wish: Wish, scratch: Path, progress: Progress) -> None:
-        try:
-            build_graph(wish, scratch, progress)
-        except NoTokenizer as error:
-            if not Path(wish.model).is_dir() or _has_tokenizer(Path(wish.model)):
-                raise ExportError(
-                    f"its tokenizer cannot be loaded by transformers: {error}", path=wish.model
-                ) from error
-            logger.warning("%s has no tokenizer, and the package will have none", Path(wish.model).resolve().name)
-
 
 EXPORTER = GenaiExporter()
+
+
+@contextmanager
+def _tokenizer_beside(
+    checkpoint: str | os.PathLike[str], scratch: Path, built: Path
+) -> Iterator[str | os.PathLike[str]]:
+    """What the builder reads: the checkpoint, with some tokenizer where it has none."""
+    folder = Path(checkpoint)
+    if not folder.is_dir() or has_tokenizer(folder):
+        yield checkpoint
+        return
+    logger.warning("%s has no tokenizer, and the package will have none", folder.resolve().name)
+    with with_some_tokenizer(folder, scratch / "read", built) as whole:
+        yield whole
 
 
 def load_causal_model(model: str | os.PathLike[str], *, precision: str) -> nn.Module:
@@ -292,7 +296,9 @@ def references(model: Any) -> list[Reference]:
         with quiet(), torch.inference_mode():
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
         flat: dict[str, Array] = {"logits": outputs.logits.numpy()}
-        for index, layer in enumerate(outputs.past_key_values.layers):
+        # Before transformers 5 the cache was called so.
+        kept = outputs.cache if hasattr(outputs, "cache") else outputs.past_key_values
+        for index, layer in enumerate(kept.layers):
             flat[f"present.{index}.key"] = layer.keys.numpy()
             flat[f"present.{index}.value"] = layer.values.numpy()
         return flat
@@ -326,6 +332,11 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("onnxruntime_genai") is not None
 
 
+def _has_tokenizer(config: ModelConfig) -> bool:
+    """Whether a folder has one; of hub ids it is assumed."""
+    return not config.is_local or has_tokenizer(Path(config.model))
+
+
 def _unfit_heads(fields: Mapping[str, Any]) -> str | None:
     """Why ONNX Runtime's attention refuses a model's heads, or None; unknown configs are the builder's to judge."""
     heads, width = fields.get("num_attention_heads"), fields.get("hidden_size")
@@ -336,10 +347,6 @@ def _unfit_heads(fields: Mapping[str, Any]) -> str | None:
     if size % _LANES or rotated % _LANES:
         return f"attention heads must have a multiple of {_LANES} numbers, rotated ones too, and have {size}"
     return None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in _TOKENIZERS)
 
 
 def _companions(config: ModelConfig, language: Path, built: Path, model: Any) -> tuple[Path, ...]:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from onnx_lora.errors import ExportError, ModelError, OnnxLoraError, StorageError
+from onnx_lora.errors import ExportError, ModelError, StorageError
 from onnx_lora.exporter.precision import Precision
 from onnx_lora.exporter.request import Progress
-from onnx_lora.json_file import read_json
 
-__all__ = ["NoTokenizer", "Wish", "build_graph", "builder_version", "knows_architecture"]
+__all__ = ["Wish", "build_graph", "builder_version", "knows_architecture"]
 
 # Where a precision is meant to run: the pairs that the builder calls valid. For fp16 on the CPU it would write
 # another attention, without GroupQueryAttention; the graph for CUDA runs on both.
@@ -40,10 +39,6 @@ _SAVED = re.compile(r"Saving .*\| (\d+)/(\d+) \[")
 # Foreign exceptions that say the checkpoint's files are missing, damaged or of another shape.
 _DAMAGED = ("OSError", "SafetensorError", "JSONDecodeError", "UnpicklingError", "ValueError")
 _MISSHAPEN = ("loading state_dict", "out of meta tensor")
-
-
-class NoTokenizer(Exception):  # noqa: N818 - caught by the one caller, no user's error
-    """The graph is whole; the builder could load no tokenizer. The message is the builder's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +80,7 @@ def build_graph(wish: Wish, scratch: Path, progress: Progress) -> None:
     """Write `model.onnx`, `genai_config.json` and the tokenizer's files into `wish.folder`.
 
     Raises ModelError: the builder does not know the architecture, or weights are missing or damaged. ExportError:
-    the builder failed. StorageError: the disk is full. NoTokenizer: see there.
+    the builder failed. StorageError: the disk is full.
     """
     last: deque[str] = deque(maxlen=_KEPT_LINES)
     with _child(wish, scratch) as process:
@@ -184,8 +179,6 @@ def _raise(wish: Wish, code: int, lines: list[str]) -> None:
         raise ModelError(
             'the GenAI builder does not know this architecture; export it with `via="transformers"`', path=wish.model
         )
-    if _is_whole(wish.folder) and not any(line.startswith("Saving processing files") for line in lines):
-        raise NoTokenizer(said)
     if kind in _DAMAGED or any(phrase in said for phrase in _MISSHAPEN):
         raise ModelError(f"the GenAI builder cannot read it: {said}", path=wish.model)
     raise ExportError(f"the GenAI builder failed: {said}", path=wish.model)
@@ -198,12 +191,3 @@ def _last_words(lines: list[str]) -> str:
             start = next((at for at in range(index + 1, len(lines)) if not lines[at].startswith(" ")), index)
             return " ".join(line.strip() for line in lines[start : start + _LAST_WORDS])
     return lines[-1] if lines else "it said nothing"
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether all but the tokenizer was written: its config comes after the graph, and before the tokenizer."""
-    try:
-        read_json(folder / "genai_config.json", ModelError)
-    except OnnxLoraError:
-        return False
-    return (folder / "model.onnx").is_file()
