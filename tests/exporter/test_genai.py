@@ -387,6 +387,51 @@ def test_others_go_to_transformers_by_default(checkpoints: Make, name: str) -> N
     assert Checkpoint(checkpoints(name)).choose_exporter().name == "transformers"
 
 
+# What a config needs beside the sizes.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "Gemma2ForCausalLM": {"head_dim": 16, "sliding_window": 4},
+    "GptOssForCausalLM": {
+        **{"head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+    },
+    "Phi3ForCausalLM": {"original_max_position_embeddings": 256},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MEASURED))
+def test_what_it_takes_by_default_was_measured_right(name: str, tmp_path: Path) -> None:
+    """Verified as it is exported, on more tokens than a window has."""
+    torch.manual_seed(0)
+    kind = getattr(hf, name)
+    config = {"num_key_value_heads": 2, "head_dim": 16, **_CORE, **_SETTINGS.get(name, {})}
+    model = kind(kind.config_class(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.ndim > 1 else 1.0)
+    model.save_pretrained(tmp_path / "checkpoint")
+    package = export(tmp_path / "checkpoint", tmp_path / "package")
+    assert package.manifest.source["made_by"] == "genai"
+    assert package.points
+
+
+@pytest.mark.parametrize(
+    "kind, settings, message",
+    [
+        ("Gemma3Text", {"head_dim": 16}, "one for each kind of layer"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of attention, and there is conv"),
+    ],
+)
+def test_what_the_builder_cannot_is_refused_and_goes_to_transformers(
+    kind: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = getattr(hf, f"{kind}Config")(**_GQA, **settings)
+    getattr(hf, f"{kind.removesuffix('Text')}ForCausalLM")(config).save_pretrained(tmp_path / "it")
+    for options in ({"via": "genai"}, {"precision": "int4"}):
+        with pytest.raises(ModelError, match=message):
+            export(tmp_path / "it", tmp_path / "out", **options)
+    assert Checkpoint(tmp_path / "it").choose_exporter().name == "transformers"
+
+
 def test_the_builder_knows_what_we_say_it_knows() -> None:
     found = importlib.util.find_spec("onnxruntime_genai")
     assert found is not None

@@ -4,6 +4,7 @@ packed q/k/v, weights of 4 or 8 bits; it runs in `onnxruntime_genai` too."""
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -49,13 +50,12 @@ __all__ = ["EXPORTER", "MEASURED", "GenaiExporter", "load_causal_model", "refere
 
 logger = logging.getLogger(__name__)
 
-# The architectures of onnxruntime-genai 0.15 whose fp32 graph was found equal to PyTorch's numbers on the CPU. The
+# The architectures of onnxruntime-genai 0.18 whose fp32 graph was found equal to PyTorch's numbers on the CPU. The
 # builder takes more, and is asked when told to; of OLMo it takes the wrong norm, of Phi and Nemotron a wrong epsilon.
 MEASURED = frozenset(
     {
         "Ernie4_5ForCausalLM",
         "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
         "GemmaForCausalLM",
         "GptOssForCausalLM",
         "GraniteForCausalLM",
@@ -68,6 +68,14 @@ MEASURED = frozenset(
         "SmolLM3ForCausalLM",
     }
 )
+
+# Why the builder fails on an architecture that it names.
+_FAILING = {
+    "Gemma3ForCausalLM": "reads rotary positions of one kind, and transformers 5 has one for each kind of layer"
+}
+
+# Layers that the builder's graphs and ours have the same caches for.
+_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 # What the builder exports for, by Optimum's names; None: what the config says. Its graphs always have a cache.
 _TASKS = (None, "text-generation-with-past", "causal-lm-with-past")
@@ -110,6 +118,12 @@ class GenaiExporter:
         architecture, fields = _language_model(request.config)
         if not knows_architecture(architecture):
             return Refusal(unknown.format(architecture))
+        if architecture in _FAILING:
+            return Refusal(f"the GenAI builder {_FAILING[architecture]}; {_INSTEAD}")
+        layers = fields.get("layer_types")
+        others = [kind for kind in layers if kind not in _LAYERS] if isinstance(layers, list) else []
+        if others:
+            return Refusal(f"{_wanted(request)} is for layers of attention, and there is {others[0]}; {_INSTEAD}")
         if not is_needed and architecture not in MEASURED:
             return Refusal(f"its graph of {architecture or 'this model'} was not measured")
         if not is_needed and "quantization_config" in request.config.fields:
@@ -288,17 +302,18 @@ def _save_tokenizer(read: str | os.PathLike[str], folder: Path) -> None:
 def references(model: Any) -> list[Reference]:
     """A prompt and an empty cache, and what the model answers to them."""
     import torch
+    import transformers
 
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(0, vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
 
     def answer() -> dict[str, Array]:
         with quiet(), torch.inference_mode():
-            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
+            # Every layer keeps all that it saw, those with a window too.
+            given = {_name_of_cache(model): transformers.DynamicCache()}
+            outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
         flat: dict[str, Array] = {"logits": outputs.logits.numpy()}
-        # Before transformers 5 the cache was called so.
-        kept = outputs.cache if hasattr(outputs, "cache") else outputs.past_key_values
-        for index, layer in enumerate(kept.layers):
+        for index, layer in enumerate(outputs[_name_of_cache(model)].layers):
             flat[f"present.{index}.key"] = layer.keys.numpy()
             flat[f"present.{index}.value"] = layer.values.numpy()
         return flat
@@ -319,6 +334,11 @@ def references(model: Any) -> list[Reference]:
         return {name: values[name] for name in names if name in values}
 
     return [Reference("model", feeds, answer)]
+
+
+def _name_of_cache(model: Any) -> str:
+    """What a model calls its cache: before transformers 5 otherwise."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _wanted(request: ExportRequest) -> str:

@@ -123,6 +123,8 @@ def _command(wish: Wish, scratch: Path) -> list[str]:
     source = ["-i", str(Path(wish.read).resolve())] if wish.is_local else ["-m", str(wish.read)]
     name = wish.precision.name
     options = ["hf_remote=false"]  # no code out of a checkpoint is run
+    # A cache of a window's length cannot be empty; with all of it the mask says what a window sees.
+    options += ["windowed_kv_cache=false"]
     if wish.precision.quantized:
         options += [f"block_size={wish.precision.block_size}", f"accuracy_level={wish.precision.accuracy_level}"]
         options += ["is_symmetric=true"]
