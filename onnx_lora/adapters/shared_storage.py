@@ -136,8 +136,14 @@ class _Ties:
             return False
         if any(_is_head(twin) != _is_head(module) for twin in twins):
             return False
-        is_expected = _is_head(module) or bool(self.tied_by_config)
+        is_expected = _is_head(module) or (bool(self.tied_by_config) and not self._has_no_output_layer)
         return is_expected or any(graph.unplaced for graph in self.package.manifest.graphs)
+
+    @cached_property
+    def _has_no_output_layer(self) -> bool:
+        """Whether the package was exported for what needs no layer over the vocabulary."""
+        task = self.package.manifest.source.get("task", "")
+        return task == "feature-extraction" or task.endswith(("-classification", "question-answering"))
 
     def _are_equal(self, module: str, other: str) -> bool | None:
         """Whether the base's weights of two modules are equal; None where the package does not show it."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from onnx_lora import AdapterSession, Package, bind, export, fold, fold_to, read_adapter
 from onnx_lora.errors import BindError
+from tests.support.exporters import HAS_OPTIMUM
 from tests.support.numbers import assert_close
 
 PICTURES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
@@ -46,7 +47,12 @@ def _segformer() -> Any:
 def _train(folder: Path) -> Path:
     """An adapter whose copy of the head differs from the base's in everything, its statistics too."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=["query"], modules_to_save=["decode_head"], init_lora_weights=False)
+    config = LoraConfig(
+        r=4,
+        target_modules=["query" if HAS_OPTIMUM else "q_proj"],
+        modules_to_save=["decode_head"],
+        init_lora_weights=False,
+    )
     model = get_peft_model(_segformer(), config).eval()
     copy = model.base_model.model.decode_head.modules_to_save["default"]
     with torch.no_grad():

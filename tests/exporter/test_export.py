@@ -156,7 +156,8 @@ def test_verification_leaves_the_model_as_it_was(net: tuple[Net, Package]) -> No
 def test_half_precision(checkpoints: Make, tmp_path: Path) -> None:
     package = export(checkpoints("llama"), tmp_path / "out", via=VIA, precision="fp16")
     # Optimum's graph keeps some products in float32; their points follow the graph.
-    assert {point.dtype for point in package.points.values()} == {"float16", "float32"}
+    expected = {"float16", "float32"} if HAS_OPTIMUM else {"float16"}
+    assert {point.dtype for point in package.points.values()} == expected
     assert package.points["model.layers.0.self_attn.q_proj"].dtype == "float16"
 
 
@@ -227,7 +228,8 @@ def test_equal_whole_weights_that_the_exporter_kept_once_are_replaceable_apart(
 ) -> None:
     """Parameters at their first values are equal: torch.onnx keeps one, and an Identity in the place of each other."""
     package = export(checkpoints("bert"), tmp_path / "package", via=VIA, replaceable=[replaceable])
-    changed = [name for name in package.replaceable if name.endswith(".bias")]
+    # The bias of keys changes no attention.
+    changed = [name for name in package.replaceable if name.endswith(".bias") and ".key." not in name]
     assert len({package.replaceable[name].sha256 for name in changed}) < len(changed)
     ids = np.array([[11, 42, 7], [3, 5, 8]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}

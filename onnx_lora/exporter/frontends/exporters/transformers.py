@@ -29,8 +29,8 @@ from onnx_lora.exporter.frontends.language_part import others_than
 from onnx_lora.exporter.frontends.quiet import quiet, without_bars
 from onnx_lora.exporter.frontends.source import Loaded, Original, Reference
 from onnx_lora.exporter.frontends.unfused import without_norm_fusion
+from onnx_lora.exporter.frontends.uniform_vectors import with_uniform_vectors
 from onnx_lora.exporter.frontends.versions import versions_of
-from onnx_lora.exporter.frontends.zero_biases import with_zero_biases
 from onnx_lora.exporter.locating.calls import Calls
 from onnx_lora.exporter.ort_check import takes_cache
 from onnx_lora.exporter.request import GraphFile
@@ -281,7 +281,7 @@ def _write(part: Part, file: Path) -> None:
         return OnnxExporter().export(part.module, inputs, config).program
 
     with quiet(), without_norm_fusion():
-        model = with_zero_biases(part.module, export)
+        model = with_uniform_vectors(part.module, export)
     _name_values(model.graph, part)
     ir.save(model, file, external_data=f"{file.name}.data")
 
