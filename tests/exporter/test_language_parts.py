@@ -13,11 +13,11 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from onnx_lora import AdapterSession, Package
-from onnx_lora.errors import BindError, ModelError
+from onnx_lora.errors import BindError, ModelError, VerificationError
 from onnx_lora.exporter import export, verify
-from onnx_lora.exporter.frontends.exporters import genai, optimum
+from onnx_lora.exporter.frontends.exporters import genai
 from onnx_lora.exporter.frontends.source import Reference
-from tests.support.exporters import VIA
+from tests.support.exporters import HAS_OPTIMUM, VIA, load_model, references
 from tests.support.numbers import assert_close
 
 _CORE: dict[str, Any] = {
@@ -91,7 +91,9 @@ MODELS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "qwen2_vl": (_qwen2_vl, "model.language_model.layers", "model.visual"),
     "llava": (_llava, "model.language_model.layers", "model.vision_tower, model.multi_modal_projector"),
     "smolvlm": (_smolvlm, "model.text_model.layers", "model.vision_model, model.connector"),
-    "qwen2_audio": (_qwen2_audio, "language_model.model.layers", "audio_tower, multi_modal_projector"),
+    "qwen2_audio": (_qwen2_audio, "language_model.model.layers", "audio_tower, multi_modal_projector")
+    if HAS_OPTIMUM
+    else (_qwen2_audio, "model.language_model.layers", "model.audio_tower, model.multi_modal_projector"),
 }
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -113,8 +115,8 @@ def _original(package: Package, checkpoint: Path) -> tuple[Any, Reference]:
     if package.manifest.source["made_by"] == "genai":
         model: Any = genai.load_causal_model(checkpoint, precision="fp32")
         return model, genai.references(model)[0]
-    model, task = optimum.load_model(checkpoint, task=None)
-    return model, optimum.references(model, task)[0]
+    model, task = load_model(checkpoint, task=None)
+    return model, references(model, task)[0]
 
 
 def _run(session: AdapterSession, case: Reference, **choice: Any) -> Any:
@@ -122,9 +124,13 @@ def _run(session: AdapterSession, case: Reference, **choice: Any) -> Any:
     return session.run(["logits"], feeds, **choice)[0]
 
 
-@pytest.mark.parametrize("via", ["optimum", "genai"])
+@pytest.mark.parametrize("via", [VIA, "genai"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_of_the_whole_class_gives_the_whole_classs_numbers(name: str, via: str, tmp_path: Path) -> None:
+    if via == "genai":
+        pytest.importorskip("onnxruntime_genai", reason="needs ONNX Runtime GenAI: pip install onnx-lora[genai]")
+        if name == "gemma3":
+            pytest.skip("the builder reads no Gemma 3 of transformers 5: see test_genai.py")
     make, layers, left_out = MODELS[name]
     checkpoint = _save(make, tmp_path / "checkpoint")
     package = export(checkpoint, tmp_path / "package", via=via)
@@ -153,12 +159,11 @@ def test_no_option_is_needed_and_one_sentence_says_what_is_left_out(
 ) -> None:
     checkpoint = _save(_gemma3, tmp_path / "gemma")
     package = export(checkpoint, tmp_path / "package")
-    assert package.manifest.source["language_model"] == "Gemma3ForCausalLM"
+    if HAS_OPTIMUM:
+        assert package.manifest.source["language_model"] == "Gemma3ForCausalLM"
     said = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
-    assert said == [
-        "gemma: its language model is exported, for text alone; the package leaves out model.vision_tower, "
-        "model.multi_modal_projector"
-    ]
+    what = "its language model is exported, for text alone" if HAS_OPTIMUM else "exported for text alone"
+    assert said == [f"gemma: {what}; the package leaves out model.vision_tower, model.multi_modal_projector"]
     assert all(entry.agrees for entry in verify(package, checkpoint))
 
 
@@ -180,10 +185,12 @@ def test_an_adapter_of_a_part_that_is_left_out_is_refused_by_name(tmp_path: Path
 
 def test_a_class_that_reads_text_in_its_own_way_is_refused(tmp_path: Path) -> None:
     """PaliGemma lets every token of a prompt see all others, which no text-only class does."""
-    with pytest.raises(ModelError, match="computes something else of a text than"):
+    error, message = (ModelError, "else of a text than") if HAS_OPTIMUM else (VerificationError, "must reproduce")
+    with pytest.raises(error, match=message):
         export(_save(_paligemma, tmp_path / "checkpoint"), tmp_path / "package")
 
 
+@pytest.mark.skipif(not HAS_OPTIMUM, reason="transformers 5 does not load such a config")
 def test_rotary_positions_that_are_scaled_are_refused(tmp_path: Path) -> None:
     def make() -> Any:
         model = _qwen2_vl()

@@ -50,6 +50,9 @@ _FUSED_NAME = re.compile(r".*Fusion_.+")
 # torch.onnx (dynamo) calls nodes after the calls of torch's functions, counted from 0: `linear`, `linear_1`, ...
 _CALL = re.compile(r"(?P<function>[a-z]\w*?)(_(?P<count>\d+))?")
 
+# What ONNX Runtime's quantizers put behind a Gemm's name for the product and the sum that they make of it.
+_OF_GEMM = re.compile(r"_(MatMul(_\w+)?|Add)$")
+
 # How dynamo names nodes, and what it writes down of every parameter.
 _DYNAMO_NODE = "node_"
 _INPUT_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -261,7 +264,7 @@ def _call_names(node: ir.Node) -> list[str]:
     names = list(scopes_around(node)[-1:])
     own = node.name or ""
     if own.startswith(_DYNAMO_NODE):
-        names.append(own.removeprefix(_DYNAMO_NODE))
+        names.append(_OF_GEMM.sub("", own.removeprefix(_DYNAMO_NODE)))
     return [name for name in names if name]
 
 
