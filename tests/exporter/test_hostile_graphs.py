@@ -8,6 +8,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from onnx_lora.exporter import attach, export
 from onnx_lora.exporter.foreign_libraries import name_step
 from onnx_lora.exporter.intake import load, onnx_file
 from onnx_lora.exporter.ort_check import blamed_on_damage
+from tests.support.exporters import HAS_OPTIMUM, VIA
 from tests.support.graphs import random, save
 from tests.support.numbers import assert_close
 
@@ -322,6 +324,7 @@ def test_a_module_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
         export(Stumbling(), tmp_path / "out", example_inputs=(torch.zeros(2, 3),))
 
 
+@pytest.mark.skipif(not HAS_OPTIMUM, reason="only Optimum looks for the image processor")
 def test_a_vision_model_without_its_image_processor_says_what_is_missing(tmp_path: Path) -> None:
     hf = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -340,7 +343,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run_and_nobody_is_asked(tmp_pa
     classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
     config = {"model_type": "own", "architectures": ["Model"], "auto_map": classes}
     (place / "config.json").write_text(json.dumps(config))
-    for via in ("optimum", "genai"):
+    for via in (VIA, "genai") if find_spec("onnxruntime_genai") else (VIA,):
         with pytest.raises((ModelError, ExportError)):
             export(place, tmp_path / "out", via=via, task="text-generation-with-past")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in"}

@@ -169,9 +169,7 @@ def test_end_tokens_are_one_or_several(copy: Path) -> None:
         TextGenerator(copy)
 
 
-@pytest.mark.parametrize(
-    "graph, found", [(None, "it has the graphs decoder_"), ("decoder_model", "it has the input enc")]
-)
+@pytest.mark.parametrize("graph, found", [(None, "it has the graphs "), ("decoder_model", "it has the input enc")])
 def test_an_encoder_decoder_is_called_what_it_is(
     packages: Callable[[str], Path], graph: str | None, found: str
 ) -> None:

@@ -252,7 +252,10 @@ def _choose_class(theirs: Any, task: str | None, config: ModelConfig) -> tuple[s
     for name in theirs.architectures or ():
         kind = getattr(transformers, name, None)
         if kind is not None:
-            return _task_of(name), kind
+            found = _task_of(name)
+            # transformers counts models of speech and text among these, which are decoders.
+            is_decoder = found == "text2text-generation" and not theirs.is_encoder_decoder
+            return ("text-generation" if is_decoder else found), kind
     raise ModelError("its config.json names no class of transformers, so the task must be given", path=config.model)
 
 

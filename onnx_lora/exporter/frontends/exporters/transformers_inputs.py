@@ -75,7 +75,8 @@ class Part:
 
     def gives(self, path: str) -> bool:
         """Whether an output of the module is one of the graph: those that only hand on an input are not."""
-        is_handed_on = ".cross_attention_cache." in path and path in leaves_of(self.inputs)
+        is_kept = _CACHE.fullmatch(path) is not None and ".cross_attention_cache." not in path
+        is_handed_on = path in leaves_of(self.inputs) and not is_kept
         return path != "encoder_last_hidden_state" and not is_handed_on
 
     def reference(self) -> Reference:
