@@ -74,6 +74,7 @@ ALLOWED = {
         "strength",
     },
     "exporter": {
+        "extras",
         "folded",
         "whatis",
         "lazy",
@@ -398,6 +399,7 @@ BOUNDARIES = {
     "onnxruntime_errors.py": "around ONNX Runtime, whose exceptions have no names of their own",
     "runtime/generation/text.py": "around tokenizers, whose Rust code panics",
     "cli.py": "the command's main, which has none above it",
+    "exporter/elsewhere.py": "the process in another Python, with nothing above it",
     "runtime/generation/template_child.py": "the child process, with a foreign program below it",
 }
 
