@@ -87,8 +87,8 @@ format: setup
 fuzz: setup  ## mutated files into everything that reads files; a stopped run goes on (FUZZ="--seconds 600 --seed 1")
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
-bench: setup  ## ratios, measured side by side on this machine; JSON goes to benchmarks/results
-	$(BIN)/python -m benchmarks.run
+bench: setup setup-optimum  ## ratios, measured side by side on this machine; JSON goes to benchmarks/results
+	$(OPTIMUM_VENV)/bin/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.points
 
