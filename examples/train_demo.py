@@ -8,7 +8,8 @@ Knows the data sets, PyTorch, PEFT and Optimum; knows nothing of onnx_lora. In o
 3. the base as one ONNX file;
 4. an adapter per task, its held-out accuracy measured through PEFT.
 
-It needs `onnx-lora[optimum]`, takes about 25 minutes on one core, and leaves the texts where they are. The demo in the package was made with
+It needs `onnx-lora[optimum]`, takes about 25 minutes on one core, and leaves the texts where they are. The demo in the
+package was made with
 
     python examples/train_demo.py --teacher DIR
 

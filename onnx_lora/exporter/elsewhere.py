@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from tempfile import TemporaryFile
 from typing import IO, Any, TypeVar, cast
@@ -51,24 +51,21 @@ def _ask(python: str, place: str, args: Sequence[Any], callbacks: Mapping[str, C
     with TemporaryFile() as said, _child(python, said) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        try:
+        # One that is dead already is told below.
+        with suppress(BrokenPipeError), process.stdin:
             pickle.dump((__version__, place, args, list(callbacks)), process.stdin)
-            process.stdin.close()
-            for kind, content in _messages(process.stdout):
-                if kind == _CALLED:
-                    name, given = content
-                    callbacks[name](*given)
-                elif kind == _LOGGED:
-                    logger, level, text = content
-                    logging.getLogger(logger).log(level, "%s", text)
-                elif kind == _GAVE:
-                    return content
-                else:
-                    raise content
-        except BrokenPipeError:
-            pass  # it is told below
-        code = process.wait()
-        raise _explain_death(python, code, said)
+        for kind, content in _messages(process.stdout):
+            if kind == _CALLED:
+                name, given = content
+                callbacks[name](*given)
+            elif kind == _LOGGED:
+                logger, level, text = content
+                logging.getLogger(logger).log(level, "%s", text)
+            elif kind == _GAVE:
+                return content
+            else:
+                raise content
+        raise _explain_death(python, process.wait(), said)
 
 
 @contextmanager
@@ -90,20 +87,16 @@ def _child(python: str, said: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         if process.poll() is None:
             process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None and not pipe.closed:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    continue
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _messages(stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
     while True:
         try:
             yield pickle.load(stream)  # noqa: S301 - what our own process wrote, in an interpreter that the user named
-        except EOFError:
-            return
+        except (EOFError, pickle.UnpicklingError):
+            return  # it died, maybe within a message, or is no Python with this library
 
 
 def _explain_death(python: str, code: int, said: IO[bytes]) -> OnnxLoraError:
