@@ -44,6 +44,9 @@ T = TypeVar("T")
 # that is no pipeline may have modules of such a name: those of GPT-2 begin with `transformer`.
 PIPELINE_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
 
+# The types of models in pipelines whose modules another version calls otherwise: a pipeline has no config of them.
+_KINDS_IN_PIPELINES = frozenset({"clip_text_model"})
+
 # Candidates for one name in a message.
 _MOST_CANDIDATES = 5
 
@@ -66,7 +69,8 @@ class KnownModules:
             modules = sorted(graph.modules)
             part = _part_of(graph.name, modules)
             parts.update(dict.fromkeys(modules, part))
-        return KnownModules(parts, frozenset(_kinds_in(package.config)))
+        kinds = frozenset(_kinds_in(package.config))
+        return KnownModules(parts, kinds | _KINDS_IN_PIPELINES if any(parts.values()) else kinds)
 
     def with_names(self, names: Mapping[str, str]) -> KnownModules:
         """With names that stand for modules of the package, by each the module."""

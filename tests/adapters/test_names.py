@@ -250,6 +250,13 @@ def test_another_versions_names_are_the_packages(
     assert f"{of_adapter[0]} is this package's {of_package[0]}" in note
 
 
+def test_text_encoders_of_pipelines_have_names_of_another_version_too(tmp_path: Path) -> None:
+    older, newer = "text_model.encoder.layers.0.mlp.fc1", "encoder.layers.0.mlp.fc1"
+    package = pipeline(tmp_path / "p", {"unet": ["q"], "text_encoder": [older]})
+    own = with_package_names(of("unet.q", f"text_encoder.{newer}"), package)
+    assert names(own) == ["unet.q", f"text_encoder.{older}"]
+
+
 def test_another_versions_names_are_those_of_the_packages_type_alone(tmp_path: Path) -> None:
     package = single(tmp_path / "p", *NEWER)
     assert names(with_package_names(of(*OLDER), package)) == list(OLDER)
