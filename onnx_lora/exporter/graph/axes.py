@@ -31,6 +31,8 @@ _FREE = "onnx_lora_free_outputs"
 # How much of its shapes a graph must say to be believed.
 _MOST = 0.9
 
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+
 # Begins the symbols that ONNX's shape inference makes up.
 _MADE_UP = "unk__"
 
@@ -148,34 +150,52 @@ def infer_shapes(model: ir.Model) -> Shapes:
     plain: dict[str, onnx.TypeProto] = {}
     for value in _infer_plainly(proto).value_info:
         plain[value.name] = _without_made_up(value.type)
-    is_told = _is_told(proto, declared)
-    inferred, certain = _infer(proto, is_needed=not is_told)
+    told = _Told.of(proto, declared)
+    inferred, certain = _infer(proto, is_needed=not told.all)
     by_name: dict[str, Shape] = {}
     for value in [*inferred.value_info, *inferred.input, *inferred.output]:
         known = _read(value)
         if known is not None:
             by_name[value.name] = known
-    if is_told:
-        by_name |= declared
-    batch = _find_batch(model, by_name) if certain or is_told else frozenset[str]()
+    # Where all of it can be believed it is better than what is inferred: operators may be unknown, or sizes divided.
+    by_name = {**by_name, **told.shapes} if told.all else {**told.shapes, **by_name}
+    batch = _find_batch(model, by_name) if certain or told.all else frozenset[str]()
     return Shapes(by_name, batch, plain)
 
 
-def _is_told(proto: onnx.ModelProto, declared: Mapping[str, Shape]) -> bool:
-    """Whether a graph says the shapes of its values itself, as those of torch.export do, and ONNX's own rules find
-    nothing else. Such shapes are better than what can be inferred, where operators are not known or sizes divided."""
-    outputs = [name for node in proto.graph.node for name in node.output if name]
-    told = sum(name in declared for name in outputs) + len(proto.graph.output)
-    if told < _MOST * len(outputs):
-        return False
+@dataclass(frozen=True)
+class _Told:
+    """The shapes that a graph says itself and that can be believed. `all`: of every value, as graphs of torch.export
+    say them, and ONNX's own rules find nothing else."""
+
+    shapes: Mapping[str, Shape]
+    all: bool
+
+    @staticmethod
+    def of(proto: onnx.ModelProto, declared: Mapping[str, Shape]) -> _Told:
+        outputs = [name for node in proto.graph.node for name in node.output if name]
+        count = sum(name in declared for name in outputs) + len(proto.graph.output)
+        if count < _MOST * len(outputs):
+            return _Told({}, all=False)
+        wrong = _contradicted(proto, declared)
+        if any(wrong.values()):
+            return _Told({}, all=False)
+        # GenAI's builder says of numbers for shapes that they have no axis.
+        right = {name: shape for name, shape in declared.items() if name not in wrong}
+        return _Told(right, all=not wrong)
+
+
+def _contradicted(proto: onnx.ModelProto, declared: Mapping[str, Shape]) -> dict[str, bool]:
+    """The values of which ONNX's own rules find another shape than is declared; by each whether it is of floats."""
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
     del bare.graph.value_info[:]
+    found: dict[str, bool] = {}
     for value in _infer_plainly(bare).value_info:
-        found = _read(value)
-        if found is not None and value.name in declared and _contradict(found, declared[value.name]):
-            return False
-    return True
+        shape = _read(value)
+        if shape is not None and value.name in declared and _contradict(shape, declared[value.name]):
+            found[value.name] = value.type.tensor_type.elem_type in _FLOATS
+    return found
 
 
 def _contradict(one: Shape, other: Shape) -> bool:

@@ -74,8 +74,9 @@ _FAILING = {
     "Gemma3ForCausalLM": "reads rotary positions of one kind, and transformers 5 has one for each kind of layer"
 }
 
-# Layers that the builder's graphs and ours have the same caches for.
-_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+# Layers whose cache is keys and values, and all whose caches are known here.
+_OF_KEYS = ("full_attention", "sliding_attention", "chunked_attention")
+_LAYERS = (*_OF_KEYS, "conv")
 
 # What the builder exports for, by Optimum's names; None: what the config says. Its graphs always have a cache.
 _TASKS = (None, "text-generation-with-past", "causal-lm-with-past")
@@ -92,6 +93,7 @@ _INSTEAD = 'export it with `via="transformers"`, in fp32 or fp16; `quantize` mak
 # What a graph is compared on: rows of equal length, because GroupQueryAttention knows no padding on the left.
 _ROWS, _LENGTH = 2, 6
 
+_PAST_CONV = re.compile(r"past\.\d+\.conv")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -307,15 +309,23 @@ def references(model: Any) -> list[Reference]:
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.randint(0, vocabulary, (_ROWS, _LENGTH), generator=torch.Generator().manual_seed(0))
 
+    layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    has_others = not set(layers) <= set(_OF_KEYS)
+
     def answer() -> dict[str, Array]:
         with quiet(), torch.inference_mode():
             # Every layer keeps all that it saw, those with a window too.
-            given = {_name_of_cache(model): transformers.DynamicCache()}
+            kept = transformers.DynamicCache(config=model.config) if has_others else transformers.DynamicCache()
+            given = {_name_of_cache(model): kept}
             outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **given)
         flat: dict[str, Array] = {"logits": outputs.logits.numpy()}
         for index, layer in enumerate(outputs[_name_of_cache(model)].layers):
-            flat[f"present.{index}.key"] = layer.keys.numpy()
-            flat[f"present.{index}.value"] = layer.values.numpy()
+            if hasattr(layer, "keys"):
+                flat[f"present.{index}.key"] = layer.keys.numpy()
+                flat[f"present.{index}.value"] = layer.values.numpy()
+            else:
+                # The builder's graphs keep what the next token's convolution needs; torch keeps one token more.
+                flat[f"present.{index}.conv"] = layer.conv_states[0][..., 1:].numpy()
         return flat
 
     first = cache(answer)  # for its shapes: adapters change values only
@@ -331,6 +341,8 @@ def references(model: Any) -> list[Reference]:
             if match:
                 # [rows, heads, length, size], and nothing has passed yet.
                 values[name] = first()[f"present.{match[1]}.{match[2]}"][:, :, :0]
+            elif _PAST_CONV.fullmatch(name):
+                values[name] = np.zeros_like(first()[name.replace("past", "present", 1)])
         return {name: values[name] for name in names if name in values}
 
     return [Reference("model", feeds, answer)]
