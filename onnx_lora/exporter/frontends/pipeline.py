@@ -125,6 +125,7 @@ class Pipeline:
 
     def python(self, package: Package | None = None) -> str | None:  # noqa: ARG002 - Optimum makes and loads all
         """See `LoadedElsewhere`. Raises MissingDependencyError: no Python has Optimum."""
+        Path(self.path)  # what is no path is told to the caller, and not in another process
         return optimum_python()
 
     def load_original(self, package: Package) -> Original:  # noqa: ARG002 - its own task and precision say it all
