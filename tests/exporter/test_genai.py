@@ -414,22 +414,31 @@ def test_what_it_takes_by_default_was_measured_right(name: str, tmp_path: Path) 
     assert package.points
 
 
-@pytest.mark.parametrize(
-    "kind, settings, message",
-    [
-        ("Gemma3Text", {"head_dim": 16}, "one for each kind of layer"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of attention, and there is conv"),
-    ],
-)
-def test_what_the_builder_cannot_is_refused_and_goes_to_transformers(
-    kind: str, settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    config = getattr(hf, f"{kind}Config")(**_GQA, **settings)
-    getattr(hf, f"{kind.removesuffix('Text')}ForCausalLM")(config).save_pretrained(tmp_path / "it")
+def test_gemma_3_is_refused_and_goes_to_transformers(tmp_path: Path) -> None:
+    hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_GQA, head_dim=16)).save_pretrained(tmp_path / "it")
     for options in ({"via": "genai"}, {"precision": "int4"}):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(ModelError, match="one for each kind of layer"):
             export(tmp_path / "it", tmp_path / "out", **options)
     assert Checkpoint(tmp_path / "it").choose_exporter().name == "transformers"
+
+
+def test_layers_whose_caches_nobody_knows_here_are_refused(wide: Make, tmp_path: Path) -> None:
+    folder = _with_config(wide("llama"), tmp_path / "it", layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(ModelError, match="layers of attention, and there is linear_attention"):
+        export(folder, tmp_path / "out", via="genai")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_convolutions_between_layers_hide_no_point(tmp_path: Path, precision: str) -> None:
+    """No tool of shape inference knows the builder's operator for them; the graph says the shapes behind it."""
+    torch.manual_seed(0)
+    config = hf.Lfm2Config(**_GQA, layer_types=["conv", "full_attention"])
+    hf.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "it")
+    package = export(tmp_path / "it", tmp_path / "out", via="genai", precision=precision)
+    model = load_causal_model(tmp_path / "it", precision="fp32")
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(package.points) == linear - {"lm_head"}
+    assert all(point.per_row for point in package.points.values())
 
 
 def test_the_builder_knows_what_we_say_it_knows() -> None:
