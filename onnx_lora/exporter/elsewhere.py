@@ -63,6 +63,9 @@ def _ask(python: str, place: str, args: Sequence[Any], callbacks: Mapping[str, C
                 logging.getLogger(logger).log(level, "%s", text)
             elif kind == _GAVE:
                 return content
+            elif isinstance(content, MissingDependencyError):
+                # It must be installed there: here it may be what cannot be had.
+                raise MissingDependencyError(f"in {python}: {content.message}")
             else:
                 raise content
         raise _explain_death(python, process.wait(), said)

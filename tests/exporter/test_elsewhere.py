@@ -36,6 +36,10 @@ def refuse() -> None:
     raise ModelError("cannot be", path="it", problems=["one", "another"])
 
 
+def lack() -> None:
+    raise MissingDependencyError("needs it: pip install it")
+
+
 def fail() -> None:
     raise ZeroDivisionError("of nobody's making")
 
@@ -71,6 +75,12 @@ def test_an_error_of_ours_is_raised_as_it_was() -> None:
     with pytest.raises(ModelError) as caught:
         call_in(sys.executable, refuse)
     assert (caught.value.message, caught.value.path, caught.value.problems) == ("cannot be", "it", ("one", "another"))
+
+
+def test_what_is_missing_there_is_said_with_the_python_that_lacks_it() -> None:
+    with pytest.raises(MissingDependencyError, match="needs it: pip install it") as caught:
+        call_in(sys.executable, lack)
+    assert caught.value.message.startswith(f"in {sys.executable}: ")
 
 
 def test_another_error_is_a_fault_of_ours() -> None:
