@@ -11,8 +11,9 @@ import pytest
 from peft import PeftModel
 
 from onnx_lora import AdapterSession, Package, fold
+from onnx_lora.exporter import export, verify
 from onnx_lora.exporter.frontends.source import Reference
-from tests.support.exporters import load_model, references
+from tests.support.exporters import HAS_OPTIMUM, VIA, load_model, references
 from tests.support.models import ARCHITECTURES, make_adapter
 from tests.support.newer_models import MATRIX_ONLY
 from tests.support.numbers import assert_close, assert_same_bits
@@ -40,6 +41,7 @@ ALL_LINEAR: dict[str, Any] = {
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "wav2vec2": ["q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"],
     "siglip": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+    "mamba2": ["in_proj"],  # PEFT refuses the other
     "qwen3_moe": _ATTENTION,
     "mixtral": _ATTENTION,
     "olmoe": _ATTENTION,
@@ -173,3 +175,11 @@ def test_a_fresh_adapter_equals_the_base(name: str, checkpoints: Make, packages:
         base = _run(session, case)
         for key, value in _run(session, case, adapter="fresh").items():
             assert_same_bits(value, base[key])
+
+
+@pytest.mark.skipif(HAS_OPTIMUM, reason="transformers 5's exporter knows it")
+def test_verification_tries_what_peft_refuses_for_mamba(checkpoints: Make, tmp_path: Path) -> None:
+    package = export(checkpoints("mamba2"), tmp_path / "package", via=VIA)
+    assert "backbone.layers.0.mixer.out_proj" in package.points
+    verify(package, checkpoints("mamba2"))
+    assert not package.unproven

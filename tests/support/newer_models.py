@@ -105,6 +105,20 @@ def _segformer() -> Any:
     return hf.SegformerForSemanticSegmentation(config)
 
 
+def _mamba2() -> Any:
+    config = hf.Mamba2Config(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=8,
+    )
+    return hf.Mamba2ForCausalLM(config)
+
+
 def _siglip() -> Any:
     text = _CORE | {"max_position_embeddings": 16, "projection_size": 32}
     return hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=_VISION | {"intermediate_size": 64}))
@@ -156,6 +170,8 @@ NEWER: dict[str, tuple[Callable[[], Any], list[str]]] = {
         "wav2vec2": _wav2vec2,
     }.items()
 }
+# It has no attention.
+NEWER["mamba2"] = (_mamba2, ["in_proj"])
 
 # Those that are like another one, or take minutes: `make matrix` tries them.
 MATRIX_ONLY = frozenset(

@@ -39,11 +39,18 @@ def put_adapter(package: Package, model: Any) -> Iterator[dict[str, Array]]:
         import peft
         import torch
 
+    class AnyModule(peft.tuners.lora.LoraModel):  # type: ignore[misc]  # PEFT has no types
+        """Takes the modules too that PEFT refuses for Mamba: its CUDA kernels read `out_proj` without calling it, and
+        the model here runs in plain PyTorch."""
+
+        def _check_target_module_compatiblity(self, *args: Any) -> None:
+            pass
+
     config = _configure(package)
     with torch.random.fork_rng(devices=[]), peft_failures(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of convolutions in groups
         torch.manual_seed(0)
-        tuned = peft.tuners.lora.LoraModel(model, config, "default")
+        tuned = AnyModule(model, config, "default")
         if config.use_dora:
             _move_magnitudes(tuned)
     model.eval()
