@@ -170,7 +170,7 @@ NEWER: dict[str, tuple[Callable[[], Any], list[str]]] = {
         "wav2vec2": _wav2vec2,
     }.items()
 }
-# It has no attention.
+# It has no q and v projections.
 NEWER["mamba2"] = (_mamba2, ["in_proj"])
 
 # Those that are like another one, or take minutes: `make matrix` tries them.
